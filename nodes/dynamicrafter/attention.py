@@ -1,0 +1,205 @@
+"""Attention blocks of the DynamiCrafter U-Net (arXiv 2310.12190).
+
+Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
+W width, L tokens. An `attention(q, k, v, heads)` function is injected; it takes and returns [batch, L, heads * dim].
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_) -> Tensor:
+    """Softmax attention over [batch, L, heads * dim] by PyTorch's fused kernel, for training and tests."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+
+
+class ContextKeys(NamedTuple):
+    """Keys and values of one cross-attention layer; they do not change during a sampling run."""
+
+    text_k: Tensor   # [B, L, C]
+    text_v: Tensor
+    image_k: Tensor  # [N, queries, C]
+    image_v: Tensor
+
+
+@dataclass
+class Step:
+    """What every layer of the U-Net may read during one evaluation."""
+
+    frames: int                                    # T
+    emb_NE: Tensor                                 # time and frame-stride embedding
+    context: dict[nn.Module, ContextKeys]          # by cross-attention layer
+    transformer_options: dict = field(default_factory=dict)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of one sequence."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, operations, attention, **factory):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.attention = attention
+        self.to_q = operations.Linear(width, inner, bias=False, **factory)
+        self.to_k = operations.Linear(width, inner, bias=False, **factory)
+        self.to_v = operations.Linear(width, inner, bias=False, **factory)
+        self.to_out = nn.Sequential(operations.Linear(inner, width, **factory))
+
+    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
+        out = self.attention(self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC), self.heads,
+                             transformer_options=step.transformer_options)
+        return self.to_out(out)
+
+
+class ImageTextAttention(nn.Module):
+    """Dual cross-attention: one query, two sources, the results added.
+
+    Text keys are shared by all frames of a clip; every frame has image keys of its own. `alpha` (256 model only)
+    scales the image branch by 1 + tanh(alpha).
+    """
+
+    def __init__(self, width: int, context_dim: int, heads: int, head_dim: int, learnable_scale: bool,
+                 operations, attention, **factory):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.attention = attention
+        self.to_q = operations.Linear(width, inner, bias=False, **factory)
+        self.to_k = operations.Linear(context_dim, inner, bias=False, **factory)
+        self.to_v = operations.Linear(context_dim, inner, bias=False, **factory)
+        self.to_k_ip = operations.Linear(context_dim, inner, bias=False, **factory)
+        self.to_v_ip = operations.Linear(context_dim, inner, bias=False, **factory)
+        self.to_out = nn.Sequential(operations.Linear(inner, width, **factory))
+        self.alpha = nn.Parameter(torch.zeros((), **factory)) if learnable_scale else None
+
+    def project(self, text_BLC: Tensor, image_NQC: Tensor) -> ContextKeys:
+        return ContextKeys(self.to_k(text_BLC), self.to_v(text_BLC), self.to_k_ip(image_NQC), self.to_v_ip(image_NQC))
+
+    def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
+        keys = step.context[self]
+        options = {"transformer_options": step.transformer_options}
+        q_NLC = self.to_q(x_NLC)
+        # All frames of a clip look at the same text, so they fold into one long sequence and the text is not repeated.
+        q_BMC = q_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
+        text = self.attention(q_BMC, keys.text_k, keys.text_v, self.heads, **options).reshape(q_NLC.shape)
+        image = self.attention(q_NLC, keys.image_k, keys.image_v, self.heads, **options)
+        if self.alpha is not None:
+            image = image * (1 + torch.tanh(self.alpha.to(image)))
+        return self.to_out(text + image)
+
+
+class GatedGELU(nn.Module):
+    """GEGLU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int, operations, **factory):
+        super().__init__()
+        self.proj = operations.Linear(width, inner * 2, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, operations, **factory):
+        super().__init__()
+        # The identity holds the place of the official dropout, which keeps the published key `net.2`.
+        self.net = nn.Sequential(GatedGELU(width, width * 4, operations, **factory), nn.Identity(),
+                                 operations.Linear(width * 4, width, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, a second attention (given), feed-forward; each with a pre-norm and a residual."""
+
+    def __init__(self, width: int, attn1: nn.Module, attn2: nn.Module, operations, **factory):
+        super().__init__()
+        self.attn1 = attn1
+        self.attn2 = attn2
+        self.ff = FeedForward(width, operations, **factory)
+        self.norm1 = operations.LayerNorm(width, **factory)
+        self.norm2 = operations.LayerNorm(width, **factory)
+        self.norm3 = operations.LayerNorm(width, **factory)
+
+    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
+        x_BLC = x_BLC + self.attn1(self.norm1(x_BLC), step)
+        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), step)
+        return x_BLC + self.ff(self.norm3(x_BLC))
+
+
+class SpatialTransformer(nn.Module):
+    """Within a frame: self-attention over H * W, then cross-attention to text and image."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, depth: int, context_dim: int, learnable_scale: bool,
+                 operations, attention, **factory):
+        super().__init__()
+        inner = heads * head_dim
+        layers = {"operations": operations, "attention": attention, **factory}
+        self.norm = operations.GroupNorm(32, channels, eps=1e-6, **factory)
+        self.proj_in = operations.Linear(channels, inner, **factory)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, SelfAttention(inner, heads, head_dim, **layers),
+                             ImageTextAttention(inner, context_dim, heads, head_dim, learnable_scale, **layers),
+                             operations, **factory)
+            for _ in range(depth)
+        )
+        self.proj_out = operations.Linear(inner, channels, **factory)
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        height = x_NCHW.shape[-2]
+        h_NLC = self.proj_in(self.norm(x_NCHW).flatten(2).transpose(1, 2))
+        for block in self.transformer_blocks:
+            h_NLC = block(h_NLC, step)
+        return x_NCHW + self.proj_out(h_NLC).transpose(1, 2).unflatten(-1, (height, -1))
+
+
+class TemporalTransformer(nn.Module):
+    """Across frames: every pixel position attends to itself over time, twice. There are no position embeddings:
+    order is known from the temporal convolutions, so the layer takes any number of frames.
+    The published `init_attn` projects by Conv1d (`conv_projection`), all others by Linear.
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, depth: int, conv_projection: bool,
+                 operations, attention, **factory):
+        super().__init__()
+        inner = heads * head_dim
+        layers = {"operations": operations, "attention": attention, **factory}
+        self.conv_projection = conv_projection
+        self.norm = operations.GroupNorm(32, channels, eps=1e-6, **factory)
+        if conv_projection:
+            self.proj_in = operations.Conv1d(channels, inner, 1, **factory)
+            self.proj_out = operations.Conv1d(inner, channels, 1, **factory)
+        else:
+            self.proj_in = operations.Linear(channels, inner, **factory)
+            self.proj_out = operations.Linear(inner, channels, **factory)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, SelfAttention(inner, heads, head_dim, **layers),
+                             SelfAttention(inner, heads, head_dim, **layers), operations, **factory)
+            for _ in range(depth)
+        )
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        height, width = x_NCHW.shape[-2:]
+        x_BCTHW = x_NCHW.unflatten(0, (-1, step.frames)).transpose(1, 2)
+        # The norm's statistics are joint over all frames of a clip.
+        h_PTC = self.norm(x_BCTHW).permute(0, 3, 4, 2, 1).flatten(0, 2)  # P = B * H * W
+        if self.conv_projection:
+            h_PTC = self.proj_in(h_PTC.transpose(1, 2)).transpose(1, 2)
+        else:
+            h_PTC = self.proj_in(h_PTC)
+        for block in self.transformer_blocks:
+            h_PTC = block(h_PTC, step)
+        if self.conv_projection:
+            h_PTC = self.proj_out(h_PTC.transpose(1, 2)).transpose(1, 2)
+        else:
+            h_PTC = self.proj_out(h_PTC)
+        h_BHWTC = h_PTC.unflatten(0, (-1, height, width))
+        return x_NCHW + h_BHWTC.permute(0, 3, 4, 1, 2).flatten(0, 1)

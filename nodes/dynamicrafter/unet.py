@@ -1,0 +1,236 @@
+"""The denoising network of DynamiCrafter (arXiv 2310.12190): a 2-D U-Net whose blocks also mix over time.
+
+Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
+W width, E embedding, L text tokens, Q image queries of a frame. The published key layout is kept, with the image
+projector inside under its published prefix `image_proj_model.`.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
+from .resampler import Resampler, ResamplerParams
+
+INIT_ATTENTION_HEADS = 8  # fixed in the published model, whatever its width
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetParams:
+    """Sizes of the network, named as in the official YAML (`unet_config`)."""
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    attention_resolutions: tuple[int, ...]
+    num_res_blocks: int
+    channel_mult: tuple[int, ...]
+    num_head_channels: int
+    transformer_depth: int
+    context_dim: int
+    image_cross_attention_scale_learnable: bool
+    default_fs: int
+    resampler: ResamplerParams
+
+
+def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
+    """Sinusoidal features [B, width] of a number per sample: cosines, then sines, periods 2 pi to 20000 pi."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t_B.device) / (width // 2))
+    angles = t_B[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
+    """Give every frame its image tokens: [B, video_length * per_frame, C] -> [B * frames, per_frame, C].
+
+    The network owns tokens for `video_length` frames. For another number they are interpolated along time, first
+    and last frame kept, so that each frame still reads tokens of its own.
+    """
+    tokens_BVQC = tokens_BQC.unflatten(1, (-1, per_frame))
+    if tokens_BVQC.shape[1] != frames:
+        flat_BCV = tokens_BVQC.flatten(2).transpose(1, 2)
+        flat_BCT = F.interpolate(flat_BCV, size=frames, mode="linear", align_corners=True)
+        tokens_BVQC = flat_BCT.transpose(1, 2).unflatten(-1, (per_frame, -1))
+    return tokens_BVQC.flatten(0, 1)
+
+
+class TemporalConv(nn.Module):
+    """Four residual convolutions along time (ModelScope, arXiv 2308.06571)."""
+
+    def __init__(self, channels: int, operations, **factory):
+        super().__init__()
+
+        def layer(*between: nn.Module) -> nn.Sequential:
+            # The identity holds the place of the official dropout, which keeps the published keys.
+            return nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(), *between,
+                                 operations.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), **factory))
+
+        self.conv1 = layer()
+        self.conv2 = layer(nn.Identity())
+        self.conv3 = layer(nn.Identity())
+        self.conv4 = layer(nn.Identity())
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return x_BCTHW + self.conv4(self.conv3(self.conv2(self.conv1(x_BCTHW))))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, operations, **factory):
+        super().__init__()
+        self.in_layers = nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(),
+                                       operations.Conv2d(channels, out_channels, 3, padding=1, **factory))
+        self.emb_layers = nn.Sequential(nn.SiLU(), operations.Linear(emb_channels, out_channels, **factory))
+        self.out_layers = nn.Sequential(operations.GroupNorm(32, out_channels, **factory), nn.SiLU(), nn.Identity(),
+                                        operations.Conv2d(out_channels, out_channels, 3, padding=1, **factory))
+        self.skip_connection = (nn.Identity() if channels == out_channels
+                                else operations.Conv2d(channels, out_channels, 1, **factory))
+        self.temopral_conv = TemporalConv(out_channels, operations, **factory)  # spelt as in the published keys
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        h = self.in_layers(x_NCHW) + self.emb_layers(step.emb_NE)[:, :, None, None]
+        h = self.skip_connection(x_NCHW) + self.out_layers(h)
+        h_BCTHW = h.unflatten(0, (-1, step.frames)).transpose(1, 2)
+        return self.temopral_conv(h_BCTHW).transpose(1, 2).flatten(0, 1)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, operations, **factory):
+        super().__init__()
+        self.op = operations.Conv2d(channels, channels, 3, stride=2, padding=1, **factory)
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        return self.op(x_NCHW)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int, operations, **factory):
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, padding=1, **factory)
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        return self.conv(F.interpolate(x_NCHW, scale_factor=2, mode="nearest"))
+
+
+class VideoUNet(nn.Module):
+    """Predicts eps or v of a noisy latent clip whose condition frames lie on further channels.
+
+    `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function.
+    """
+
+    def __init__(self, params: UNetParams, operations, attention, dtype=None, device=None):
+        super().__init__()
+        self.params = params
+        self.dtype = dtype
+        factory = {"dtype": dtype, "device": device}
+        layers = {"operations": operations, "attention": attention, **factory}
+        width, emb = params.model_channels, params.model_channels * 4
+
+        def embedding() -> nn.Sequential:
+            return nn.Sequential(operations.Linear(width, emb, **factory), nn.SiLU(),
+                                 operations.Linear(emb, emb, **factory))
+
+        def res(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(channels, out_channels, emb, operations, **factory)
+
+        def transformers(channels: int) -> list[nn.Module]:
+            shape = (channels, channels // params.num_head_channels, params.num_head_channels, params.transformer_depth)
+            return [SpatialTransformer(*shape, params.context_dim, params.image_cross_attention_scale_learnable,
+                                       **layers),
+                    TemporalTransformer(*shape, conv_projection=False, **layers)]
+
+        self.time_embed = embedding()
+        self.fps_embedding = embedding()
+        self.image_proj_model = Resampler(params.resampler, **layers)
+        self.init_attn = nn.ModuleList([TemporalTransformer(
+            width, INIT_ATTENTION_HEADS, params.num_head_channels, params.transformer_depth, conv_projection=True,
+            **layers)])
+
+        self.input_blocks = nn.ModuleList(
+            [nn.ModuleList([operations.Conv2d(params.in_channels, width, 3, padding=1, **factory)])])
+        channels, skips, scale = width, [width], 1
+        for level, mult in enumerate(params.channel_mult):
+            for _ in range(params.num_res_blocks):
+                block = [res(channels, mult * width)]
+                channels = mult * width
+                if scale in params.attention_resolutions:
+                    block += transformers(channels)
+                self.input_blocks.append(nn.ModuleList(block))
+                skips.append(channels)
+            if level < len(params.channel_mult) - 1:
+                self.input_blocks.append(nn.ModuleList([Downsample(channels, operations, **factory)]))
+                skips.append(channels)
+                scale *= 2
+
+        self.middle_block = nn.ModuleList([res(channels, channels), *transformers(channels), res(channels, channels)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(params.channel_mult))):
+            for i in range(params.num_res_blocks + 1):
+                block = [res(channels + skips.pop(), mult * width)]
+                channels = mult * width
+                if scale in params.attention_resolutions:
+                    block += transformers(channels)
+                if level and i == params.num_res_blocks:
+                    block.append(Upsample(channels, operations, **factory))
+                    scale //= 2
+                self.output_blocks.append(nn.ModuleList(block))
+
+        self.out = nn.Sequential(operations.GroupNorm(32, width, **factory), nn.SiLU(),
+                                 operations.Conv2d(width, params.out_channels, 3, padding=1, **factory))
+
+    def project_context(self, text_BLC: Tensor, image_BNW: Tensor, frames: int) -> dict[nn.Module, ContextKeys]:
+        """Keys and values of every cross-attention layer for text [B, L, C] and vision tokens [B, N, W].
+
+        They depend on neither the noisy clip nor the timestep: a sampler computes them once a run.
+        """
+        tokens_BQC = self.image_proj_model(image_BNW)
+        image_NQC = frame_tokens(tokens_BQC, frames, self.params.resampler.num_queries)
+        return {layer: layer.project(text_BLC, image_NQC)
+                for layer in self.modules() if isinstance(layer, ImageTextAttention)}
+
+    def forward(self, x_BCTHW: Tensor, timesteps: Tensor, context: Tensor | None, image_tokens: Tensor,
+                frame_stride: Tensor, control=None, transformer_options: dict = {}) -> Tensor:
+        """Prediction [B, out_channels, T, H, W] for clips [B, in_channels, T, H, W] (condition channels last).
+
+        timesteps [B] in 0..999, context [B, L, C] text, image_tokens [B, N, W] of the vision tower, frame_stride [B].
+        `transformer_options["context_cache"]`, a dict that lives for one sampler call, keeps the projected context.
+        """
+        batch, _, frames, height, width = x_BCTHW.shape
+        cache = transformer_options.get("context_cache")
+        if cache is None:
+            keys = self.project_context(context, image_tokens, frames)
+        else:
+            # A batch is known by the conditions in it; core gives each a unique id.
+            slot = (tuple(transformer_options["uuids"]), context.shape)
+            if slot not in cache:
+                cache[slot] = self.project_context(context, image_tokens, frames)
+            keys = cache[slot]
+
+        dtype = x_BCTHW.dtype
+        emb_BE = (self.time_embed(timestep_embedding(timesteps, self.params.model_channels).to(dtype))
+                  + self.fps_embedding(timestep_embedding(frame_stride, self.params.model_channels).to(dtype)))
+        step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), keys, transformer_options)
+
+        # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
+        multiple = 2 ** (len(self.params.channel_mult) - 1)
+        h = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        if height % multiple or width % multiple:
+            h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        h = self.init_attn[0](self.input_blocks[0][0](h), step)
+        skips = [h]
+        for block in self.input_blocks[1:]:
+            for layer in block:
+                h = layer(h, step)
+            skips.append(h)
+        for layer in self.middle_block:
+            h = layer(h, step)
+        for block in self.output_blocks:
+            h = torch.cat((h, skips.pop()), dim=1)
+            for layer in block:
+                h = layer(h, step)
+        out_NCHW = self.out(h)[:, :, :height, :width]
+        return out_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)
