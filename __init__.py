@@ -1,0 +1,7 @@
+"""Stillmotion: image-to-video nodes for ComfyUI."""
+
+from .nodes import comfy_entrypoint
+
+WEB_DIRECTORY = "./web"
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -1,0 +1,22 @@
+"""The extension: node classes in menu order.
+
+The families' node modules are imported when ComfyUI asks for them, so the engine modules below this
+package can be used with torch alone.
+"""
+
+from importlib import import_module
+
+# (family folder, class in its nodes.py), in menu order
+NODES = [
+]
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to get the pack's nodes."""
+    from comfy_api.latest import ComfyExtension
+
+    class Stillmotion(ComfyExtension):
+        async def get_node_list(self):
+            return [getattr(import_module(f".{family}.nodes", __name__), name) for family, name in NODES]
+
+    return Stillmotion()

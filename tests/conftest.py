@@ -1,0 +1,40 @@
+"""Puts ComfyUI and the pack in reach of the tests: `from stillmotion.nodes.diffusion import schedule`."""
+
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parents[1]
+
+
+def comfyui_root():
+    """The ComfyUI that tests/run.py chose, or the one beside this Python's virtual environment."""
+    root = Path(os.environ.get("STILLMOTION_COMFYUI") or Path(sys.prefix).parent / "ComfyUI")
+    if not (root / "comfy").is_dir():
+        raise RuntimeError(f"no ComfyUI at {root}: run `python tests/run.py`, which sets one up")
+    return root
+
+
+def use_comfyui(root):
+    """Make ComfyUI importable, on the CPU where there is no GPU, with folders of its own."""
+    import torch
+
+    sys.path.insert(0, str(root))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.base_directory = tempfile.mkdtemp(prefix="stillmotion-tests-")
+
+
+def import_pack():
+    """The pack as package `stillmotion`, the way ComfyUI imports it under a name of its own."""
+    spec = importlib.util.spec_from_file_location(
+        "stillmotion", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+use_comfyui(comfyui_root())
+import_pack()
