@@ -1,0 +1,127 @@
+"""Checkpoint files: read safely, whatever their name, and say clearly what is wrong with a bad one."""
+
+import logging
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+
+log = logging.getLogger(__name__)
+
+FORMATS = "a .safetensors file, or a .ckpt / .pt file written by torch.save"
+AGAIN = "Compare its size with the source and download or copy it again."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's tensors by key, and the text of its header (empty for pickles)."""
+
+    path: str
+    tensors: dict
+    metadata: dict
+
+
+def read_checkpoint(path):
+    """Read a checkpoint's tensors without running anything in it.
+
+    The format is told from the first bytes, not from the name. Tensors are mapped from the disk where the
+    format allows (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used.
+    A `state_dict` is unwrapped, so is DeepSpeed's `module`.
+
+    Returns a `Checkpoint`. Raises ValueError for a file that is cut off, is no checkpoint, or is a pickle
+    that would run code.
+    """
+    path = str(path)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[:4] == b"PK\x03\x04":
+        # torch.load takes a file named .safetensors for what its name says, unless it gets the open file.
+        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=not path.endswith(".safetensors"))), {})
+    if head[:1] == b"\x80":
+        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Give {FORMATS}.")
+
+
+def _look(head):
+    if not head:
+        return "the file is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, the weights themselves were not downloaded"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, saved instead of the weights (a login or error page, perhaps)"
+    return f"it begins with {head[:8]!r}"
+
+
+def _read_safetensors(path):
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return Checkpoint(path, tensors, file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole .safetensors file ({error}). {AGAIN}") from error
+
+
+def _read_pickle(path, mmap):
+    try:
+        with open(path, "rb") as file:
+            return torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} is a damaged pickle or not a checkpoint. Give {FORMATS}.") from error
+        raise ValueError(
+            f"{path} is refused: besides weights it holds the Python object {found[1]}, and loading that could "
+            "run code on this computer. Get the same weights as .safetensors, or from a source you trust "
+            "re-saved with torch.save(state_dict).") from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is cut off, or a zip or pickle that is no checkpoint ({error}). "
+                         f"{AGAIN} Allowed: {FORMATS}.") from error
+
+
+def _unwrap(path, found):
+    """The dict of tensors inside what torch.save stored."""
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    elif isinstance(found, dict) and isinstance(found.get("module"), dict):
+        found = _without_wrapper(found["module"])
+    if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path} holds no weights: a {type(found).__name__} without tensors was found. "
+                         "Give a file with a state dict (tensors by name).")
+    others = [key for key, value in found.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        log.info("%s: entries that are not tensors are left aside: %s", path, ", ".join(map(str, others)))
+    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _without_wrapper(state_dict):
+    """DeepSpeed puts the name of its wrapper (`_forward_module.`) before every key of the model."""
+    first = {key.partition(".")[0] for key in state_dict}
+    if len(first) != 1:
+        return state_dict
+    return {key.partition(".")[2]: value for key, value in state_dict.items()}
+
+
+def take_prefix(tensors, prefix):
+    """Move all tensors whose key begins with `prefix` out of `tensors`; returns them without the prefix."""
+    return {key[len(prefix):]: tensors.pop(key) for key in [key for key in tensors if key.startswith(prefix)]}
+
+
+def check_keys(part, found, expected, cause):
+    """Every key accounted for: none missing, none extra, none of another shape.
+
+    `part` and `cause` are words for the message; `found` maps key -> tensor, `expected` key -> shape, both
+    named as in the file. Raises ValueError with the first few names of each kind.
+    """
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    shapes = [f"{key} is {list(found[key].shape)}, expected {list(shape)}"
+              for key, shape in expected.items() if key in found and tuple(found[key].shape) != tuple(shape)]
+    wrong = [f"{len(names)} {kind}: {'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''}"
+             for kind, names in (("missing", missing), ("not known", extra), ("of another shape", shapes)) if names]
+    if wrong:
+        raise ValueError(f"The {part} does not fit. Keys {'. Keys '.join(wrong)}. {cause}")

@@ -1,0 +1,135 @@
+"""Reading checkpoints: every accepted wrapping gives the same tensors, every bad file a clear refusal."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stillmotion.nodes.common import files
+
+WEIGHTS = {"model.a": torch.arange(20000.0), "first.b": torch.ones(2, 3)}
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("ran-when-loaded",)
+
+
+def same(found):
+    assert found.keys() == WEIGHTS.keys()
+    assert all(torch.equal(found[key], WEIGHTS[key]) for key in WEIGHTS)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrap", [
+    lambda w: w,
+    lambda w: {"state_dict": w, "epoch": 3, "global_step": 7},
+    lambda w: {"module": {f"_forward_module.{k}": v for k, v in w.items()}, "dp_world_size": 8},
+    lambda w: {"module": w},
+], ids=["flat", "state_dict", "deepspeed", "module"])
+def test_pickles(tmp_path, wrap, zipped):
+    path = tmp_path / "model.ckpt"
+    torch.save(wrap(WEIGHTS), path, _use_new_zipfile_serialization=zipped)
+    found = files.read_checkpoint(path)
+    same(found.tensors)
+    assert found.metadata == {}
+
+
+def test_pickle_named_safetensors(tmp_path):
+    for zipped in (True, False):
+        torch.save(WEIGHTS, tmp_path / "a.safetensors", _use_new_zipfile_serialization=zipped)
+        same(files.read_checkpoint(tmp_path / "a.safetensors").tensors)
+
+
+def test_safetensors_under_any_name(tmp_path):
+    path = tmp_path / "model.ckpt"
+    save_file(WEIGHTS, path, metadata={"stillmotion.config": "{}"})
+    found = files.read_checkpoint(path)
+    same(found.tensors)
+    assert found.metadata["stillmotion.config"] == "{}"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="the list of mapped files is Linux's")
+def test_big_files_are_mapped_not_read(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "a.ckpt")
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    held = [files.read_checkpoint(tmp_path / name) for name in ("a.ckpt", "a.safetensors")]
+    with open("/proc/self/maps") as maps:
+        mapped = maps.read()
+    assert all(found.path in mapped for found in held)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": WEIGHTS, "extra": Runs()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"model\.ckpt is refused.*posix\.mkdir|nt\.mkdir"):
+        files.read_checkpoint(path)
+    assert not (tmp_path / "ran-when-loaded").exists()
+
+
+@pytest.mark.parametrize("name", ["zip.ckpt", "old.ckpt", "a.safetensors"])
+@pytest.mark.parametrize("keep", [0.02, 0.7, 0.999])
+def test_cut_off_file(tmp_path, name, keep):
+    path = tmp_path / name
+    if name == "a.safetensors":
+        save_file(WEIGHTS, path)
+    else:
+        torch.save(WEIGHTS, path, _use_new_zipfile_serialization=name == "zip.ckpt")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(len(whole) * keep)])
+    with pytest.raises(ValueError, match=name) as refused:
+        files.read_checkpoint(path)
+    assert "again" in str(refused.value) or "damaged" in str(refused.value)
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"", "empty"),
+    (b"<!DOCTYPE html><html></html>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+    (bytes(range(1, 100)), "begins with"),
+    (pickle.dumps([1, 2, "three"]), "not a checkpoint|no checkpoint"),
+])
+def test_not_a_checkpoint(tmp_path, content, word):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=word) as refused:
+        files.read_checkpoint(path)
+    assert "model.safetensors" in str(refused.value)
+
+
+def test_other_archives_and_objects(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        files.read_checkpoint(tmp_path / "a.zip")
+    for name in ("list.pt", "empty.pt"):
+        with pytest.raises(ValueError, match="holds no weights"):
+            files.read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda w: w.pop("model.a"), "1 missing: model.a"),
+    (lambda w: w.update(other=torch.ones(1)), "1 not known: other"),
+    (lambda w: w.update({"first.b": torch.ones(3, 2)}), r"first.b is \[3, 2\], expected \[2, 3\]"),
+])
+def test_every_key_is_accounted_for(change, word):
+    expected = {key: tuple(value.shape) for key, value in WEIGHTS.items()}
+    found = dict(WEIGHTS)
+    files.check_keys("network", found, expected, "The file was changed.")
+    change(found)
+    with pytest.raises(ValueError, match=word) as refused:
+        files.check_keys("network", found, expected, "The file was changed.")
+    assert "The file was changed." in str(refused.value)
+
+
+def test_take_prefix():
+    tensors = dict(WEIGHTS)
+    assert list(files.take_prefix(tensors, "model.")) == ["a"]
+    assert list(tensors) == ["first.b"]
