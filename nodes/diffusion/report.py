@@ -1,0 +1,94 @@
+"""What happened during a sampling run: ranges, clipped values, NaN and Inf at every step, and a verdict in words."""
+from dataclasses import dataclass
+
+import torch
+
+COLUMNS = ("x0_min", "x0_max", "x0_mean", "x0_std", "x_min", "x_max", "x_std", "beyond", "nan", "inf")
+
+# A good image latent ends within about +-2.5 with few values beyond +-3; a broken one reaches +-100.
+RANGE_DOUBTFUL, RANGE_BAD = 5.0, 10.0
+SHARE_DOUBTFUL, SHARE_BAD = 0.03, 0.10
+FLAT_STD = 0.1
+
+
+@dataclass(frozen=True)
+class SamplingReport:
+    """One run; every column has one value a step, in the order taken. x0 is the prediction before clipping.
+
+    settings: one line on how it was sampled. limit: |x0| that counts as `beyond`, clipped if `clip_mode` is not off.
+    values: number of latent values a step, the whole batch together.
+    """
+    settings: str
+    clip_mode: str
+    limit: float
+    values: int
+    original: bool
+    timesteps: list[int]
+    columns: dict[str, list[float]]
+
+    def verdict(self) -> tuple[str, str]:
+        """("good" | "doubtful" | "bad", reason and advice)."""
+        column = self.columns
+        broken = [i for i in range(len(self.timesteps)) if column["nan"][i] or column["inf"][i]]
+        if broken:
+            return "bad", self._broken(broken[0])
+        reach = max(-column["x_min"][-1], column["x_max"][-1])
+        share = column["beyond"][-1] / self.values
+        outside = f"{share:.1%} of the last predicted values lie beyond +-{self.limit:g}"
+        if reach > RANGE_BAD or share > SHARE_BAD:
+            return "bad", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: expect colour noise. "
+                           "Lower cfg, clip x0 (static, 3), or check that the model fits these settings.")
+        if reach > RANGE_DOUBTFUL or share > SHARE_DOUBTFUL:
+            return "doubtful", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: colours may "
+                                "be too strong. Lower cfg, raise guidance_rescale, or clip x0.")
+        if column["x_std"][-1] < FLAT_STD:
+            return "doubtful", (f"The final latent is nearly flat (standard deviation {column['x_std'][-1]:.3f}): expect "
+                                "an even grey. Take more steps, or check model and conditioning.")
+        return "good", f"The final latent lies within +-{reach:.1f}, {outside}, no NaN or Inf."
+
+    def _broken(self, step: int) -> str:
+        count = int(self.columns["nan"][step] + self.columns["inf"][step])
+        text = f"{count} of {self.values} values are NaN or Inf from step {step + 1} on (timestep {self.timesteps[step]}). "
+        if self.original:
+            return text + "The original tables do that at some step counts: choose the fixed tables."
+        return text + "The model itself returned them: load it as bf16 or fp32 instead of fp16, or check the file."
+
+    def text(self) -> str:
+        """Verdict, settings and a table with one line a step."""
+        level, reason = self.verdict()
+        what = "outside" if self.clip_mode == "off" else "clipped"
+        lines = [f"{level}: {reason}", self.settings, f"step     t         x0 range   x0 mean    std      latent range"
+                 f"  {what}  NaN  Inf"]
+        for i, (timestep, *v) in enumerate(zip(self.timesteps, *(self.columns[name] for name in COLUMNS))):
+            row = dict(zip(COLUMNS, v))
+            lines.append(f"{i + 1:4d} {timestep:5d} {row['x0_min']:8.2f} {row['x0_max']:8.2f} {row['x0_mean']:9.3f} "
+                         f"{row['x0_std']:6.3f} {row['x_min']:9.2f} {row['x_max']:8.2f} {int(row['beyond']):8d} "
+                         f"{int(row['nan']):4d} {int(row['inf']):4d}")
+        return "\n".join(lines)
+
+
+class Recorder:
+    """Collects the columns as device tensors, so that the sampling loop never waits for the device."""
+
+    def __init__(self, settings: str, clip_mode: str, limit: float, original: bool):
+        self.settings, self.clip_mode, self.limit, self.original = settings, clip_mode, limit, original
+        self.values = 0
+        self.timesteps: list[int] = []
+        self.rows: list[torch.Tensor] = []
+
+    def record(self, timestep: int, x0_raw: torch.Tensor, x: torch.Tensor) -> None:
+        """x0_raw: prediction before clipping, x: latent after the step; ranges leave NaN and Inf out."""
+        self.values = x.numel()
+        both = torch.stack([x0_raw, x])
+        x0_safe, x_safe = torch.nan_to_num(both, nan=0.0, posinf=0.0, neginf=0.0)
+        std_x, mean_x0, std_x0 = x_safe.std(), x0_safe.mean(), x0_safe.std()
+        self.timesteps.append(timestep)
+        self.rows.append(torch.stack([
+            x0_safe.min(), x0_safe.max(), mean_x0, std_x0, x_safe.min(), x_safe.max(), std_x,
+            (x0_safe.abs() > self.limit).sum(), both.isnan().any(0).sum(), both.isinf().any(0).sum()]))
+
+    def finish(self) -> SamplingReport:
+        """The report of the steps recorded; the only moment that waits for the device."""
+        table = torch.stack(self.rows).cpu().tolist()
+        columns = {name: [row[i] for row in table] for i, name in enumerate(COLUMNS)}
+        return SamplingReport(self.settings, self.clip_mode, self.limit, self.values, self.original, self.timesteps, columns)
