@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[1]
+FOLDERS = tempfile.TemporaryDirectory(prefix="stillmotion-tests-")  # models, input, output of the tests
 
 
 def comfyui_root():
     """The ComfyUI that tests/run.py chose, or the one beside this Python's virtual environment."""
-    root = Path(os.environ.get("STILLMOTION_COMFYUI") or Path(sys.prefix).parent / "ComfyUI")
+    root = Path(os.environ.setdefault("STILLMOTION_COMFYUI", str(Path(sys.prefix).parent / "ComfyUI")))
     if not (root / "comfy").is_dir():
         raise RuntimeError(f"no ComfyUI at {root}: run `python tests/run.py`, which sets one up")
     return root
@@ -25,16 +26,17 @@ def use_comfyui(root):
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
-    args.base_directory = tempfile.mkdtemp(prefix="stillmotion-tests-")
+    args.base_directory = FOLDERS.name
 
 
 def import_pack():
-    """The pack as package `stillmotion`, the way ComfyUI imports it under a name of its own."""
+    """The pack as package `stillmotion`, as ComfyUI imports it under a name of its own."""
     spec = importlib.util.spec_from_file_location(
         "stillmotion", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
+sys.path.append(str(PACK / "workflows"))
 use_comfyui(comfyui_root())
 import_pack()

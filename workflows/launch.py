@@ -1,0 +1,151 @@
+"""Start a ComfyUI server for one run: loopback, a free port, folders of its own; stop it again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import host
+
+STARTUP_SECONDS = 180
+PACK_FOLDER = "stillmotion"
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback never goes through a proxy
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def models_folder(comfyui):
+    """Where this ComfyUI's checkpoints are looked for: its own models folder, or the private hosts' shared one."""
+    if comfyui.is_relative_to(host.cache_folder()):
+        return host.cache_folder() / "models"
+    return comfyui / "models"
+
+
+def device_arguments(python, device):
+    """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU."""
+    if device == "auto":
+        # the private CPU host needs no look; torch takes two seconds to import
+        code = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
+        found = "-cpu-" not in str(python) and subprocess.run([str(python), "-c", code]).returncode == 0
+        return [] if found else ["--cpu"]
+    named = re.fullmatch(r"(?:cuda:?)?(\d*)", device)
+    if device == "cpu":
+        return ["--cpu"]
+    if not named:
+        raise host.HostError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:N (N counts GPUs from 0).")
+    return ["--cuda-device", named[1]] if named[1] else []
+
+
+def link_pack(custom_nodes):
+    """Put the pack into a custom_nodes folder: a link, or a copy where links are not allowed."""
+    custom_nodes.mkdir(parents=True)
+    try:
+        (custom_nodes / PACK_FOLDER).symlink_to(host.PACK, target_is_directory=True)
+    except OSError:
+        unneeded = shutil.ignore_patterns(".git", "results", "tests")
+        shutil.copytree(host.PACK, custom_nodes / PACK_FOLDER, ignore=unneeded)
+
+
+class Server:
+    """A running ComfyUI with the pack in it. Use as a context manager.
+
+    `models` are folders with checkpoints/, loras/, ... to search besides the host's own; `checkpoints` are
+    folders with checkpoint files. Raises HostError when the server or the pack does not come up.
+    """
+
+    def __init__(self, found, device="auto", models=(), checkpoints=()):
+        self.base = Path(tempfile.mkdtemp(prefix="stillmotion-server-"))
+        self.process = None
+        try:
+            link_pack(self.base / "custom_nodes")
+            for name in ("input", "output", "user"):
+                (self.base / name).mkdir()
+            own = models_folder(found.comfyui)
+            (own / "checkpoints").mkdir(parents=True, exist_ok=True)
+            paths = self._model_paths([own, *models], checkpoints)
+            self.command = [
+                str(found.python), str(found.comfyui / "main.py"), "--listen", "127.0.0.1", "--disable-auto-launch",
+                "--disable-api-nodes", "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
+                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found.python, device)]
+            self._start()
+            self._check_pack()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _model_paths(self, models, checkpoints):
+        """ComfyUI's file of further model folders (YAML, of which JSON is a part)."""
+        entries = {}
+        for i, folder in enumerate(map(Path, models)):
+            names = {d.name for d in folder.iterdir() if d.is_dir()} | {"checkpoints"}
+            entries[f"models{i}"] = {"base_path": str(folder.absolute()), **{n: n for n in sorted(names)}}
+        for i, folder in enumerate(map(Path, checkpoints)):
+            entries[f"checkpoints{i}"] = {"checkpoints": str(folder.absolute())}
+        path = self.base / "model_paths.yaml"
+        path.write_text(json.dumps(entries))
+        return path
+
+    def _start(self):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = open(self.base / "server.log", "wb")
+        environment = dict(host.clean_environment(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
+        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order
+        self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, cwd=self.base,
+                                        stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while True:
+            if not self.alive():
+                code = self.process.returncode
+                raise host.HostError(f"ComfyUI stopped while starting (exit code {code}):\n{self.tail()}")
+            try:
+                with _open(self.url + "/system_stats", timeout=5):
+                    return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise host.HostError(f"ComfyUI did not answer within {STARTUP_SECONDS} s:\n{self.tail()}")
+                time.sleep(0.1)
+
+    def _check_pack(self):
+        with _open(self.url + "/object_info", timeout=60) as answer:
+            nodes = json.load(answer)
+        failed = [line for line in self.tail(10000).splitlines() if "IMPORT FAILED" in line and PACK_FOLDER in line]
+        if failed or not any(name.startswith("Stillmotion_") for name in nodes):
+            raise host.HostError(f"ComfyUI started, but the pack did not load in it:\n{self.tail(40)}")
+
+    def alive(self):
+        return self.process is not None and self.process.poll() is None
+
+    def tail(self, lines=20):
+        """The last lines of the server's log."""
+        return "\n".join((self.base / "server.log").read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self):
+        """Stop the server (it finishes within about a second) and remove its folders."""
+        if self.alive():
+            self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self.process is not None:
+            self.log.close()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop()
