@@ -1,0 +1,90 @@
+"""The Stable-Diffusion autoencoder on video latents: ComfyUI's own VAE with the frame axis folded into the batch."""
+
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+
+# Pixels worked on between two progress ticks (and chances to interrupt): one frame of 512 x 320, or 40 of 64 x 64.
+# Within these ComfyUI splits further where the free memory is less.
+PIXELS_PER_TICK = 512 * 320
+
+
+def vae_shapes(ddconfig, embed_dim):
+    """Key -> shape of the autoencoder that an official `ddconfig` describes."""
+    with torch.device("meta"):
+        network = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+class VideoVAE(comfy.sd.VAE):
+    """`comfy.sd.VAE` that also takes and gives latents [B, C, T, h, w].
+
+    Encoding N images [N, H, W, C] gives one clip [1, C, N, h, w], the posterior mean; decoding 5-D latents gives
+    [B, T, H, W, C] in 0..1, decoding 4-D ones images as ever.
+
+    `state_dict` holds the weights without prefix, `ddconfig` and `embed_dim` come from the official YAML,
+    `dtype` None leaves the choice to ComfyUI.
+    """
+
+    def __init__(self, state_dict, ddconfig, embed_dim, dtype=None):
+        super().__init__(sd=state_dict, config={"params": {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}},
+                         dtype=dtype)
+        self.latent_channels = embed_dim
+        self.downscale_ratio = self.upscale_ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
+
+    def encode(self, pixel_samples, *args, **kwargs):
+        encode = super().encode
+
+        def chunked(frames_NHWC):
+            _, height, width, _ = frames_NHWC.shape
+            return _in_chunks(lambda chunk: encode(chunk, *args, **kwargs), frames_NHWC, height * width)
+
+        return self._fold_pixels(chunked, pixel_samples)
+
+    def encode_tiled(self, pixel_samples, *args, **kwargs):
+        encode = super().encode_tiled
+        return self._fold_pixels(lambda frames: encode(frames, *args, **_spatial(kwargs)), pixel_samples)
+
+    def decode(self, samples_in, *args, **kwargs):
+        decode = super().decode
+
+        def chunked(frames_NCHW):
+            _, _, height, width = frames_NCHW.shape
+            pixels = height * width * self.upscale_ratio ** 2
+            return _in_chunks(lambda chunk: decode(chunk, *args, **kwargs), frames_NCHW, pixels)
+
+        return self._fold_latents(chunked, samples_in)
+
+    def decode_tiled(self, samples, *args, **kwargs):
+        decode = super().decode_tiled
+        return self._fold_latents(lambda frames: decode(frames, *args, **_spatial(kwargs)), samples)
+
+    def _fold_pixels(self, encode, pixels):
+        clips = len(pixels) if pixels.ndim == 5 else 1
+        latents_NCHW = encode(pixels.reshape(-1, *pixels.shape[-3:])[..., :3])
+        return latents_NCHW.unflatten(0, (clips, -1)).movedim(2, 1)
+
+    def _fold_latents(self, decode, latents):
+        if latents.ndim not in (4, 5) or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"The latent has the shape {list(latents.shape)}; this VAE decodes [batch, {self.latent_channels}, "
+                f"frames, height, width]. It comes from another kind of model: use the VAE that belongs to it.")
+        if latents.ndim == 4:
+            return decode(latents)
+        return decode(latents.movedim(1, 2).flatten(0, 1)).unflatten(0, (len(latents), -1))
+
+
+def _in_chunks(work, frames, pixels_per_frame):
+    """`work` on a few frames at a time; ComfyUI's progress bar moves, and interrupts, between them."""
+    progress = comfy.utils.ProgressBar(len(frames))
+    done = []
+    for chunk in frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame)):
+        done.append(work(chunk))
+        progress.update(len(chunk))
+    return torch.cat(done)
+
+
+def _spatial(kwargs):
+    """Tiles in space only: every frame is worked on alone, so tiles in time mean nothing here."""
+    return {key: value for key, value in kwargs.items() if key not in ("tile_t", "overlap_t")}
