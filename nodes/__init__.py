@@ -8,6 +8,7 @@ from importlib import import_module
 
 # (family folder, class in its nodes.py), in menu order
 NODES = [
+    ("common", "SaveVideo"),
 ]
 
 

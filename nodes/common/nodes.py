@@ -1,0 +1,81 @@
+"""Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs that carry the workflow."""
+from fractions import Fraction
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import InputImpl, Types, io, ui
+
+from . import video as files
+
+EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
+
+
+class SaveVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Stillmotion_SaveVideo",
+            display_name="Save Video (MP4, GIF, frames)",
+            category="Stillmotion/video",
+            description="Saves frames as an MP4, a GIF or numbered PNGs in the output folder and shows the result. "
+                        "Drop a saved MP4 or PNG on ComfyUI to get its workflow back.",
+            inputs=[
+                io.Image.Input("images", optional=True,
+                               tooltip="The frames to save, in order. Connect either this or video."),
+                io.Video.Input("video", optional=True,
+                               tooltip="A video to save; its own frame rate and sound are kept (sound in MP4 only). "
+                                       "Connect either this or images."),
+                io.String.Input("filename_prefix", default="video/Stillmotion",
+                                tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
+                                        "%date:yyyy-MM-dd% and %Node.widget% are filled in as in Save Image."),
+                io.Float.Input("fps", default=8.0, min=0.1, max=files.MAX_FPS, step=0.1,
+                               tooltip="Frames shown a second. Used for images only; a GIF plays at most 50."),
+                io.Combo.Input("format", options=list(files.FORMATS), default="mp4",
+                               tooltip="mp4: H.264, plays everywhere; odd sizes gain one repeated row or column. "
+                                       "gif: loops, 256 colours, no workflow inside. "
+                                       "png frames: a folder of numbered pictures without loss."),
+                io.Int.Input("crf", default=16, min=1, max=51,
+                             tooltip="MP4 only: 1 is best, 16 looks lossless, 23 is small, 51 is worst."),
+            ],
+            outputs=[io.Video.Output(display_name="video", tooltip="The video as it came in, before compression, "
+                                                                   "for nodes that go on with it.")],
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, filename_prefix, fps, format, crf, images=None, video=None) -> io.NodeOutput:
+        if (images is None) == (video is None):
+            given = "neither images nor video is" if images is None else "both images and video are"
+            raise ValueError(f"{given} connected; connect just one of them.")
+        if format not in files.FORMATS:
+            raise ValueError(f"format = {format!r} was given; allowed are {', '.join(files.FORMATS)}.")
+        if video is None:
+            parts = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
+            video = InputImpl.VideoFromComponents(parts)
+        else:
+            parts = video.get_components()
+        height, width = parts.images.shape[1:3]
+        output = folder_paths.get_output_directory()
+        try:
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+                filename_prefix, output, width, height)
+        except OSError as error:
+            raise files.save_error(Path(output, filename_prefix), error) from error
+        path = Path(folder) / f"{name}_{counter:05}_{EXTENSIONS[format]}"
+        names = files.save_video(parts.images, path, parts.frame_rate, format, crf, cls.workflow_tags(), parts.audio)
+        if format == "png frames":
+            subfolder = str(Path(subfolder) / path.name)
+        shown = ui.PreviewVideo([ui.SavedResult(n, subfolder, io.FolderType.output) for n in names]).as_dict()
+        return io.NodeOutput(video, ui=shown | {"animated": (format != "png frames",)})
+
+    @classmethod
+    def workflow_tags(cls) -> dict:
+        """The prompt and the page's workflow, one tag each, as core's savers write them; none if switched off."""
+        if args.disable_metadata:
+            return {}
+        tags = dict(cls.hidden.extra_pnginfo or {})
+        if cls.hidden.prompt is not None:
+            tags["prompt"] = cls.hidden.prompt
+        return tags
