@@ -101,6 +101,6 @@ def track(frames_THWC: np.ndarray, colours: dict, backgrounds: dict, directions:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 images."""
+    """Peak signal-to-noise ratio in dB of two uint8 images, at most 99."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+    return min(99.0, float(10 * np.log10(255**2 / max(error, 1e-9))))
