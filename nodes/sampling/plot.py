@@ -34,8 +34,8 @@ def draw_report(report: SamplingReport) -> Image.Image:
     for i, count in enumerate(columns["beyond"]):
         pen.box(lower.x(i - 0.35), lower.y(count), lower.x(i + 0.35), lower.y(0), CLIPPED, 200)
     _step_labels(pen, lower, report.timesteps)
-    pen.text(LEFT, MIDDLE + GAP / 2, "values clipped" if report.clip_mode != "off" else "values beyond the dashed lines",
-             13, CLIPPED, "lm")
+    counted = "values beyond the dashed lines" if report.clip_mode == "off" else "values clipped"
+    pen.text(LEFT, MIDDLE + GAP / 2, counted, 13, CLIPPED, "lm")
     _legend(pen, report)
     return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
