@@ -8,6 +8,9 @@ from importlib import import_module
 
 # (family folder, class in its nodes.py), in menu order
 NODES = [
+    ("sampling", "DDIMSampler"),
+    ("sampling", "DDIMSamplerSelect"),
+    ("sampling", "SamplingReport"),
     ("common", "SaveVideo"),
 ]
 

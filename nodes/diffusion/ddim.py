@@ -1,4 +1,4 @@
-"""One DDIM step as a pure function (arXiv 2010.02502), in the variance-preserving scale: x = sqrt(a) x0 + sqrt(1-a) eps.
+"""One DDIM step (arXiv 2010.02502) as a pure function, in the scale x = sqrt(a) x0 + sqrt(1 - a) eps.
 
 Order as in DynamiCrafter: model output -> x0 and eps -> clip x0 -> dynamic rescale of x0 -> next x.
 """

@@ -36,19 +36,20 @@ class SamplingReport:
         share = column["beyond"][-1] / self.values
         outside = f"{share:.1%} of the last predicted values lie beyond +-{self.limit:g}"
         if reach > RANGE_BAD or share > SHARE_BAD:
-            return "bad", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: expect colour noise. "
-                           "Lower cfg, clip x0 (static, 3), or check that the model fits these settings.")
+            return "bad", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: expect colour "
+                           "noise. Lower cfg, clip x0 (static, 3), or check that the model fits these settings.")
         if reach > RANGE_DOUBTFUL or share > SHARE_DOUBTFUL:
-            return "doubtful", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: colours may "
-                                "be too strong. Lower cfg, raise guidance_rescale, or clip x0.")
+            return "doubtful", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: colours "
+                                "may be too strong. Lower cfg, raise guidance_rescale, or clip x0.")
         if column["x_std"][-1] < FLAT_STD:
-            return "doubtful", (f"The final latent is nearly flat (standard deviation {column['x_std'][-1]:.3f}): expect "
-                                "an even grey. Take more steps, or check model and conditioning.")
+            return "doubtful", (f"The final latent is nearly flat (standard deviation {column['x_std'][-1]:.3f}): "
+                                "expect an even grey. Take more steps, or check model and conditioning.")
         return "good", f"The final latent lies within +-{reach:.1f}, {outside}, no NaN or Inf."
 
     def _broken(self, step: int) -> str:
         count = int(self.columns["nan"][step] + self.columns["inf"][step])
-        text = f"{count} of {self.values} values are NaN or Inf from step {step + 1} on (timestep {self.timesteps[step]}). "
+        where = f"step {step + 1} (timestep {self.timesteps[step]})"
+        text = f"{count} of {self.values} values are NaN or Inf from {where} on. "
         if self.original:
             return text + "The original tables do that at some step counts: choose the fixed tables."
         return text + "The model itself returned them: load it as bf16 or fp32 instead of fp16, or check the file."
@@ -91,4 +92,5 @@ class Recorder:
         """The report of the steps recorded; the only moment that waits for the device."""
         table = torch.stack(self.rows).cpu().tolist()
         columns = {name: [row[i] for row in table] for i, name in enumerate(COLUMNS)}
-        return SamplingReport(self.settings, self.clip_mode, self.limit, self.values, self.original, self.timesteps, columns)
+        return SamplingReport(self.settings, self.clip_mode, self.limit, self.values, self.original, self.timesteps,
+                              columns)

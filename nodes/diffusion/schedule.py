@@ -36,7 +36,8 @@ class DiffusionParams:
 
 def make_betas(params: DiffusionParams) -> torch.Tensor:
     """Betas [1000] in float64: linear in their square root, rescaled to zero terminal SNR if asked."""
-    betas = torch.linspace(params.linear_start ** 0.5, params.linear_end ** 0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
+    start, end = params.linear_start ** 0.5, params.linear_end ** 0.5
+    betas = torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     return zero_terminal_snr(betas) if params.zero_snr else betas
 
 
