@@ -5,7 +5,9 @@ offloading work as with any other text encoder. Head counts are not in the weigh
 model configuration (`{"embed_dim", "vision_cfg", "text_cfg"}`).
 """
 
+import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.clip_model
@@ -35,6 +37,26 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Of the whole CLIP, the official files keep with each tower what it does not use.
 UNUSED_TEXT_KEYS = {"logit_scale", "attn_mask"}
+
+
+def open_clip_config(arch, folder):
+    """Model configuration of the open_clip architecture `arch`.
+
+    Looked up in `folder` (`<arch>.json`, then `open_clip_config.json`), then among those that open_clip knows.
+    """
+    if arch == "ViT-H-14":
+        return VIT_H
+    for name in (f"{arch}.json", "open_clip_config.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            return json.loads(path.read_text())
+    import open_clip
+
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        raise ValueError(f"open_clip knows no architecture {arch!r}. Put its model configuration (JSON) beside the "
+                         f"YAML, in {folder}, as open_clip_config.json.")
+    return config
 
 
 def text_config(config):

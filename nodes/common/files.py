@@ -4,7 +4,6 @@ import logging
 import pickle
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import safetensors
 import torch

@@ -1,0 +1,243 @@
+"""From a DynamiCrafter checkpoint to MODEL, CLIP, CLIP_VISION and VAE, every key accounted for.
+
+Type and size are read from keys and shapes, or from a configuration; never from the file's name.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..common import clip as towers
+from ..common.files import check_keys, take_prefix
+from ..common.vae import VideoVAE, vae_shapes
+from .base import make_model, make_patcher
+from .config import VARIANTS, parse, published, read_yaml
+
+log = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+                 "fp8_e4m3fn": torch.float8_e4m3fn}
+
+UNET, RESAMPLER, VAE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
+TEXT, VISION = "cond_stage_model.model.", "embedder.model.visual."
+
+# Known and left aside: the noise schedule (half precision in pruned files; ours is rebuilt in float64), ...
+SCHEDULE = {name: (1000,) for name in (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+)} | {"scale_arr": (1400,)}
+# ... the part of each CLIP that the model does not use, ...
+UNUSED = {f"{tower}{key}" for tower in (TEXT, "embedder.model.") for key in ("logit_scale", "attn_mask")} | {
+    f"embedder.model.{key}" for key in ("positional_embedding", "text_projection", "token_embedding.weight",
+                                        "ln_final.weight", "ln_final.bias")}
+# ... and what only training needs.
+TRAINING = ("model_ema.", f"{VAE}loss.")
+
+# First match wins; a key that contains the mark tells the family.
+FAMILIES = (
+    ("Stable Video Diffusion", "model.diffusion_model.input_blocks.1.0.time_stack."),
+    ("AnimateDiff (a motion module)", ".motion_modules."),
+    ("a LoRA", "lora_"),
+    ("a ControlNet", "control_model."),
+    ("SDXL", "conditioner.embedders."),
+    ("Stable Diffusion 3", "joint_blocks.0."),
+    ("HunyuanVideo", "txt_in.individual_token_refiner."),
+    ("Flux", "double_blocks.0.img_attn."),
+    ("Wan", "blocks.0.cross_attn.norm_k."),
+    ("LTX-Video", "transformer_blocks.0.scale_shift_table"),
+    ("VideoCrafter (or another model without DynamiCrafter's image projector)", "model.diffusion_model.init_attn."),
+    ("Stable Diffusion 1.x", "cond_stage_model.transformer."),
+    ("Stable Diffusion 2.x", TEXT),
+    ("an image diffusion model", UNET),
+    ("a VAE", "decoder.conv_in."),
+    ("a CLIP tower", "resblocks.0."),
+    ("a CLIP tower", "encoder.layers.0."),
+)
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint holds; a part that was pruned from the file is None."""
+
+    model: Any
+    clip: Any
+    clip_vision: Any
+    vae: Any
+
+
+def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedding_directory=None):
+    """Turn a `files.Checkpoint` into ComfyUI's MODEL, CLIP, CLIP_VISION and VAE; `checkpoint.tensors` is emptied.
+
+    `variant` ("auto", "256", "512", "512_interp", "1024") is a hint for files without a configuration; `yaml_path`
+    an official-format YAML, which goes before the configuration in the file's header. Raises ValueError for
+    another model family, for a key that is missing, unknown or of another shape, and for unknown options.
+    """
+    if variant not in ("auto", *VARIANTS):
+        raise ValueError(f"Variant {variant!r} is unknown: choose one of auto, {', '.join(VARIANTS)}.")
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    tensors = checkpoint.tensors
+    check_family(checkpoint)
+    config, clip_config = find_config(checkpoint, variant, yaml_path)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    tower_dtype = None if weight_dtype == "fp8_e4m3fn" else dtype
+
+    model = make_model(config.unet, config.diffusion, config.scale_factor, dtype or _auto_dtype(tensors))
+    network = model.diffusion_model
+    text = towers.text_config(clip_config(config.text_arch)) if _has(tensors, TEXT) else None
+    vision = towers.vision_config(clip_config(config.vision_arch)) if _has(tensors, VISION) else None
+    file_key = _names_of_file(tensors)
+    expected = {file_key(key): value.shape for key, value in network.state_dict().items()}
+    _check("network (U-Net and image projector)", tensors, (UNET, RESAMPLER), expected)
+    if _has(tensors, VAE):
+        shapes = vae_shapes(config.ddconfig, config.embed_dim)
+        _check("VAE", tensors, (VAE,), _prefixed(VAE, shapes))
+    if text:
+        _check("text tower", tensors, (TEXT,), _prefixed(TEXT, towers.text_shapes(text)))
+    if vision:
+        _check("vision tower", tensors, (VISION,), _prefixed(VISION, towers.vision_shapes(vision)))
+    _leave_aside(checkpoint)
+
+    network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
+                            assign=True)
+    vae = text_tower = vision_tower = None
+    if _has(tensors, VAE):
+        vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
+                       torch.float32 if weight_dtype == "fp32" else None)
+    if text:
+        text_tower = towers.text_tower(take_prefix(tensors, TEXT), text, config.text_layer, tower_dtype,
+                                       embedding_directory)
+    if vision:
+        vision_tower = towers.VisionTower(take_prefix(tensors, VISION), vision, tower_dtype)
+    return Loaded(make_patcher(model), text_tower, vision_tower, vae)
+
+
+def check_family(checkpoint):
+    """Raise ValueError, with the family's name, for anything but DynamiCrafter and its fine-tunes."""
+    keys = checkpoint.tensors.keys()
+    if any(key.startswith(f"{VAE}decoder.attn_refinement.") for key in keys):
+        raise ValueError(f"{checkpoint.path} is ToonCrafter: its decoder takes both end frames as a reference "
+                         "(first_stage_model.decoder.attn_refinement), which is not supported. Use DynamiCrafter "
+                         "512_interp for two images.")
+    if _has(keys, f"{UNET}init_attn.") and (_has(keys, RESAMPLER) or any(".to_k_ip." in key for key in keys)):
+        if re.search(r"(?<![a-z])cil(?![a-z])", Path(checkpoint.path).stem.lower()):
+            log.info("%s: a CIL fine-tune by its name; it has DynamiCrafter's layout and loads as such.",
+                     checkpoint.path)
+        return
+    family = next((name for name, mark in FAMILIES if any(mark in key for key in keys)), None)
+    found = f"it looks like {family}" if family else f"its keys are not known ({', '.join(list(keys)[:3])}, ...)"
+    raise ValueError(f"{checkpoint.path} is not a DynamiCrafter checkpoint: {found}. Give model.ckpt of DynamiCrafter "
+                     "256, 512, 512_interp or 1024, a pruned .safetensors of one, or a file with this pack's header.")
+
+
+def find_config(checkpoint, variant, yaml_path):
+    """The `CheckpointConfig`, and a function from an open_clip architecture's name to its configuration."""
+    if yaml_path:
+        return (parse(read_yaml(yaml_path), str(yaml_path)),
+                lambda arch: towers.open_clip_config(arch, Path(yaml_path).parent))
+    header = checkpoint.metadata
+    if "stillmotion.config" in header:
+        config = parse(json.loads(header["stillmotion.config"]), f"The header of {checkpoint.path}")
+        return config, lambda arch: json.loads(header["stillmotion.open_clip"])
+    first = checkpoint.tensors.get(f"{UNET}input_blocks.0.0.weight")
+    if first is not None and first.shape[0] != 320:
+        raise ValueError(f"{checkpoint.path}: the network is {first.shape[0]} channels wide, the published models are "
+                         "320. Give the YAML that it was trained with.")
+    found = detect_variant(checkpoint.tensors, variant)
+    return parse(published(found), f"DynamiCrafter {found}"), lambda arch: towers.VIT_H
+
+
+def detect_variant(tensors, hint="auto"):
+    """"256", "512", "512_interp" or "1024" of a published checkpoint, from its keys.
+
+    512 and 512_interp have equal keys: `hint` chooses between them, 512 without. A hint is also needed where the
+    file lost the buffer that tells 512 from 1024. Raises ValueError for a hint that the keys contradict.
+    """
+    scales = tensors.get("scale_arr")
+    if scales is not None and not scales.is_meta:
+        last = float(scales[-1])
+        possible = next((names for value, names in ((0.7, ("512", "512_interp")), (0.3, ("1024",)))
+                         if abs(last - value) < 0.01), None)
+        if possible is None:
+            raise ValueError(f"The checkpoint's dynamic rescale ends at {last:g}; the published models end at 0.7 "
+                             "(512) or 0.3 (1024). Give the YAML that it was trained with.")
+    elif any("framestride_embed" in key or key.endswith("attn2.alpha") for key in tensors):
+        possible = ("256",)
+    else:
+        possible = ("512", "512_interp", "1024")
+        if hint == "auto":
+            raise ValueError("This file lacks scale_arr, which tells 512 from 1024. Choose the variant: 512, "
+                             "512_interp or 1024.")
+    if hint == "auto":
+        return possible[0]
+    if hint not in possible:
+        raise ValueError(f"Variant {hint} was chosen, but the keys of this file say {' or '.join(possible)}. "
+                         "Choose that, or auto.")
+    return hint
+
+
+def _has(keys, prefix):
+    return any(key.startswith(prefix) for key in keys)
+
+
+def _prefixed(prefix, shapes):
+    return {prefix + key: shape for key, shape in shapes.items()}
+
+
+def _names_of_file(tensors):
+    """Function from a key of our network to the file's: the image projector beside it, older names of 256."""
+    old_names = _has(tensors, f"{UNET}framestride_embed.")
+
+    def name(key):
+        if key.startswith(RESAMPLER):
+            return key
+        return UNET + (key.replace("fps_embedding.", "framestride_embed.") if old_names else key)
+
+    return name
+
+
+def _check(part, tensors, prefixes, expected):
+    found = {key: value for key, value in tensors.items()
+             if key.startswith(prefixes) and key not in UNUSED and not key.startswith(TRAINING)}
+    check_keys(part, found, expected,
+               "Missing keys: the file was pruned or saved in part; get it whole. Unknown keys or other shapes: it is "
+               "another variant or a changed network; give its own YAML, or choose the right variant.")
+
+
+def _leave_aside(checkpoint):
+    """Drop what is known and not used; anything else that no part has claimed is an error."""
+    tensors = checkpoint.tensors
+    for key in [key for key in tensors if key in UNUSED]:
+        tensors.pop(key)
+    training = [key for key in tensors if key.startswith(TRAINING)]
+    for key in training:
+        tensors.pop(key)
+    if training:
+        log.info("%s: %d tensors of the training state (EMA, loss) are left aside.", checkpoint.path, len(training))
+    rest = {key: value for key, value in tensors.items()
+            if not key.startswith((UNET, RESAMPLER, VAE, TEXT, VISION))}
+    check_keys("rest of the file", rest, {key: SCHEDULE[key] for key in rest if key in SCHEDULE},
+               "They belong to no part of DynamiCrafter: another model or an extension was merged into this file.")
+    for key in rest:
+        tensors.pop(key)
+
+
+def _auto_dtype(tensors):
+    weights = {key: value for key, value in tensors.items() if key.startswith(UNET)}
+    return comfy.model_management.unet_dtype(
+        model_params=sum(value.numel() for value in weights.values()),
+        weight_dtype=comfy.utils.weight_dtype(weights))
+
+
+def _cast(value, dtype):
+    """To the storage type; with 8 bits only the matrices, as norms and biases are small and would lose most."""
+    if dtype == torch.float8_e4m3fn and value.ndim < 2:
+        dtype = torch.bfloat16
+    return value.to(dtype)
