@@ -153,13 +153,16 @@ class Client:
             stored = json.load(answer)
         return "/".join(filter(None, (stored["subfolder"], stored["name"])))
 
+    def view(self, entry):
+        """The open answer with the bytes of an output entry (filename, subfolder, type) of the history."""
+        return self.request("/view?" + urllib.parse.urlencode({k: entry[k] for k in ("filename", "subfolder", "type")}))
+
     def download(self, entry, path):
-        """Save an output entry (filename, subfolder, type) of the history under this path; whole or not at all."""
-        query = urllib.parse.urlencode({k: entry[k] for k in ("filename", "subfolder", "type")})
+        """Save an output entry of the history under this path, whole or not at all."""
         part = Path(f"{path}.part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            with self.request(f"/view?{query}") as answer, open(part, "wb") as f:
+            with self.view(entry) as answer, open(part, "wb") as f:
                 shutil.copyfileobj(answer, f)
             os.replace(part, path)
         finally:

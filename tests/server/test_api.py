@@ -1,0 +1,157 @@
+"""The pack in a real ComfyUI server, over HTTP, as a browser or a script sees it."""
+
+import io
+import json
+from pathlib import Path
+
+import av
+import graph
+import host
+import pytest
+from client import JobError
+from stillmotion.nodes import NODES
+
+API_GRAPHS = sorted((host.WORKFLOWS / "api").glob("*.json"))
+ANIMATE = host.WORKFLOWS / "api" / "animate.json"
+FEW_STEPS = 5
+
+
+def load(path, client):
+    """The API graph, its example images uploaded under the names that it uses."""
+    job = json.loads(path.read_text())
+    for node in job.values():
+        if node["class_type"] == "LoadImage":
+            name = node["inputs"]["image"]
+            file = host.WORKFLOWS / name
+            client.upload(file if file.exists() else host.WORKFLOWS / "example.png", name)
+    return job
+
+
+def frames_of(client, entry):
+    with client.view(entry) as answer:
+        with av.open(io.BytesIO(answer.read())) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_every_node_is_registered(client):
+    found = [name for name in client.json("/object_info") if name.startswith("Stillmotion_")]
+    assert len(found) == len(NODES)
+
+
+def test_every_template_is_listed(client):
+    ours = sorted(path.stem for path in host.WORKFLOWS.glob("*.json"))
+    assert sorted(client.json("/workflow_templates").get("stillmotion", [])) == ours
+
+
+def test_every_template_has_an_api_graph():
+    assert {path.stem for path in host.WORKFLOWS.glob("*.json")} <= {path.stem for path in API_GRAPHS}
+
+
+@pytest.mark.parametrize("path", API_GRAPHS, ids=lambda path: path.stem)
+def test_every_api_graph_runs_with_the_demo(client, path):
+    job = load(path, client)
+    for node in job.values():
+        if isinstance(node["inputs"].get("steps"), int):
+            node["inputs"]["steps"] = FEW_STEPS
+    progress = []
+    outputs = client.run(job, progress=lambda *step: progress.append(step))
+    assert any(maximum == FEW_STEPS for _, _, maximum in progress)
+    videos = [outputs[i]["images"][0] for i, node in job.items() if node["class_type"] == "Stillmotion_SaveVideo"]
+    assert videos
+    for entry in videos:
+        frames = frames_of(client, entry)
+        assert len(frames) >= 15 and frames[0].shape == (64, 64, 3)
+        assert frames[0].std() > 5  # a picture, not a plain ground
+
+
+def test_the_saved_video_carries_the_workflow(client):
+    job = load(ANIMATE, client)
+    job[graph.find_node(job, "Stillmotion_DDIMSampler")]["inputs"]["steps"] = 1
+    workflow = {"nodes": [], "links": [], "version": 0.4, "extra": {"note": "drop me"}}
+    outputs = client.run(job, workflow)
+    entry = outputs[graph.find_node(job, "Stillmotion_SaveVideo")]["images"][0]
+    with client.view(entry) as answer:
+        with av.open(io.BytesIO(answer.read())) as container:
+            tags = dict(container.metadata)
+    assert json.loads(tags["workflow"]) == workflow
+    assert json.loads(tags["prompt"]) == job
+
+
+def test_interrupt_stops_within_one_step_and_the_server_goes_on(client):
+    job = load(ANIMATE, client)
+    sampler = job[graph.find_node(job, "Stillmotion_DDIMSampler")]["inputs"]
+    sampler["steps"] = 1000
+    seen = []
+
+    def interrupt_at_the_third_step(node, value, maximum):
+        seen.append(value)
+        if value == 3:
+            client.json("/interrupt", {})
+
+    with pytest.raises(JobError, match="interrupted"):
+        client.run(job, progress=interrupt_at_the_third_step)
+    assert seen[-1] <= 5  # the step in flight, and one whose message was on its way
+    sampler["steps"] = 1
+    assert client.run(job)
+
+
+def test_cancel_takes_a_waiting_job_off_the_queue(client):
+    job = load(ANIMATE, client)
+    job[graph.find_node(job, "Stillmotion_DDIMSampler")]["inputs"]["steps"] = 1000
+    running = client.queue(job)
+    job[graph.find_node(job, "Stillmotion_DDIMSampler")]["inputs"]["seed"] = 7
+    waiting = client.queue(job)
+    client.cancel(waiting)
+    queue = client.json("/queue")
+    assert [entry[1] for entry in queue["queue_running"] + queue["queue_pending"]] == [running]
+    client.cancel(running)
+
+
+LOADER, I2V, SAMPLER, SAVER = ("Stillmotion_" + name for name in (
+    "LoadDynamiCrafter", "DynamiCrafterImageToVideo", "DDIMSampler", "SaveVideo"))
+
+
+@pytest.mark.parametrize("class_type, inputs, words", [
+    (SAMPLER, {"steps": 0}, "smaller than min"),
+    (SAMPLER, {"steps": 1001}, "bigger than max"),
+    (SAMPLER, {"spacing": "sideways"}, "uniform_trailing"),
+    (SAMPLER, {"clip_x0": "often"}, "dynamic"),
+    (SAMPLER, {"tables": "mine"}, "original"),
+    (SAMPLER, {"latent": ["2", 0]}, "mismatch"),
+    (I2V, {"frames": 0}, "smaller than min"),
+    (I2V, {"width": 60}, "64"),
+    (I2V, {"mode": "interpolate"}, "image2"),
+    (I2V, {"image2": ["2", 0]}, "interpolate"),
+    (I2V, {"mode": "dance"}, "loop"),
+    (LOADER, {"checkpoint": "missing.ckpt"}, "missing.ckpt"),
+    (LOADER, {"variant": "2048"}, "512_interp"),
+    (LOADER, {"weight_dtype": "int3"}, "bf16"),
+    (SAVER, {"format": "avi"}, "gif"),
+    (SAVER, {"fps": 0.0}, "smaller than min"),
+    (SAVER, {"filename_prefix": "../../outside"}, "output folder"),
+])
+def test_bad_input_is_refused_in_words(client, class_type, inputs, words):
+    job = load(ANIMATE, client)
+    job[graph.find_node(job, SAMPLER)]["inputs"]["steps"] = 1
+    job[graph.find_node(job, class_type)]["inputs"].update(inputs)
+    with pytest.raises(JobError) as error:
+        client.run(job)
+    assert words in str(error.value)
+
+
+def test_a_wrong_second_graph_does_not_hide_behind_a_good_first(client):
+    job = load(ANIMATE, client)
+    saver = graph.find_node(job, SAVER)
+    job["bad"] = {"class_type": SAVER, "inputs": {**job[saver]["inputs"], "fps": 0.0}}
+    with pytest.raises(JobError, match="node bad"):
+        client.run(job)
+
+
+def test_files_that_are_not_checkpoints_are_refused(server, client):
+    folder = Path(server.base) / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "notes.ckpt").write_text("this is not a checkpoint")
+    job = load(ANIMATE, client)
+    job[graph.find_node(job, LOADER)]["inputs"]["checkpoint"] = "notes.ckpt"
+    with pytest.raises(JobError, match="notes.ckpt"):
+        client.run(job)

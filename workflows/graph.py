@@ -1,0 +1,57 @@
+"""Edit an API graph and its UI workflow together, so that a saved video restores the graph that made it."""
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def find_node(graph, class_type):
+    """Id of the one node of this class. KeyError where there is none or more than one."""
+    found = [i for i, node in graph.items() if node["class_type"] == class_type]
+    if len(found) != 1:
+        raise KeyError(f"the graph has {len(found)} nodes of class {class_type}, expected one")
+    return found[0]
+
+
+def widget_names(schema):
+    """Names of a node's widgets in the order of the UI format's widgets_values (schema: its /object_info entry)."""
+    names = []
+    for section in ("required", "optional"):
+        for name, (kind, *rest) in schema["input"].get(section, {}).items():
+            options = rest[0] if rest else {}
+            if (kind in WIDGETS or isinstance(kind, list)) and not options.get("forceInput"):
+                names.append(name)
+                if options.get("control_after_generate"):
+                    names.append(f"{name} control")
+    return names
+
+
+def set_inputs(graph, workflow, schemas, node_id, **values):
+    """Give a node's inputs new values in the API graph and, where there is one, in the UI workflow; None changes
+    nothing. KeyError for an input that the node does not have."""
+    class_type = graph[node_id]["class_type"]
+    names = widget_names(schemas[class_type])
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in names:
+            raise KeyError(f"{class_type} has no widget {name!r}; it has {names}")
+        graph[node_id]["inputs"][name] = value
+        for node in (workflow or {"nodes": []})["nodes"]:
+            if str(node["id"]) == node_id and node["type"] == class_type:
+                node["widgets_values"][names.index(name)] = value
+
+
+def split_batch(graph, decoded, saver, batch, frames):
+    """Save each video of a batch to its own file: the decoded frames of all videos come in one row.
+
+    Returns the ids of the saving nodes, in the order of the batch.
+    """
+    savers = [saver]
+    for i in range(batch):
+        part = f"{saver}-part{i}"
+        graph[part] = {"class_type": "ImageFromBatch",
+                       "inputs": {"image": [decoded, 0], "batch_index": i * frames, "length": frames}}
+        if i:
+            savers.append(f"{saver}-{i}")
+            graph[savers[i]] = {"class_type": graph[saver]["class_type"], "inputs": dict(graph[saver]["inputs"])}
+        graph[savers[i]]["inputs"]["images"] = [part, 0]
+    return savers

@@ -1,0 +1,167 @@
+"""The image-to-video workflow as a Python call, on the same graph that ComfyUI users load.
+
+    import sys; sys.path.insert(0, "workflows")
+    import host; host.reexec()                      # sets up ComfyUI on first use
+    from pipeline import Pipeline, save_video
+    with Pipeline("512") as pipeline:
+        videos = pipeline("cat.png", "a cat walks", num_inference_steps=50)
+        save_video(videos, "cat.mp4", fps=8)
+"""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import client
+import graph
+import host
+import launch
+
+API = host.WORKFLOWS / "api" / "animate.json"
+UI = host.WORKFLOWS / "animate.json"
+LOADER = "Stillmotion_LoadDynamiCrafter"
+IMAGE_TO_VIDEO = "Stillmotion_DynamiCrafterImageToVideo"
+SAMPLER = "Stillmotion_DDIMSampler"
+SAVER = "Stillmotion_SaveVideo"
+
+PRESETS = {
+    "demo": {},  # what the workflow says
+    "256": {"width": 256, "height": 256, "frame_stride": 3},
+    "512": {"width": 512, "height": 320, "frame_stride": 24},
+    "1024": {"width": 1024, "height": 576, "frame_stride": 10},
+}
+REPOSITORY = {"256": "Doubiiu/DynamiCrafter", "512": "Doubiiu/DynamiCrafter_512", "1024": "Doubiiu/DynamiCrafter_1024"}
+
+
+def choose_checkpoint(preset, names):
+    """The file of this preset among the names in the checkpoints folder, or None. A full file is preferred, because
+    a pruned one needs separate encoders."""
+    fitting = [n for n in names if preset in n and "dynamicrafter" in n.lower()
+               and not any(other in n.lower() for other in ("interp", "toon", "cil"))]
+    return min(fitting, key=lambda n: ("pruned" in n.lower(), n), default=None)
+
+
+def missing_checkpoint(preset, folder):
+    """What to tell a user whose checkpoints folder lacks the preset's file."""
+    pruned = "" if preset == "256" else (
+        f" (or the smaller dynamicrafter_{preset}_fp16_pruned.safetensors from Kijai/DynamiCrafter_pruned, which needs "
+        "core's CLIP, CLIP Vision and VAE loaders and so does not run with this script)")
+    return (f"no DynamiCrafter {preset} checkpoint was found in {folder}. Download model.ckpt (10.4 GB) from Hugging "
+            f"Face, repository {REPOSITORY[preset]}{pruned}, and save it as "
+            f"{folder / f'dynamicrafter_{preset}.ckpt'}, or name a file with --checkpoint.")
+
+
+class Pipeline:
+    """A ComfyUI with a chosen model, ready to turn images and prompts into videos.
+
+    resolution: a key of PRESETS. checkpoint: a file, or a name in the checkpoints folder. device: auto, cpu, cuda or
+    cuda:N. comfyui: folder of an existing ComfyUI. server: URL of a running one. models: a folder with checkpoints/
+    to search besides the ComfyUI's own. Raises host.HostError.
+    """
+
+    def __init__(self, resolution="demo", checkpoint=None, device="auto", comfyui=None, server=None, models=None):
+        if resolution not in PRESETS:
+            raise host.HostError(f"preset {resolution!r} is unknown: use one of {', '.join(PRESETS)}.")
+        self.resolution = resolution
+        file = Path(checkpoint).expanduser().absolute() if checkpoint and not server else None
+        local_file = file is not None and file.is_file()
+        self.server = None
+        if not server:
+            found = host.find_host(comfyui)
+            self.server = launch.Server(found, device, [models] if models else [], [file.parent] if local_file else [])
+        try:
+            self.client = client.Client(server or self.server.url, self.server)
+            self.schemas = self.client.json("/object_info")
+            if LOADER not in self.schemas:
+                raise host.HostError(f"the ComfyUI at {self.client.url} does not have the Stillmotion nodes: "
+                                     "put the pack into its custom_nodes folder and start it again.")
+            self.checkpoint = self._checkpoint(file.name if local_file else checkpoint,
+                                               launch.models_folder(found.comfyui) if not server else None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _checkpoint(self, name, models):
+        folder = (models or Path("models")) / "checkpoints"
+        names = self.client.json("/models/checkpoints")
+        if name:
+            if name not in names:
+                raise host.HostError(f"checkpoint {name!r} is neither a file nor in {folder} (there: "
+                                     f"{', '.join(sorted(names)) or 'none'}).")
+            return name
+        if self.resolution == "demo":
+            return None  # the workflow's own
+        chosen = choose_checkpoint(self.resolution, names)
+        if chosen is None:
+            raise host.HostError(missing_checkpoint(self.resolution, folder))
+        return chosen
+
+    def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
+            frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
+            progress=None):
+        """Animate one image file; None means what the preset or the workflow says.
+
+        Returns one list of output entries (see Client.download) for each video of the batch. `progress(node name,
+        value, maximum)` is called at every step. Raises client.JobError and client.ServerGone.
+        """
+        job = json.loads(API.read_text())
+        workflow = json.loads(UI.read_text()) if UI.exists() else None
+        preset = PRESETS[self.resolution]
+
+        def edit(node_id, **values):
+            graph.set_inputs(job, workflow, self.schemas, node_id, **values)
+
+        conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
+        saver = graph.find_node(job, SAVER)
+        edit(graph.find_node(job, LOADER), checkpoint=self.checkpoint)
+        edit(graph.find_node(job, "LoadImage"), image=self.client.upload(image, Path(image).name))
+        edit(job[conditioning]["inputs"]["positive"][0], text=prompt)
+        edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
+        edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
+             fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch=batch_size)
+        edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, cfg=guidance_scale, eta=eta)
+        edit(saver, fps=fps, format=format)
+        savers = [saver]
+        if batch_size and batch_size > 1:
+            decoded = job[saver]["inputs"]["images"][0]
+            savers = graph.split_batch(job, decoded, saver, batch_size, job[conditioning]["inputs"]["frames"])
+
+        def report(node_id, value, maximum):
+            progress(self.schemas[job[node_id]["class_type"]]["display_name"], value, maximum)
+
+        outputs = self.client.run(job, workflow, report if progress else None)
+        return [outputs[node]["images"] for node in savers]
+
+    def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=7.5, eta=1.0,
+                 frame_stride=None, num_frames=16, height=None, width=None, seed=123):
+        """Animate an image file; returns the frames [T, H, W, 3], float32 in 0..1, without compression loss."""
+        import numpy
+        import torch
+        from PIL import Image
+
+        entries, = self.run(image, prompt, negative_prompt, seed, num_inference_steps, guidance_scale, eta, num_frames,
+                            frame_stride, width, height, format="png frames")
+        frames = []
+        for entry in entries:
+            with self.client.view(entry) as answer:
+                frames.append(numpy.array(Image.open(io.BytesIO(answer.read())).convert("RGB")))
+        return torch.from_numpy(numpy.stack(frames)).float() / 255
+
+    def close(self):
+        if self.server:
+            self.server.stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def save_video(videos, path, fps):
+    """Save frames [T, H, W, 3] in 0..1 as the MP4 file `path`, as the Save Video node does."""
+    spec = importlib.util.spec_from_file_location("stillmotion_video", host.PACK / "nodes" / "common" / "video.py")
+    video = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(video)
+    video.save_video(videos, path, fps)
