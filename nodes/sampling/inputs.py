@@ -47,7 +47,7 @@ def _check_condition_image(name, image, samples):
         raise ValueError(f"The {name} conditioning was made for frames x height x width {_shape(image[0, 0])} (latent "
                          f"size), the latent has {_shape(samples[0, 0])}: take both from the same DynamiCrafter Image "
                          "to Video node.")
-    if image.shape[0] not in (1, samples.shape[0]):
+    if samples.shape[0] % image.shape[0]:
         raise ValueError(f"The {name} conditioning holds {image.shape[0]} images, the latent a batch of "
                          f"{samples.shape[0]}: give one image, or as many as the batch.")
 
