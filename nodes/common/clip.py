@@ -190,10 +190,10 @@ class VisionTower(comfy.clip_vision.ClipVisionModel):
                   "model_type": "clip_vision_model"}
         with torch.device("meta"):
             self.model = comfy.clip_model.CLIPVisionModelProjection(config, self.dtype, None, comfy.ops.manual_cast)
+        self.model.eval().requires_grad_(False)
         weights = {key: value.to(self.dtype) for key, value in weights.items()}
         weights = comfy.clip_vision.convert_to_transformers(weights, "")
         self.model.load_state_dict(weights, assign=True)
-        self.model.eval().requires_grad_(False)
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.model, load_device=self.load_device,
             offload_device=comfy.model_management.text_encoder_offload_device())
