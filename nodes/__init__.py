@@ -8,6 +8,8 @@ from importlib import import_module
 
 # (family folder, class in its nodes.py), in menu order
 NODES = [
+    ("dynamicrafter", "LoadDynamiCrafter"),
+    ("dynamicrafter", "DynamiCrafterImageToVideo"),
     ("sampling", "DDIMSampler"),
     ("sampling", "DDIMSamplerSelect"),
     ("sampling", "SamplingReport"),

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import folder_paths
+import node_helpers
+import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..common.files import read_checkpoint
 from . import checkpoint as loader
+from .conditioning import MODES, image_conditions
 from .config import VARIANTS
 
 DEMO = Path(__file__).parents[1] / "demo" / "dynamicrafter_demo.safetensors"
@@ -67,6 +70,61 @@ class LoadDynamiCrafter(io.ComfyNode):
                             folder_paths.get_folder_paths("embeddings"))
         return io.NodeOutput(*(ExecutionBlocker(MISSING[field]) if part is None else part
                                for field, part in parts._asdict().items()))
+
+
+class DynamiCrafterImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Stillmotion_DynamiCrafterImageToVideo",
+            display_name="DynamiCrafter Image to Video",
+            category="Stillmotion/DynamiCrafter",
+            description="Puts the start image (and the end image) into the conditioning and makes the empty latent.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode. Any length."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; an empty one is the official setting."),
+                io.ClipVision.Input("clip_vision", tooltip="From Load DynamiCrafter, or core's Load CLIP Vision with "
+                                                           "OpenCLIP ViT-H for a pruned checkpoint."),
+                io.Vae.Input("vae", tooltip="From Load DynamiCrafter."),
+                io.Image.Input("image", tooltip="The first frame. Scaled and cropped to the size, never stretched; "
+                                                "the vision tower sees it whole. Several images make one clip each."),
+                io.Combo.Input("mode", options=list(MODES), default="animate",
+                               tooltip="animate: start from the image. interpolate: go from image to image2 (with the "
+                                       "512_interp model). loop: come back to the image, so that the video can repeat "
+                                       "(512_interp too)."),
+                io.Int.Input("width", default=512, min=8, max=4096, step=8,
+                             tooltip="Pixels, a multiple of 8. As trained: 256, 512 (x320), 1024 (x576); demo: 64."),
+                io.Int.Input("height", default=320, min=8, max=4096, step=8,
+                             tooltip="Pixels, a multiple of 8. As trained: 256, 320 (512 wide), 576 (1024 wide); "
+                                     "demo: 64."),
+                io.Int.Input("frames", default=16, min=1, max=256,
+                             tooltip="The models were trained with 16. Every frame has image tokens of its own: for "
+                                     "other numbers these are interpolated over time. 8 to 32 work, motion and "
+                                     "sharpness fall off beyond; memory grows with the number."),
+                io.Int.Input("fs", default=0, min=0, max=60,
+                             tooltip="Speed. 0: the model's own default (256: 3, 512: 24, 512_interp: 5, 1024: 10). "
+                                     "For 256 it is the frame stride, 1 to 6: larger moves more. For all others the "
+                                     "frames a second, 5 to 30: smaller moves more."),
+                io.Int.Input("batch_size", default=1, min=1, max=64,
+                             tooltip="Clips made at once from the image, each with noise of its own."),
+                io.Image.Input("image2", optional=True, tooltip="The last frame, for mode interpolate only."),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", tooltip="With the image, for the sampler."),
+                io.Conditioning.Output("negative", tooltip="With a grey image for guidance, for the sampler."),
+                io.Latent.Output(tooltip="Empty latent [batch, 4, frames, height / 8, width / 8]."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, clip_vision, vae, image, mode, width, height, frames, fs, batch_size,
+                image2=None):
+        latent, tokens, grey = image_conditions(clip_vision, vae, image, image2, mode, width, height, frames,
+                                                batch_size)
+        values = {"concat_latent_image": latent, "frame_stride": fs}
+        positive = node_helpers.conditioning_set_values(positive, {**values, "image_tokens": tokens})
+        negative = node_helpers.conditioning_set_values(negative, {**values, "image_tokens": grey})
+        return io.NodeOutput(positive, negative, {"samples": torch.zeros_like(latent)})
 
 
 def _paths(name, yaml):

@@ -58,16 +58,29 @@ def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
     return tokens_BVQC.flatten(0, 1)
 
 
+def temporal_conv_class(conv3d: type[nn.Conv3d]) -> type[nn.Conv3d]:
+    """A Conv3d with a (3, 1, 1) kernel, computed as a 2-D convolution over (T, H * W): the same numbers, several
+    times faster on a CPU. The host's class still casts and patches the weights."""
+
+    class FlatConv3d(conv3d):
+        def _conv_forward(self, x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            size = x_BCTHW.shape[-2:]
+            return F.conv2d(x_BCTHW.flatten(3), weight[..., 0], bias, padding=(1, 0)).unflatten(-1, size)
+
+    return FlatConv3d
+
+
 class TemporalConv(nn.Module):
     """Four residual convolutions along time (ModelScope, arXiv 2308.06571)."""
 
     def __init__(self, channels: int, operations, **factory):
         super().__init__()
+        conv = temporal_conv_class(operations.Conv3d)
 
         def layer(*between: nn.Module) -> nn.Sequential:
             # The identity holds the place of the official dropout, which keeps the published keys.
             return nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(), *between,
-                                 operations.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), **factory))
+                                 conv(channels, channels, (3, 1, 1), padding=(1, 0, 0), **factory))
 
         self.conv1 = layer()
         self.conv2 = layer(nn.Identity())
@@ -179,8 +192,8 @@ class VideoUNet(nn.Module):
                     scale //= 2
                 self.output_blocks.append(nn.ModuleList(block))
 
-        self.out = nn.Sequential(operations.GroupNorm(32, width, **factory), nn.SiLU(),
-                                 operations.Conv2d(width, params.out_channels, 3, padding=1, **factory))
+        self.out = nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(),
+                                 operations.Conv2d(channels, params.out_channels, 3, padding=1, **factory))
 
     def project_context(self, text_BLC: Tensor, image_BNW: Tensor, frames: int) -> dict[nn.Module, ContextKeys]:
         """Keys and values of every cross-attention layer for text [B, L, C] and vision tokens [B, N, W].

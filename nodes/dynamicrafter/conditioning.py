@@ -1,0 +1,103 @@
+"""From images to the three image conditions of DynamiCrafter (arXiv 2310.12190).
+
+Condition frames (latents beside the noisy clip), vision tokens (what the picture shows) and the frame stride.
+Tensor names end in their layout: B clips, H height, W width, C channels, T frames.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.clip import encode_tokens
+
+MODES = ("animate", "interpolate", "loop")
+
+
+def check_images(image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str) -> None:
+    """Raise ValueError where mode and images do not fit together, or an image holds NaN or infinite values."""
+    if mode not in MODES:
+        raise ValueError(f"Mode {mode!r} is unknown: choose one of {', '.join(MODES)}.")
+    if mode == "interpolate" and image2_BHWC is None:
+        raise ValueError("Mode interpolate needs a second image, the last frame: connect image2, or choose animate.")
+    if mode != "interpolate" and image2_BHWC is not None:
+        raise ValueError(f"Mode {mode} takes one image, but image2 is connected: disconnect it, or choose interpolate "
+                         "(with the 512_interp model).")
+    for name, images in (("image", image_BHWC), ("image2", image2_BHWC)):
+        if images is not None and not images.isfinite().all():
+            raise ValueError(f"The {name} holds {(~images.isfinite()).sum().item()} NaN or infinite values. Look at "
+                             "the node that made it (a VAE in half precision?).")
+
+
+def check_size(width: int, height: int, multiple: int) -> None:
+    """Raise ValueError, with the nearest good values, for a side that the VAE cannot divide."""
+    for name, side in (("width", width), ("height", height)):
+        if side < multiple or side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            raise ValueError(f"{name} is {side}: it must be a multiple of {multiple}. Nearest: {below} or "
+                             f"{below + multiple}.")
+
+
+def check_counts(frames: int, batch_size: int, images: int, images2: int | None, mode: str) -> int:
+    """Number of clips to make. One image serves all clips of a batch; several images make one clip each."""
+    least = 1 if mode == "animate" else 2
+    if frames < least:
+        raise ValueError(f"frames is {frames}: mode {mode} needs at least {least}. The models were trained with 16.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+    given = {count for count in (images, images2, batch_size) if count not in (None, 1)}
+    if len(given) > 1:
+        raise ValueError(f"Batch sizes do not match: image {images}, image2 {images2 or 'none'}, batch_size "
+                         f"{batch_size}. Each must be 1 or one common number.")
+    return max(given, default=1)
+
+
+def fit_image(image_BHWC: Tensor, width: int, height: int) -> Tensor:
+    """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1."""
+    image_BCHW = image_BHWC[..., :3].movedim(-1, 1).float()
+    old_height, old_width = image_BCHW.shape[2:]
+    if (old_width, old_height) != (width, height):
+        kept_width = min(old_width, max(1, round(old_height * width / height)))
+        kept_height = min(old_height, max(1, round(old_width * height / width)))
+        left, top = (old_width - kept_width) // 2, (old_height - kept_height) // 2
+        image_BCHW = image_BCHW[:, :, top:top + kept_height, left:left + kept_width]
+        image_BCHW = F.interpolate(image_BCHW, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return image_BCHW.movedim(1, -1)
+
+
+def encode_images(vae, image_BHWC: Tensor) -> Tensor:
+    """Posterior means [B, 4, h, w] of single images; our VAE stacks them over time, core's image VAEs as a batch."""
+    latent = vae.encode(image_BHWC)
+    return latent[0].movedim(1, 0) if latent.ndim == 5 else latent
+
+
+def condition_frames(start_BCHW: Tensor, end_BCHW: Tensor | None, frames: int) -> Tensor:
+    """Latent condition [B, 4, T, h, w]: the start at every frame, or start and end at their places, zeros between."""
+    if end_BCHW is None:
+        return start_BCHW[:, :, None].repeat(1, 1, frames, 1, 1)
+    between = torch.zeros_like(start_BCHW)[:, :, None].repeat(1, 1, frames - 2, 1, 1)
+    return torch.cat((start_BCHW[:, :, None], between, end_BCHW[:, :, None]), dim=2)
+
+
+def image_conditions(clip_vision, vae, image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str, width: int,
+                     height: int, frames: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Condition frames [B, 4, T, h, w], vision tokens [B, N, W] of the start image and [1, N, W] of mid-grey.
+
+    The vision tower sees the whole start image, uncropped; only the start image is shown to it, as officially.
+    Raises ValueError for settings that do not fit together.
+    """
+    check_images(image_BHWC, image2_BHWC, mode)
+    check_size(width, height, vae.spacial_compression_encode())
+    clips = check_counts(frames, batch_size, len(image_BHWC), None if image2_BHWC is None else len(image2_BHWC), mode)
+
+    def encode(images_BHWC: Tensor) -> Tensor:
+        return encode_images(vae, fit_image(images_BHWC, width, height)).expand(clips, -1, -1, -1)
+
+    start_BCHW = encode(image_BHWC)
+    end_BCHW = start_BCHW if mode == "loop" else None
+    if mode == "interpolate":
+        end_BCHW = encode(image2_BHWC)
+    tokens_BNW = encode_tokens(clip_vision, image_BHWC)
+    grey_1HWC = torch.full((1, *image_BHWC.shape[1:3], 3), 0.5)
+    return (condition_frames(start_BCHW, end_BCHW, frames), tokens_BNW.expand(clips, -1, -1),
+            encode_tokens(clip_vision, grey_1HWC))

@@ -1,0 +1,61 @@
+"""What each network learns: one loss function a network, pure but for the generator it draws from.
+
+Tensor names end in their layout: B batch, T frames, C channels, H height, W width, L text tokens, N vision tokens.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def autoencoder_loss(vae: nn.Module, images_BCHW: Tensor, generator: torch.Generator, kl_weight: float) -> Tensor:
+    """Reconstruction of images in [-1, 1] from a sampled posterior, plus its divergence from N(0, 1).
+
+    `vae` has the layout of the latent-diffusion AutoencoderKL (arXiv 2112.10752): encoder, quant_conv,
+    post_quant_conv, decoder. The L1 term is what keeps thin outlines.
+    """
+    mean, logvar = vae.quant_conv(vae.encoder(images_BCHW)).chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    noise = torch.randn(mean.shape, generator=generator)
+    decoded = vae.decoder(vae.post_quant_conv(mean + (0.5 * logvar).exp() * noise))
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return F.l1_loss(decoded, images_BCHW) + 2 * F.mse_loss(decoded, images_BCHW) + kl_weight * divergence
+
+
+def contrastive_loss(clip: nn.Module, images_BCHW: Tensor, tokens_BL: Tensor) -> Tensor:
+    """Symmetric contrastive loss of an open_clip model (CLIP, arXiv 2103.00020)."""
+    image, text, scale = clip(images_BCHW, tokens_BL)
+    logits, target = scale * image @ text.T, torch.arange(len(image))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def noisy_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """Timesteps 0..999 [B], mostly from the noisy end: there the network must invent the motion from image and text
+    alone, while uniformly drawn ones leave a small model with still pictures."""
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    kind = torch.rand(batch, generator=generator)
+    t = torch.where(kind < 0.6, torch.randint(850, 1000, (batch,), generator=generator), t)
+    return torch.where(kind < 0.2, 999, t)
+
+
+def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
+    """The condition frames of DynamiCrafter: the first frame at every position, or, where `ends_B` is true,
+    first and last frame at their places and zeros between."""
+    repeated = z_BCTHW[:, :, :1].expand_as(z_BCTHW)
+    ends = torch.zeros_like(z_BCTHW)
+    ends[:, :, 0], ends[:, :, -1] = z_BCTHW[:, :, 0], z_BCTHW[:, :, -1]
+    return torch.where(ends_B[:, None, None, None, None], ends, repeated)
+
+
+def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text_BLC: Tensor, image_BNW: Tensor,
+                 frame_stride_B: Tensor, alphas_cumprod: Tensor, scale_arr: Tensor, generator: torch.Generator) -> Tensor:
+    """v-prediction loss (arXiv 2202.00512) of a DynamiCrafter network under its dynamic rescale (arXiv 2310.12190)."""
+    batch = len(z_BCTHW)
+    t = noisy_timesteps(batch, generator)
+    noise = torch.randn(z_BCTHW.shape, generator=generator)
+    x0 = z_BCTHW * scale_arr[t].view(-1, 1, 1, 1, 1)
+    signal, sigma = (f[t].view(-1, 1, 1, 1, 1) for f in (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
+    noisy, target = signal * x0 + sigma * noise, signal * noise - sigma * x0
+    predicted = unet(torch.cat((noisy, condition_BCTHW), dim=1), t, text_BLC, image_BNW, frame_stride_B)
+    return F.mse_loss(predicted, target)
