@@ -92,7 +92,8 @@ def test_chunks_tick_and_can_be_interrupted(pair, monkeypatch):
     whole = ours.decode(latent)
     monkeypatch.setattr(video_vae, "PIXELS_PER_TICK", 2 * 30 * ours.upscale_ratio ** 2)
     ticks = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: ticks.append((value, total)))
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
+                        lambda value, total, preview, **_: ticks.append((value, total)))
     close(ours.decode(latent), whole)
     assert ticks == [(2, 5), (4, 5), (5, 5)]
 

@@ -1,0 +1,324 @@
+"""Load DynamiCrafter: layouts, variants, sizes, families; every key accounted for."""
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from stillmotion.nodes.common import clip as towers
+from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
+from stillmotion.nodes.common.vae import vae_shapes
+from stillmotion.nodes.dynamicrafter import checkpoint as loader
+from stillmotion.nodes.dynamicrafter.attention import torch_attention
+from stillmotion.nodes.dynamicrafter.config import parse, published
+from stillmotion.nodes.dynamicrafter.unet import VideoUNet
+
+OPEN_CLIP = {"embed_dim": 12,
+             "vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "head_width": 8, "patch_size": 8},
+             "text_cfg": {"width": 16, "heads": 2, "layers": 2}}
+MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "cases" / "manifests.json.gz").read_bytes()))
+TOWERS = ("cond_stage_model.", "embedder.")
+
+
+def tiny(variant="512"):
+    """A published variant's configuration, made small."""
+    config = published(variant)
+    params = config["model"]["params"]
+    params["unet_config"]["params"] |= {
+        "model_channels": 32, "channel_mult": [1, 2], "attention_resolutions": [1, 2], "num_res_blocks": 1,
+        "num_head_channels": 8, "context_dim": 16, "use_linear": True, "dropout": 0.1, "temporal_length": 4}
+    params["image_proj_stage_config"]["params"] = {
+        "dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 4, "embedding_dim": 24, "output_dim": 16,
+        "video_length": 4}
+    params["first_stage_config"]["params"]["ddconfig"] |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1}
+    params["cond_stage_config"]["params"]["arch"] = "Tiny"
+    params["img_cond_stage_config"] = {"params": {"arch": "Tiny"}}
+    return config
+
+
+def tensors(variant="512"):
+    """Random weights in the official layout for `tiny(variant)`, with everything that official files also hold."""
+    return dict(_tensors(variant))
+
+
+@cache
+def _tensors(variant):
+    config = parse(tiny(variant), "test")
+    generator = torch.Generator().manual_seed(0)
+    network = VideoUNet(config.unet, torch.nn, torch_attention, device="meta").state_dict()
+    shapes = {(key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"): value.shape
+              for key, value in network.items()}
+    for prefix, part in (("first_stage_model.", vae_shapes(config.ddconfig, 4)),
+                         ("cond_stage_model.model.", towers.text_shapes(towers.text_config(OPEN_CLIP))),
+                         ("embedder.model.visual.", towers.vision_shapes(towers.vision_config(OPEN_CLIP)))):
+        shapes |= {prefix + key: shape for key, shape in part.items()}
+    shapes |= {"betas": (1000,), "alphas_cumprod": (1000,), "cond_stage_model.model.logit_scale": (),
+               "embedder.model.logit_scale": (), "embedder.model.positional_embedding": (77, 16)}
+    found = {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
+    base = config.diffusion.base_scale
+    return found if base is None else found | {"scale_arr": torch.linspace(1, base, 1400)}
+
+
+HEADER = {"stillmotion.open_clip": json.dumps(OPEN_CLIP)}
+
+
+def load(found, **options):
+    header = HEADER | {"stillmotion.config": json.dumps(tiny())}
+    return loader.load(Checkpoint("model.ckpt", dict(found), header), **options)
+
+
+def weights_of(loaded):
+    return loaded.model.model.diffusion_model.state_dict()
+
+
+def test_every_weight_arrives():
+    found = tensors()
+    loaded = load(found, weight_dtype="fp32")
+    for key, value in weights_of(loaded).items():
+        name = key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"
+        assert torch.equal(value, found[name]), key
+    for key, value in loaded.vae.get_sd().items():
+        assert torch.equal(value, found[f"first_stage_model.{key}"]), key
+    text = loaded.clip.cond_stage_model.clip_h.transformer.text_model
+    assert torch.equal(text.embeddings.token_embedding.weight, found["cond_stage_model.model.token_embedding.weight"])
+    assert loaded.clip_vision.model.vision_model.embeddings.position_embedding.weight.shape == (5, 24)
+    assert loaded.clip.encode("a red circle").shape == (1, 77, 16)
+
+
+def test_nothing_is_copied():
+    """Weights of the wanted type are taken as they are, so that a mapped file is not held twice."""
+    found = tensors()
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    address = found[key].data_ptr()
+    assert weights_of(load(found, weight_dtype="fp32"))["input_blocks.0.0.weight"].data_ptr() == address
+
+
+@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_weight_types(name, dtype, stored):
+    loaded = load({key: value.to(stored) for key, value in tensors().items()}, weight_dtype=name)
+    assert {value.dtype for value in weights_of(loaded).values()} == {dtype}
+    assert loaded.clip.cond_stage_model.clip_h.transformer.dtype == loaded.clip_vision.dtype == dtype
+
+
+def run(loaded):
+    """The loaded MODEL's answer to a fixed input."""
+    model = loaded.model.model
+    generator = torch.Generator().manual_seed(9)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    with torch.inference_mode():
+        return model.apply_model(noise(1, 4, 4, 8, 8), torch.tensor([2.0]), c_concat=noise(1, 4, 4, 8, 8),
+                                 c_crossattn=noise(1, 77, 16), image_tokens=noise(1, 5, 24),
+                                 frame_stride=torch.tensor([3]))
+
+
+def test_eight_bits():
+    exact, small = load(tensors(), weight_dtype="fp32"), load(tensors(), weight_dtype="fp8_e4m3fn")
+    types = {value.dtype for value in weights_of(small).values()}
+    assert types == {torch.float8_e4m3fn, torch.bfloat16}
+    difference = ((run(small) - run(exact)).norm() / run(exact).norm()).item()
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize("variant", ["256", "512", "512_interp", "1024"])
+def test_a_file_of_every_layout(tmp_path, variant):
+    """The same weights as pickle, safetensors and DeepSpeed file, with YAML or header, give the same MODEL."""
+    found = tensors(variant)
+    if variant == "256":
+        found = {key.replace("fps_embedding", "framestride_embed"): value for key, value in found.items()}
+        assert any("framestride_embed" in key for key in found)
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(tiny(variant)))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    torch.save({"state_dict": found, "global_step": 1}, tmp_path / "a.ckpt")
+    torch.save({"module": {f"_forward_module.{key}": value for key, value in found.items()}}, tmp_path / "b.pt")
+    save_file(found, tmp_path / "c.safetensors")
+    header = HEADER | {"stillmotion.config": json.dumps(tiny(variant))}
+    save_file(found, tmp_path / "d.safetensors", metadata=header)
+    expected = weights = None
+    for name in ("a.ckpt", "b.pt", "c.safetensors", "d.safetensors"):
+        options = {} if name == "d.safetensors" else {"yaml_path": tmp_path / "model.yaml"}
+        loaded = loader.load(read_checkpoint(tmp_path / name), weight_dtype="fp32", **options)
+        assert None not in loaded
+        assert loaded.model.model.diffusion_params == parse(published(variant), "").diffusion
+        if expected is None:
+            expected, weights = run(loaded), weights_of(loaded)
+        assert all(torch.equal(value, weights[key]) for key, value in weights_of(loaded).items())
+        # Mapped weights lie where the file puts them; their alignment changes the last bit.
+        assert torch.allclose(run(loaded), expected, rtol=1e-4, atol=1e-5), name
+
+
+PARTS = ["model.diffusion_model.out.2.bias", "image_proj_model.latents", "first_stage_model.quant_conv.weight",
+         "cond_stage_model.model.ln_final.weight", "embedder.model.visual.proj",
+         "model.diffusion_model.fps_embedding.0.weight", "first_stage_model.decoder.conv_in.bias",
+         "embedder.model.visual.transformer.resblocks.1.mlp.c_fc.bias"]
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_one_missing_one_extra_one_misshapen(key):
+    found = tensors()
+    load(found)
+    for change, words in (
+        ({}, rf"1 missing: {key}\."),
+        ({key: found[key], f"{key}_copy": found[key]}, rf"1 not known: {key}_copy\."),
+        ({key: found[key][..., None]}, rf"{key} is \[.*, 1\], expected \["),
+    ):
+        rest = {name: value for name, value in found.items() if name != key}
+        with pytest.raises(ValueError, match=words) as refused:
+            load(rest | change)
+        assert "get it whole" in str(refused.value) and "YAML" in str(refused.value)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("control_stage.weight", torch.ones(1), "1 not known: control_stage.weight"),
+    ("embedder.model.other", torch.ones(1), "1 not known: embedder.model.other"),
+    ("betas", torch.ones(500), r"betas is \[500\], expected \[1000\]"),
+])
+def test_keys_outside_the_parts(key, value, words):
+    with pytest.raises(ValueError, match=words):
+        load(tensors() | {key: value})
+
+
+def test_known_and_unused_keys_may_be_there_or_not():
+    found = tensors()
+    reference = weights_of(load(found))
+    training = {"model_ema.decay": torch.ones(()), "first_stage_model.loss.logvar": torch.ones(()),
+                "model_ema.diffusion_modelout2bias": torch.ones(4)}
+    less = {key: value for key, value in found.items() if key not in
+            ("betas", "alphas_cumprod", "scale_arr", "embedder.model.positional_embedding",
+             "embedder.model.logit_scale", "cond_stage_model.model.logit_scale")}
+    for other in (found | training, less):
+        again = weights_of(load(other))
+        assert all(torch.equal(again[key], value) for key, value in reference.items())
+
+
+def test_pruned_file_gives_model_and_vae():
+    loaded = load({key: value for key, value in tensors().items() if not key.startswith(TOWERS)})
+    assert loaded.clip is None and loaded.clip_vision is None
+    assert loaded.model is not None and loaded.vae is not None
+
+
+def test_options_are_checked():
+    for options, words in (({"variant": "768"}, "'768' is unknown.*auto, 256"),
+                           ({"weight_dtype": "int4"}, "'int4' is unknown.*fp8_e4m3fn")):
+        with pytest.raises(ValueError, match=words):
+            load(tensors(), **options)
+
+
+# Full size, from the lists of keys and shapes of the published files. The VAE is copied by core, so it needs memory.
+
+def full(variant, pruned=False):
+    found = {key: torch.zeros(()).half().expand(shape) if key.startswith("first_stage_model.")
+             else torch.empty(shape, device="meta", dtype=torch.float16)
+             for key, shape in MANIFESTS[variant].items() if not (pruned and key.startswith(TOWERS))}
+    if variant != "256":
+        found["scale_arr"] = torch.linspace(1, {"512": 0.7, "1024": 0.3}[variant], 1400).half()
+    else:
+        found = {key.replace("fps_embedding", "framestride_embed"): value for key, value in found.items()}
+    return Checkpoint("model.ckpt", found, {})
+
+
+@pytest.mark.parametrize("variant, pruned", [("256", False), ("512", False), ("1024", False), ("1024", True)])
+def test_full_size(variant, pruned):
+    checkpoint = full(variant, pruned)
+    loaded = loader.load(checkpoint, weight_dtype="fp16")
+    assert not checkpoint.tensors
+    values = weights_of(loaded).values()
+    assert sum(value.numel() for value in values) == 1438854980 + 48787456 + (16 if variant == "256" else 0)
+    assert {value.device.type for value in values} == {"meta"}  # no weight was copied on the way
+    params = loaded.model.model.diffusion_params
+    assert (params.parameterization, params.base_scale) == {
+        "256": ("eps", None), "512": ("v", 0.7), "1024": ("v", 0.3)}[variant]
+    assert (loaded.clip is None) == (loaded.clip_vision is None) == pruned
+
+
+def test_full_size_missing_key_of_256_is_named_as_in_the_file():
+    checkpoint = full("256", pruned=True)
+    checkpoint.tensors.pop("model.diffusion_model.framestride_embed.2.bias")
+    with pytest.raises(ValueError, match="1 missing: model.diffusion_model.framestride_embed.2.bias"):
+        loader.load(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("end, expected", [(0.7, "512"), (0.3, "1024")])
+def test_variant_from_scale_arr(dtype, end, expected):
+    found = {"scale_arr": torch.linspace(1, end, 1400).to(dtype)}
+    assert loader.detect_variant(found) == expected
+    if expected == "512":
+        assert loader.detect_variant(found, "512_interp") == "512_interp"
+    with pytest.raises(ValueError, match=f"keys of this file say {expected}"):
+        loader.detect_variant(found, "256")
+
+
+def test_variant_from_other_keys():
+    alpha = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.alpha": torch.ones(())}
+    assert loader.detect_variant(alpha) == "256"
+    assert loader.detect_variant({"model.diffusion_model.framestride_embed.0.weight": torch.ones(1)}) == "256"
+    with pytest.raises(ValueError, match="say 256"):
+        loader.detect_variant(alpha, "512")
+    with pytest.raises(ValueError, match="lacks scale_arr.*Choose the variant"):
+        loader.detect_variant({})
+    assert loader.detect_variant({}, "1024") == "1024"
+    with pytest.raises(ValueError, match="ends at 0.5"):
+        loader.detect_variant({"scale_arr": torch.linspace(1, 0.5, 1400)})
+
+
+def test_unknown_size_asks_for_the_yaml():
+    with pytest.raises(ValueError, match="32 channels wide.*Give the YAML"):
+        loader.load(Checkpoint("model.ckpt", tensors(), {}))
+
+
+@pytest.mark.parametrize("keys, words", [
+    (["first_stage_model.decoder.attn_refinement.0.to_q.weight", "model.diffusion_model.init_attn.0.norm.weight",
+      "image_proj_model.latents"], "ToonCrafter: its decoder"),
+    (["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.final"],
+     "Stable Diffusion 1.x"),
+    (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.x"], "SDXL"),
+    (["model.diffusion_model.input_blocks.1.0.time_stack.in_layers.0.weight", "conditioner.embedders.0.x"],
+     "Stable Video Diffusion"),
+    (["blocks.0.cross_attn.norm_k.weight", "patch_embedding.weight"], "Wan"),
+    (["model.diffusion_model.init_attn.0.norm.weight", "cond_stage_model.model.ln_final.weight"], "VideoCrafter"),
+    (["lora_unet_x.lora_up.weight"], "a LoRA"),
+    (["something.weight"], r"not known \(something.weight"),
+])
+def test_other_families(keys, words):
+    with pytest.raises(ValueError, match=words):
+        loader.load(Checkpoint("model.safetensors", {key: torch.ones(1) for key in keys}, {}))
+
+
+def test_cil_is_recognised_and_loads(caplog):
+    checkpoint = full("512", pruned=True)
+    cil = Checkpoint("dynamicrafter-CIL-512-no-watermark-pruned-fp16.safetensors", checkpoint.tensors, {})
+    with caplog.at_level("INFO"):
+        assert loader.load(cil).model is not None
+    assert "CIL fine-tune" in caplog.text
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda p: p.pop("unet_config"), "has no unet_config.params"),
+    (lambda p: p["unet_config"]["params"].update(use_causal_attention=True), "use_causal_attention to True"),
+    (lambda p: p["unet_config"]["params"].pop("model_channels"), r"lacks \['model_channels'\]"),
+    (lambda p: p["unet_config"]["params"].update(flash=1), r"does not know \['flash'\]"),
+    (lambda p: p.update(timesteps=500), "only 1000 timesteps"),
+    (lambda p: p.update(parameterization="x0"), "'x0' is unknown"),
+    (lambda p: p.update(parameterization="eps"), "zero-terminal-SNR"),
+    (lambda p: p["first_stage_config"]["params"].pop("ddconfig"), "has no ddconfig"),
+])
+def test_bad_yaml(tmp_path, change, words):
+    config = tiny()
+    change(config["model"]["params"])
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=words):
+        loader.load(Checkpoint("model.ckpt", tensors(), {}), yaml_path=path)
+    for text, words in (("a: [1, 2", "not a YAML file"), ("- 1", "not a DynamiCrafter configuration")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            loader.load(Checkpoint("model.ckpt", tensors(), {}), yaml_path=path)
