@@ -1,8 +1,18 @@
-"""The pack's own shape: what ComfyUI finds when it imports it."""
+"""The pack's own shape: what ComfyUI finds in it, and who may import whom (read from the syntax trees)."""
 
+import ast
 import asyncio
+import sys
+from pathlib import Path
 
+import pytest
 import stillmotion
+from stillmotion.nodes import NODES
+
+PACK = Path(stillmotion.__file__).parent
+SOURCES = sorted((PACK / "nodes").rglob("*.py"))
+FAMILIES = {"dynamicrafter", "causal_wan", "video_unet"}
+NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py"}
 
 
 def node_classes():
@@ -11,5 +21,82 @@ def node_classes():
 
 def test_node_ids_are_ours_and_unique():
     ids = [cls.GET_SCHEMA().node_id for cls in node_classes()]
-    assert len(set(ids)) == len(ids)
+    assert len(set(ids)) == len(NODES)
     assert all(i.startswith("Stillmotion_") for i in ids)
+
+
+def test_every_socket_and_widget_has_a_tooltip():
+    bare = [f"{schema.node_id}.{socket.id or socket.display_name}"
+            for schema in (cls.GET_SCHEMA() for cls in node_classes())
+            for socket in schema.inputs + schema.outputs if not socket.tooltip]
+    assert bare == []
+
+
+def test_every_node_lies_under_stillmotion_and_says_what_it_does():
+    for schema in (cls.GET_SCHEMA() for cls in node_classes()):
+        assert schema.category.startswith("Stillmotion/") and schema.description, schema.node_id
+
+
+def imports(path):
+    """Modules that a source file imports anywhere; relative ones as their path below the pack: `.nodes.common`."""
+    found = set()
+    package = path.relative_to(PACK).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[:len(package) - node.level + 1], *(node.module or "").split(".")]
+            found |= {"." + ".".join(filter(None, [*base, alias.name])) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def relative_name(path):
+    return str(path.relative_to(PACK))
+
+
+def in_part(path, *parts):
+    return path.relative_to(PACK / "nodes").parts[0] in parts
+
+
+def test_imports_are_read_right():
+    found = imports(PACK / "nodes" / "sampling" / "nodes.py")
+    assert "comfy_api.latest" in found and ".nodes.diffusion.schedule.SPACINGS" in found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative_name)
+def test_import_directions(path):
+    found = imports(path)
+    outside = {name.split(".")[0] for name in found if not name.startswith(".")} - set(sys.stdlib_module_names)
+    if in_part(path, "diffusion") or path.name in NETWORKS:
+        assert outside <= {"torch", "einops"}
+    if path.name != "nodes.py" and path != PACK / "nodes" / "__init__.py":
+        assert not outside & {"comfy_api", "folder_paths", "comfy_execution", "server"}
+    assert not outside & {"nodes", "stillmotion", "workflows", "tests"}  # the pack knows itself by relative imports
+
+    ours = {name.split(".")[2] for name in found if name.count(".") >= 2}
+    assert all(name.startswith(".nodes") for name in found if name.startswith("."))
+    if in_part(path, *FAMILIES):
+        family = path.relative_to(PACK / "nodes").parts[0]
+        assert not ours & (FAMILIES - {family} | {"training"})
+    if in_part(path, "diffusion", "common", "sampling"):
+        assert not ours & (FAMILIES | {"training"})
+    if in_part(path, "diffusion"):
+        assert ours <= {"diffusion"}
+
+
+@pytest.mark.parametrize("name", ["host", "launch", "client", "graph", "run"])
+def test_what_runs_before_the_host_exists_needs_the_standard_library_alone(name):
+    outside = {module.split(".")[0] for module in imports(PACK / "workflows" / f"{name}.py")}
+    siblings = {path.stem for path in (PACK / "workflows").glob("*.py")}
+    assert outside <= set(sys.stdlib_module_names) | siblings
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((PACK / "workflows").glob("*.py"))], ids=relative_name)
+def test_files_keep_to_their_budget(path):
+    text = path.read_text(encoding="ascii")
+    assert len(text.splitlines()) <= (250 if path.name == "nodes.py" else 400)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == "execute":
+            assert node.end_lineno - node.body[0].lineno < 40
