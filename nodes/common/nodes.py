@@ -67,8 +67,9 @@ class SaveVideo(io.ComfyNode):
         names = files.save_video(parts.images, path, parts.frame_rate, format, crf, cls.workflow_tags(), parts.audio)
         if format == "png frames":
             subfolder = str(Path(subfolder) / path.name)
-        shown = ui.PreviewVideo([ui.SavedResult(n, subfolder, io.FolderType.output) for n in names]).as_dict()
-        return io.NodeOutput(video, ui=shown | {"animated": (format != "png frames",)})
+        shown = [ui.SavedResult(n, subfolder, io.FolderType.output) for n in names]
+        # the page plays everything "animated" as a video, which a GIF is not
+        return io.NodeOutput(video, ui={"images": shown, "animated": (format == "mp4",)})
 
     @classmethod
     def workflow_tags(cls) -> dict:
