@@ -139,8 +139,8 @@ class DDIMSampler(comfy.samplers.Sampler):
                 x0 = step.x0 if mask is None else _paste(step.x0, latent_image, mask)
                 callback(k - first, x0, x, last - first)
         end = table_sigmas[last]
-        if denoise_mask is not None:
-            x = _paste(x, _add_noise(latent_image, noise, end), denoise_mask)
+        if mask is not None:
+            x = _paste(x, _add_noise(latent_image, noise, end), mask)
         return x * _norm(end)  # noise that is left over goes back in core's scale: any sampler can go on from it
 
     def _rescale_guidance(self, args):

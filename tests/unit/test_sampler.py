@@ -231,6 +231,20 @@ def test_basic_guider_equals_cfg_1():
     torch.testing.assert_close(result, run("zsnr", chosen, model=model)[0]["samples"])
 
 
+def test_masks_hold_without_our_node_and_change_with_cores_differential_diffusion():
+    torch.manual_seed(2)
+    latent = {"samples": torch.randn(SHAPE), "noise_mask": (torch.rand(1, *SHAPE[2:]) > 0.5).float()}
+    kept = latent["noise_mask"][:, None].expand(SHAPE) == 0
+    model = stub_model("v")
+    guider = custom.CFGGuider.execute(model, *conditioning(), 3.0).result[0]
+    result = custom_advanced(guider, *select(model, settings()), latent)
+    torch.testing.assert_close(result[kept], latent["samples"][kept])
+    assert (result[~kept] - latent["samples"][~kept]).abs().mean() > 0.1
+    model.set_model_denoise_mask_function(lambda sigma, mask, extra_options: torch.zeros_like(mask))
+    frozen = run("v", settings(), {**latent, "noise_mask": torch.ones(1, *SHAPE[2:])}, model=model)[0]["samples"]
+    torch.testing.assert_close(frozen, latent["samples"])
+
+
 def test_foreign_sigmas_are_refused():
     model = stub_model("v")
     sampler, _ = select(model, settings())
