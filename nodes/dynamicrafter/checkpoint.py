@@ -107,6 +107,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
 
     network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
                             assign=True)
+    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
     vae = text_tower = vision_tower = None
     if _has(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
