@@ -119,7 +119,7 @@ class Pipeline:
         edit(job[conditioning]["inputs"]["positive"][0], text=prompt)
         edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
         edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
-             fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch=batch_size)
+             fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch_size=batch_size)
         edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, cfg=guidance_scale, eta=eta)
         edit(saver, fps=fps, format=format)
         savers = [saver]

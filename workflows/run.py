@@ -105,11 +105,12 @@ class Progress:
 
     def __init__(self):
         self.node = None
+        self.start = time.monotonic()
 
     def __call__(self, node, value, maximum):
         if node != self.node:
             self.close()
-            self.node, self.start = node, time.monotonic()
+            self.node = node
         end = "\r" if sys.stdout.isatty() else "\n"
         print(f"  {node}: {value}/{maximum}, {time.monotonic() - self.start:.1f} s ", end=end, flush=True)
 
