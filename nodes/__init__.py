@@ -21,6 +21,8 @@ async def comfy_entrypoint():
     """What ComfyUI calls to get the pack's nodes."""
     from comfy_api.latest import ComfyExtension
 
+    import_module(".common.nodes", __name__).offer_examples()
+
     class Stillmotion(ComfyExtension):
         async def get_node_list(self):
             return [getattr(import_module(f".{family}.nodes", __name__), name) for family, name in NODES]

@@ -38,6 +38,14 @@ def load_data():
     return module
 
 
+def default_fs() -> int:
+    """Frames a second that the demo model takes where the graph says 0, from its header."""
+    from safetensors import safe_open
+    with safe_open(PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["stillmotion.config"])
+    return config["model"]["params"]["unet_config"]["params"]["default_fs"]
+
+
 def make_cases(data, seed: int, pairs: int, fs: int) -> list[dict]:
     """`pairs` animate cases (four an image) and for every image one interpolate and one loop case."""
     rng, cases = Random(seed), []
@@ -192,7 +200,7 @@ def main() -> int:
     data = load_data()
     graphs = {name: json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text())
               for name in ("animate", "interpolate", "loop")}
-    fs = only(graphs["animate"], "Stillmotion_DynamiCrafterImageToVideo")["fs"]
+    fs = only(graphs["animate"], "Stillmotion_DynamiCrafterImageToVideo")["fs"] or default_fs()
     cases = make_cases(data, options.seed, options.cases, fs)
     options.output.mkdir(parents=True, exist_ok=True)
     rows, shown, started = [], [], time.monotonic()

@@ -1,0 +1,99 @@
+"""A ComfyUI server with the pack and a real browser page on it; skipped where there is no Chromium."""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PACK / "workflows"))
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
+           && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
+
+
+@pytest.fixture(scope="session")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as tool:
+        own = tool.chromium.executable_path
+        path = next(filter(None, map(shutil.which, BROWSERS)), own if os.path.exists(own) else None)
+        if path is None:
+            pytest.skip(f"no Chromium found (looked for {', '.join(BROWSERS)})")
+        browser = tool.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(browser):
+    """The server of all browser tests; asked for after the browser, so that a skip costs nothing."""
+    import folder_paths
+    from host import Host
+    from launch import Server
+    with Server(Host(Path(sys.executable), Path(folder_paths.__file__).parent), device="cpu") as server:
+        for example in (PACK / "workflows" / "examples").glob("*.png"):
+            shutil.copy(example, server.base / "input")
+        yield server
+
+
+class Page:
+    """What the tests do in ComfyUI's page."""
+
+    def __init__(self, page):
+        self.page = page
+        self.run_js = page.evaluate
+        page.set_default_timeout(60000)
+
+    def load(self, workflow: dict):
+        """Put a UI workflow on the canvas as opening a template does."""
+        self.run_js("wf => app.loadGraphData(wf, true, true, 'test')", workflow)
+
+    def drop(self, path: Path, mime: str):
+        """Drop a file on the canvas."""
+        data = self.run_js("() => app.graph.clear()") or list(path.read_bytes())
+        transfer = self.page.evaluate_handle(
+            """([bytes, name, type]) => { const d = new DataTransfer();
+               d.items.add(new File([new Uint8Array(bytes)], name, {type})); return d }""", [data, path.name, mime])
+        self.page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": transfer})
+
+    def nodes(self) -> list[dict]:
+        return self.run_js("""() => app.graph._nodes.map(n => ({id: n.id, type: n.type, errors: !!n.has_errors,
+                              known: n.type in LiteGraph.registered_node_types}))""")
+
+    def dialogs(self) -> list[str]:
+        return self.run_js("() => [...document.querySelectorAll('[role=dialog]')].map(d => d.innerText)")
+
+    def run(self) -> dict:
+        """Queue the graph and wait for its end; the outputs by node id. Raises where the server complains."""
+        return self.run_js("""async () => {
+            const ended = new Promise((good, bad) => {
+              app.api.addEventListener('execution_success', good, {once: true});
+              app.api.addEventListener('execution_error', e => bad(e.detail.exception_message), {once: true});
+            });
+            await app.queuePrompt(0, 1);
+            if (Object.keys(app.lastNodeErrors ?? {}).length) throw new Error(JSON.stringify(app.lastNodeErrors));
+            await ended;
+            return app.nodeOutputs;
+        }""")
+
+
+@pytest.fixture(params=["litegraph", "vue"])
+def page(request, server, browser):
+    """A fresh page; every test runs with the canvas nodes and with the newer DOM nodes."""
+    settings = server.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    # without the first two the Templates dialog covers a first-time user's page
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9",
+                                    "Comfy.VueNodes.Enabled": request.param == "vue"}))
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    tab = context.new_page()
+    tab.goto(server.url)
+    tab.wait_for_function(READY, timeout=60000)
+    yield Page(tab)
+    context.close()
