@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -158,3 +159,19 @@ def test_files_that_are_not_checkpoints_are_refused(server, client):
     job[graph.find_node(job, LOADER)]["inputs"]["checkpoint"] = "notes.ckpt"
     with pytest.raises(JobError, match="notes.ckpt"):
         client.run(job)
+
+
+def test_demo_is_only_a_path(server, client):
+    """The same file under another name in models/checkpoints gives identical frames."""
+    folder = Path(server.base) / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    demo, = (host.PACK / "nodes" / "demo").glob("dynamicrafter*.safetensors")
+    shutil.copy(demo, folder / "renamed.safetensors")
+    clips = []
+    for name in ("demo", "renamed.safetensors"):
+        job = load(ANIMATE, client)
+        job[graph.find_node(job, LOADER)]["inputs"]["checkpoint"] = name
+        job[graph.find_node(job, SAMPLER)]["inputs"]["steps"] = 3
+        clips.append(frames_of(client, client.run(job)[graph.find_node(job, SAVER)]["images"][0]))
+    assert len(clips[0]) == len(clips[1])
+    assert all((a == b).all() for a, b in zip(*clips))

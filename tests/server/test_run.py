@@ -1,0 +1,143 @@
+"""workflows/run.py and the Python call, as a user starts them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import av
+import client as http
+import host
+import launch
+import pipeline
+import pytest
+import torch
+
+EXAMPLE = host.WORKFLOWS / "example.png"
+
+
+def start(*arguments, cwd):
+    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), *map(str, arguments)], cwd=cwd,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*arguments, cwd):
+    process = start(*arguments, cwd=cwd)
+    return process.communicate(timeout=300)[0], process.returncode
+
+
+def until(process, words):
+    """Read the output up to the first line with these words."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return line
+    raise AssertionError(f"{words!r} never came:\n{''.join(lines)}")
+
+
+def frames_and_tags(path):
+    with av.open(str(path)) as container:
+        return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)], dict(container.metadata)
+
+
+def test_one_command_makes_a_video(tmp_path):
+    text, code = run("demo", "42", "--steps", "3", cwd=tmp_path)
+    assert code == 0, text
+    assert "DDIM Sampler (fixed): 3/3" in text
+    path, = tmp_path.rglob("*.mp4")
+    assert f"saved {path}" in text and path == tmp_path / "results" / "example_demo_seed42.mp4"
+    frames, tags = frames_and_tags(path)
+    assert len(frames) == 16 and frames[0].shape == (64, 64, 3)
+    assert '"seed": 42' in tags["prompt"] and "workflow" in tags
+
+
+def test_a_folder_of_prompts_in_batches_on_a_running_server(server, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(EXAMPLE, folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("a red circle moves up on a white background")
+    text, code = run("demo", "--server", server.url, "--prompt_dir", folder, "--steps", "2", "--batch_size", "2",
+                     "--frames", "8", "--fps", "4", cwd=tmp_path)
+    assert code == 0, text
+    made = sorted((tmp_path / "results" / "dynamicrafter_pipeline_demo_seed123").iterdir())
+    assert [path.name for path in made] == ["one_0.mp4", "one_1.mp4", "two_0.mp4", "two_1.mp4"]
+    clips = [frames_and_tags(path)[0] for path in made]
+    assert [len(clip) for clip in clips] == [8] * 4
+    assert (clips[0][4] != clips[1][4]).any()  # noise of their own
+
+
+def test_a_preset_without_its_checkpoint_says_what_to_download(server, tmp_path):
+    text, code = run("1024", "--server", server.url, cwd=tmp_path)
+    assert code == 1 and "Doubiiu/DynamiCrafter_1024" in text and "checkpoints" in text and "Traceback" not in text
+
+
+def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    text, code = run("--server", server.url, "--steps", "1", "--output", tmp_path / "file", cwd=tmp_path)
+    assert code == 1 and f"cannot save {tmp_path / 'file'}" in text and "Traceback" not in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_ends_the_job_and_the_server(tmp_path):
+    process = start("--steps", "1000", cwd=tmp_path)
+    url = until(process, "ready").split()[-1]
+    until(process, "2/1000")
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "the job was cancelled" in text and "Traceback" not in text
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=5)
+    assert list(tmp_path.rglob("*.mp4*")) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_cancels_the_job_on_somebody_elses_server(server, client, tmp_path):
+    process = start("--server", server.url, "--steps", "1000", cwd=tmp_path)
+    until(process, "2/1000")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 20
+    while client.json("/queue")["queue_running"]:
+        assert time.monotonic() < deadline, "the job still runs"
+        time.sleep(0.1)
+    assert server.alive()
+
+
+def test_a_server_that_dies_is_noticed():
+    own = pipeline.Pipeline("demo")
+    try:
+        threading.Timer(3, own.server.process.kill).start()
+        with pytest.raises(http.ServerGone, match="the ComfyUI server ended"):
+            own.run(EXAMPLE, "a red circle moves up", steps=1000)
+    finally:
+        own.close()
+    assert not Path(own.server.base).exists()
+
+
+def test_a_pack_that_does_not_load_is_reported(monkeypatch, tmp_path):
+    broken = tmp_path / "pack"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('a broken pack')")
+    monkeypatch.setattr(host, "PACK", broken)
+    found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
+    with pytest.raises(host.HostError, match="(?s)did not load.*a broken pack"):
+        launch.Server(found)
+
+
+def test_the_python_call_gives_frames_that_can_be_saved(server, tmp_path):
+    with pipeline.Pipeline(server=server.url) as call:
+        videos = call(EXAMPLE, "a red circle moves left", "", 2, 7.5, 0.0, None, 12, 64, 64)
+    assert videos.shape == (12, 64, 64, 3) and videos.dtype == torch.float32
+    assert 0 <= videos.min() and videos.max() <= 1
+    pipeline.save_video(videos, tmp_path / "out.mp4", 8)
+    frames, _ = frames_and_tags(tmp_path / "out.mp4")
+    assert len(frames) == 12
