@@ -61,6 +61,7 @@ def prepare_host(options):
 
 def load_model(options, folder):
     """(loaded parts, seconds, name, width, height, frames)"""
+    from comfy import model_management
     from stillmotion.nodes.common.files import read_checkpoint
     from stillmotion.nodes.dynamicrafter import checkpoint
 
@@ -78,6 +79,7 @@ def load_model(options, folder):
         width, height = map(int, options.size.lower().split("x"))
     start = time.perf_counter()
     loaded = checkpoint.load(read_checkpoint(path), variant, options.dtype, yaml_path)
+    model_management.load_models_gpu([loaded.model])
     return loaded, time.perf_counter() - start, name, width, height, options.frames or frames
 
 
