@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.supported_models_base
+import comfy.utils
 import pytest
 import torch
 from comfy import conds, model_base, model_patcher
@@ -434,3 +435,19 @@ def test_out_of_memory_gives_advice():
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="smaller preset"):
         nodes.DDIMSampler.execute(model, positive, negative, empty_latent(), 1, 6, 3.0, 1.0, "auto", -1.0, 1.0, 0.0,
                                   "off", 3.0, False, 0, 1000, "fixed")
+
+
+def test_progress_and_a_preview_at_every_step():
+    from comfy.cli_args import LatentPreviewMethod, args
+    seen, before = [], args.preview_method
+    args.preview_method = LatentPreviewMethod.Auto
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, **kwargs: seen.append((value, total, preview[1].size)))
+    try:
+        positive, negative = conditioning()
+        nodes.DDIMSampler.execute(stub_model("zsnr"), positive, negative, empty_latent(), 1, 6, 3.0, 1.0, "auto", -1.0,
+                                  1.0, 0.0, "off", 3.0, False, 2, 1000, "fixed")
+    finally:
+        args.preview_method = before
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert seen == [(step, 4, (SHAPE[4], SHAPE[3])) for step in (1, 2, 3, 4)]
