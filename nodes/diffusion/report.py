@@ -35,12 +35,12 @@ class SamplingReport:
         reach = max(-column["x_min"][-1], column["x_max"][-1])
         share = column["beyond"][-1] / self.values
         outside = f"{share:.1%} of the last predicted values lie beyond +-{self.limit:g}"
+        found = f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}"
+        advice = "Lower cfg or raise guidance_rescale" + (", or clip x0 (static, 3)" if self.clip_mode == "off" else "")
         if reach > RANGE_BAD or share > SHARE_BAD:
-            return "bad", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: expect colour "
-                           "noise. Lower cfg, clip x0 (static, 3), or check that the model fits these settings.")
+            return "bad", f"{found}: expect colour noise. {advice}, or check that the model fits these settings."
         if reach > RANGE_DOUBTFUL or share > SHARE_DOUBTFUL:
-            return "doubtful", (f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}: colours "
-                                "may be too strong. Lower cfg, raise guidance_rescale, or clip x0.")
+            return "doubtful", f"{found}: colours may be too strong. {advice}."
         if column["x_std"][-1] < FLAT_STD:
             return "doubtful", (f"The final latent is nearly flat (standard deviation {column['x_std'][-1]:.3f}): "
                                 "expect an even grey. Take more steps, or check model and conditioning.")

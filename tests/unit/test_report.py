@@ -40,6 +40,7 @@ def test_the_numbers():
     ({"x_scale": 50.0}, "bad", "colour noise"),
     ({"x0_scale": 1.45}, "doubtful", "lie beyond"),
     ({"x0_scale": 4.0}, "bad", "clip x0"),
+    ({"x0_scale": 1.45, "mode": "static"}, "doubtful", "raise guidance_rescale.$"),
     ({"x_scale": 0.02}, "doubtful", "nearly flat"),
     ({"spoil": ("nan", "nan")}, "bad", "step 3 .timestep 997. on. The model itself"),
     ({"spoil": ("inf", "0")}, "bad", "3 of 512 values are NaN or Inf"),
