@@ -110,8 +110,8 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                 io.Image.Input("image2", optional=True, tooltip="The last frame, for mode interpolate only."),
             ],
             outputs=[
-                io.Conditioning.Output("positive", tooltip="With the image, for the sampler."),
-                io.Conditioning.Output("negative", tooltip="With a grey image for guidance, for the sampler."),
+                io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="With a grey image for guidance, for the sampler."),
                 io.Latent.Output(tooltip="Empty latent [batch, 4, frames, height / 8, width / 8]."),
             ],
         )

@@ -26,7 +26,7 @@ from . import data, objectives
 from .loop import fit
 
 FRAMES = 16
-FIXED_CLIPS = 6000          # clips whose encodings are cached
+FIXED_CLIPS = 2400          # clips whose encodings are cached
 RETURNING = 0.1             # share of clips that go out and come back, for loops
 SCALE_FACTOR = 0.18215      # of Stable Diffusion's latents; the demo's latents are scaled to fit it
 
@@ -72,7 +72,7 @@ def random_still(rng: Random) -> Tensor:
     return frame_HWC.movedim(-1, 0).float() / 127.5 - 1
 
 
-def train_autoencoder(folder: Path, steps: int = 1500, batch: int = 16) -> nn.Module:
+def train_autoencoder(folder: Path, steps: int = 900, batch: int = 16) -> nn.Module:
     """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215."""
     torch.manual_seed(0)
     vae = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)
@@ -128,7 +128,7 @@ def tower_pixels(images_BCHW: Tensor) -> Tensor:
     return ((squash(images_BCHW, OPEN_CLIP["vision_cfg"]["image_size"]) + 1) / 2 - mean) / std
 
 
-def train_towers(folder: Path, steps: int = 400, batch: int = 96) -> nn.Module:
+def train_towers(folder: Path, steps: int = 350, batch: int = 96) -> nn.Module:
     """The two CLIP towers, contrastively."""
     torch.manual_seed(1)
     clip = CLIP(**OPEN_CLIP)
@@ -212,7 +212,7 @@ def demo_unet() -> VideoUNet:
     return unet
 
 
-def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int, batch: int = 16, lr: float = 1.5e-3,
+def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 4400, batch: int = 8, lr: float = 1e-3,
                on_save=None) -> nn.Module:
     """The denoising network with its image projector, from cached encodings.
 
@@ -236,7 +236,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int, batch: in
         return objectives.video_v_loss(unet, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
                                        alphas, scale, generator)
 
-    return fit(unet, loss_of, steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.995, save_every=250,
+    return fit(unet, loss_of, steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998, save_every=100,
                on_save=on_save).eval()
 
 
