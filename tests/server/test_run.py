@@ -19,7 +19,7 @@ import pipeline
 import pytest
 import torch
 
-EXAMPLE = host.WORKFLOWS / "example.png"
+EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
 
 def start(*arguments, cwd):
@@ -53,7 +53,7 @@ def test_one_command_makes_a_video(tmp_path):
     assert code == 0, text
     assert "DDIM Sampler (fixed): 3/3" in text
     path, = tmp_path.rglob("*.mp4")
-    assert f"saved {path}" in text and path == tmp_path / "results" / "example_demo_seed42.mp4"
+    assert f"saved {path}" in text and path == tmp_path / "results" / "stillmotion_start_demo_seed42.mp4"
     frames, tags = frames_and_tags(path)
     assert len(frames) == 16 and frames[0].shape == (64, 64, 3)
     assert '"seed": 42' in tags["prompt"] and "workflow" in tags

@@ -1,0 +1,43 @@
+"""The workflow templates in the page: complete, equal to their API graphs, and they run with the demo model."""
+import json
+from pathlib import Path
+
+import pytest
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+TO_API = "async () => (await app.graphToPrompt()).output"
+NAMES = ("animate", "interpolate", "loop", "ksampler", "image_guidance")
+
+
+def inputs(graph):
+    """{node id: (class, inputs)}; the page adds an input of its own to Preview Any."""
+    return {i: (n["class_type"], {k: v for k, v in n["inputs"].items() if k != "preview"}) for i, n in graph.items()}
+
+
+def test_the_page_lists_all_templates_with_thumbnails(page):
+    listed = page.run_js("async () => (await (await fetch('/workflow_templates')).json()).stillmotion")
+    assert sorted(listed) == sorted(NAMES)
+    widths = page.run_js("""names => Promise.all(names.map(name => new Promise((done, failed) => {
+        const image = new Image();
+        [image.onload, image.onerror] = [() => done(image.naturalWidth), () => failed(new Error(name))];
+        image.src = `/api/workflow_templates/stillmotion/${name}.jpg`;
+    })))""", NAMES)
+    assert min(widths) >= 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_whole_runs_and_shows_its_video(page, server, name):
+    page.load(json.loads((WORKFLOWS / f"{name}.json").read_text()))
+    broken = [node for node in page.nodes() if node["errors"] or not node["known"]]
+    assert broken == [] and page.dialogs() == []
+    api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    assert inputs(page.run_js(TO_API)) == inputs(api)
+
+    page.run_js("() => app.graph.getNodeById(6).widgets.find(w => w.name == 'steps').value = 2")  # 2 are fast to run
+    api["6"]["inputs"]["steps"] = 2
+    saved = page.run()["8"]["images"][0]
+    page.page.wait_for_function("""name => [...document.querySelectorAll('video')].some(
+        v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth == 64)""", arg=saved["filename"])
+    page.drop(server.base / "output" / saved["subfolder"] / saved["filename"], "video/mp4")
+    page.page.wait_for_function("count => app.graph._nodes.length == count", arg=len(api) + 1)  # and the note
+    assert inputs(page.run_js(TO_API)) == inputs(api)
