@@ -61,12 +61,16 @@ class Server:
     """A running ComfyUI with the pack in it. Use as a context manager.
 
     `models` are folders with checkpoints/, loras/, ... to search besides the host's own; `checkpoints` are
-    folders with checkpoint files. Raises HostError when the server or the pack does not come up.
+    folders with checkpoint files; `threads` is torch's number of CPU threads, its own choice if None. Raises
+    HostError when the server or the pack does not come up.
     """
 
-    def __init__(self, found, device="auto", models=(), checkpoints=()):
+    def __init__(self, found, device="auto", models=(), checkpoints=(), threads=None):
         self.base = Path(tempfile.mkdtemp(prefix="stillmotion-server-"))
         self.process = None
+        self.environment = dict(host.clean_environment(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
+        if threads:
+            self.environment.setdefault("OMP_NUM_THREADS", str(threads))
         try:
             link_pack(self.base / "custom_nodes")
             for name in ("input", "output", "user"):
@@ -100,10 +104,9 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = open(self.base / "server.log", "wb")
-        environment = dict(host.clean_environment(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
         # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order
         self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, cwd=self.base,
-                                        stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+                                        stderr=subprocess.STDOUT, env=self.environment, start_new_session=True)
         deadline = time.monotonic() + STARTUP_SECONDS
         while True:
             if not self.alive():

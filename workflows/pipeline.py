@@ -69,7 +69,9 @@ class Pipeline:
         self.server = None
         if not server:
             found = host.find_host(comfyui)
-            self.server = launch.Server(found, device, [models] if models else [], [file.parent] if local_file else [])
+            # the demo's matrices are so small that threads only wait for each other, badly so on a busy machine
+            self.server = launch.Server(found, device, [models] if models else [], [file.parent] if local_file else [],
+                                        threads=1 if resolution == "demo" else None)
         try:
             self.client = client.Client(server or self.server.url, self.server)
             self.schemas = self.client.json("/object_info")

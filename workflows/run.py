@@ -22,8 +22,7 @@ host.check_python()
 import client  # noqa: E402
 import pipeline  # noqa: E402
 
-EXAMPLE = host.WORKFLOWS / "example.png"
-EXAMPLE_PROMPT = "a red circle moves right on a white background"
+EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # the workflow has its prompt
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tiff")
 DEFAULTS = {"steps": 50, "guidance_scale": 7.5, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
@@ -91,8 +90,7 @@ def jobs(options):
     if not options.prompt_dir:
         image = options.image or EXAMPLE
         folder = options.output or Path("results")
-        prompt = EXAMPLE_PROMPT if options.prompt is None else options.prompt
-        return [(image, prompt, folder / f"{image.stem}_{options.preset}_seed{options.seed}")]
+        return [(image, options.prompt, folder / f"{image.stem}_{options.preset}_seed{options.seed}")]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
     images = sorted(f for f in options.prompt_dir.glob("*") if f.suffix.lower() in IMAGES)
     texts = [(image, image.with_suffix(".txt")) for image in images]
@@ -127,7 +125,7 @@ def animate(pipe, options):
     if options.preset != "demo":
         settings.update({k: v for k, v in DEFAULTS.items() if settings[k] is None})
     for image, prompt, target in jobs(options):
-        print(f"{image}: {prompt!r}", flush=True)
+        print(image, "" if prompt is None else repr(prompt), flush=True)
         progress = Progress()
         try:
             videos = pipe.run(image, prompt, batch_size=options.batch_size, progress=progress, **settings)
