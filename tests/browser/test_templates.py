@@ -25,7 +25,8 @@ def test_the_page_lists_all_templates_with_thumbnails(page):
     assert min(widths) >= 200
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("page, name", [*(("litegraph", name) for name in NAMES), ("vue", "animate"),
+                                        ("vue", "image_guidance")], indirect=["page"])
 def test_a_template_opens_whole_runs_and_shows_its_video(page, server, name):
     page.load(json.loads((WORKFLOWS / f"{name}.json").read_text()))
     broken = [node for node in page.nodes() if node["errors"] or not node["known"]]
