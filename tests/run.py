@@ -2,7 +2,7 @@
 
     python tests/run.py                     everything but the tests marked slow
     python tests/run.py --all               everything
-    python tests/run.py unit -k schedule    a folder or file below tests/; other arguments go to pytest
+    python tests/run.py unit -k schedule    some of them; all other arguments go to pytest
     python tests/run.py --comfyui PATH      in an existing ComfyUI (nothing is installed into it)
 """
 
@@ -31,11 +31,9 @@ def main():
                  f" To install:\n  {sys.executable} -m pip install {' '.join(missing)}")
     import pytest
 
-    chosen = [a for a in rest if (TESTS / a.split("::")[0]).exists()]
-    rest = [str(TESTS / a) if a in chosen else a for a in rest]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
-    return pytest.main(["-c", str(TESTS / "pytest.ini"), *([] if options.all else ["-m", "not slow"]),
-                        *([] if chosen else [str(TESTS)]), *rest])
+    os.chdir(TESTS)
+    return pytest.main([*([] if options.all else ["-m", "not slow"]), *(a.removeprefix("tests/") for a in rest)])
 
 
 if __name__ == "__main__":

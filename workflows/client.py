@@ -142,13 +142,13 @@ class Client:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def upload(self, path, name):
-        """Put a file into the server's input folder; returns the name to use in LoadImage."""
+    def upload(self, data, name):
+        """Put a file with these bytes into the server's input folder; returns the name to use in LoadImage."""
         edge = uuid.uuid4().hex
         def part(field, value):
             return f'--{edge}\r\nContent-Disposition: form-data; name="{field}"{value}\r\n'.encode()
         body = (part("overwrite", "\r\n\r\ntrue") + part("image", f'; filename="{name}"\r\n')
-                + Path(path).read_bytes() + f"\r\n--{edge}--\r\n".encode())
+                + data + f"\r\n--{edge}--\r\n".encode())
         with self.request("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={edge}"}) as answer:
             stored = json.load(answer)
         return "/".join(filter(None, (stored["subfolder"], stored["name"])))

@@ -68,6 +68,7 @@ class Server:
     def __init__(self, found, device="auto", models=(), checkpoints=(), threads=None):
         self.base = Path(tempfile.mkdtemp(prefix="stillmotion-server-"))
         self.process = None
+        self.keep = False  # the folders, when something in them is still wanted
         self.environment = dict(host.clean_environment(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
         if threads:
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -135,7 +136,7 @@ class Server:
         return "\n".join((self.base / "server.log").read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self):
-        """Stop the server (it finishes within about a second) and remove its folders."""
+        """Stop the server (it finishes within about a second) and remove its folders unless `keep` is set."""
         if self.alive():
             self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
             try:
@@ -145,7 +146,8 @@ class Server:
                 self.process.wait()
         if self.process is not None:
             self.log.close()
-        shutil.rmtree(self.base, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.base, ignore_errors=True)
 
     def __enter__(self):
         return self

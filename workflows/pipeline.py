@@ -87,13 +87,13 @@ class Pipeline:
     def _checkpoint(self, name, models):
         folder = (models or Path("models")) / "checkpoints"
         names = self.client.json("/models/checkpoints")
-        if name:
+        if name and name != "demo":
             if name not in names:
                 raise host.HostError(f"checkpoint {name!r} is neither a file nor in {folder} (there: "
                                      f"{', '.join(sorted(names)) or 'none'}).")
             return name
-        if self.resolution == "demo":
-            return None  # the workflow's own
+        if self.resolution == "demo" or name:
+            return "demo"
         chosen = choose_checkpoint(self.resolution, names)
         if chosen is None:
             raise host.HostError(missing_checkpoint(self.resolution, folder))
@@ -102,7 +102,7 @@ class Pipeline:
     def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
             frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
             progress=None):
-        """Animate one image file; None means what the preset or the workflow says.
+        """Animate one image (a file or a PIL image); None means what the preset or the workflow says.
 
         Returns one list of output entries (see Client.download) for each video of the batch. `progress(node name,
         value, maximum)` is called at every step. Raises client.JobError and client.ServerGone.
@@ -117,7 +117,7 @@ class Pipeline:
         conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
         saver = graph.find_node(job, SAVER)
         edit(graph.find_node(job, LOADER), checkpoint=self.checkpoint)
-        edit(graph.find_node(job, "LoadImage"), image=self.client.upload(image, Path(image).name))
+        edit(graph.find_node(job, "LoadImage"), image=self.client.upload(*file_of(image)))
         edit(job[conditioning]["inputs"]["positive"][0], text=prompt)
         edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
         edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
@@ -137,7 +137,7 @@ class Pipeline:
 
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=7.5, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
-        """Animate an image file; returns the frames [T, H, W, 3], float32 in 0..1, without compression loss."""
+        """Animate an image (a file or a PIL image); returns the frames [T, H, W, 3], float32 in 0..1, uncompressed."""
         import numpy
         import torch
         from PIL import Image
@@ -159,6 +159,15 @@ class Pipeline:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def file_of(image):
+    """(bytes, name) of an image file or a PIL image."""
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes(), Path(image).name
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue(), "image.png"
 
 
 def save_video(videos, path, fps):

@@ -12,6 +12,7 @@ custom_nodes folder of another, or --comfyui or --server names one; nothing is i
 import argparse
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def check(options):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
     if options.image and not options.image.is_file():
         return f"--image: there is no file {options.image}"
+    if options.models and not options.models.is_dir():
+        return f"--models: there is no folder {options.models}"
     if options.prompt_dir and not jobs(options):
         return f"--prompt_dir: {options.prompt_dir} has no image ({', '.join(IMAGES)}) with a same-named .txt beside it"
     if options.image and options.prompt is None:
@@ -136,8 +139,22 @@ def animate(pipe, options):
             try:
                 pipe.client.download(entry, path)
             except OSError as error:
+                if pipe.server:
+                    pipe.server.keep = True
+                    made = pipe.server.base / "output" / entry["subfolder"] / entry["filename"]
+                    print(f"the finished video is kept as {made}", flush=True)
                 raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.")
             print(f"saved {path.resolve()}", flush=True)
+
+
+def make_folder(options):
+    """The folder of the videos, made before the work begins."""
+    folder = jobs(options)[0][2].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise host.HostError(f"cannot write into {folder}: {error}. Choose another folder with --output.") from None
 
 
 def main():
@@ -145,6 +162,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped ends the server too
     start = time.monotonic()
     try:
+        make_folder(options)
         with pipeline.Pipeline(options.preset, options.checkpoint, options.device or "auto", options.comfyui,
                                options.server, options.models) as pipe:
             print(f"ComfyUI is ready after {time.monotonic() - start:.1f} s at {pipe.client.url}", flush=True)

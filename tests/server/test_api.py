@@ -33,8 +33,12 @@ def test_every_template_is_listed(client):
     assert sorted(client.json("/workflow_templates").get("stillmotion", [])) == ours
 
 
-def test_every_template_has_an_api_graph():
-    assert {path.stem for path in host.WORKFLOWS.glob("*.json")} <= {path.stem for path in API_GRAPHS}
+def test_every_template_and_its_api_graph_have_the_same_nodes():
+    assert [path.stem for path in sorted(host.WORKFLOWS.glob("*.json"))] == [path.stem for path in API_GRAPHS]
+    for path in API_GRAPHS:
+        api = {i: node["class_type"] for i, node in json.loads(path.read_text()).items()}
+        ui = {str(node["id"]): node["type"] for node in json.loads((host.WORKFLOWS / path.name).read_text())["nodes"]}
+        assert {i: kind for i, kind in ui.items() if "Note" not in kind} == api, path.stem
 
 
 @pytest.mark.parametrize("path", API_GRAPHS, ids=lambda path: path.stem)

@@ -1,6 +1,8 @@
 """workflows/run.py and the Python call, as a user starts them."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import launch
 import pipeline
 import pytest
 import torch
+from PIL import Image
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
@@ -56,7 +59,11 @@ def test_one_command_makes_a_video(tmp_path):
     assert f"saved {path}" in text and path == tmp_path / "results" / "stillmotion_start_demo_seed42.mp4"
     frames, tags = frames_and_tags(path)
     assert len(frames) == 16 and frames[0].shape == (64, 64, 3)
-    assert '"seed": 42' in tags["prompt"] and "workflow" in tags
+    prompt, workflow = json.loads(tags["prompt"]), json.loads(tags["workflow"])
+    sampler, = (node for node in prompt.values() if node["class_type"] == pipeline.SAMPLER)
+    assert sampler["inputs"]["seed"] == 42 and sampler["inputs"]["steps"] == 3
+    shown, = (node for node in workflow["nodes"] if node["type"] == pipeline.SAMPLER)
+    assert 42 in shown["widgets_values"] and 3 in shown["widgets_values"]
 
 
 def test_a_folder_of_prompts_in_batches_on_a_running_server(server, tmp_path):
@@ -83,7 +90,16 @@ def test_a_preset_without_its_checkpoint_says_what_to_download(server, tmp_path)
 def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("in the way")
     text, code = run("--server", server.url, "--steps", "1", "--output", tmp_path / "file", cwd=tmp_path)
-    assert code == 1 and f"cannot save {tmp_path / 'file'}" in text and "Traceback" not in text
+    assert code == 1 and f"cannot write into {tmp_path / 'file'}" in text and "Traceback" not in text
+
+
+def test_a_finished_video_is_kept_when_it_cannot_be_saved(tmp_path):
+    (tmp_path / "results" / "stillmotion_start_demo_seed123.mp4" / "in the way").mkdir(parents=True)
+    text, code = run("--steps", "1", cwd=tmp_path)
+    assert code == 1 and "cannot save" in text and "Traceback" not in text
+    kept = Path(re.search(r"kept as (.*)", text)[1])
+    assert len(frames_and_tags(kept)[0]) == 16
+    shutil.rmtree(kept.parents[2])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
@@ -135,7 +151,7 @@ def test_a_pack_that_does_not_load_is_reported(monkeypatch, tmp_path):
 
 def test_the_python_call_gives_frames_that_can_be_saved(server, tmp_path):
     with pipeline.Pipeline(server=server.url) as call:
-        videos = call(EXAMPLE, "a red circle moves left", "", 2, 7.5, 0.0, None, 12, 64, 64)
+        videos = call(Image.open(EXAMPLE), "a red circle moves left", "", 2, 7.5, 0.0, None, 12, 64, 64)
     assert videos.shape == (12, 64, 64, 3) and videos.dtype == torch.float32
     assert 0 <= videos.min() and videos.max() <= 1
     pipeline.save_video(videos, tmp_path / "out.mp4", 8)
