@@ -28,7 +28,8 @@ def test_template_and_api_graph_are_wired_alike(name):
     assert {str(n["id"]): n["type"] for n in ui["nodes"] if n not in notes} == {
         i: n["class_type"] for i, n in api.items()}
     sockets = {node["id"]: [socket["name"] for socket in node["inputs"]] for node in ui["nodes"]}
-    wires = {(str(target), sockets[target][slot]): [str(source), out] for _, source, out, target, slot, _ in ui["links"]}
+    wires = {(str(target), sockets[target][slot]): [str(source), out]
+             for _, source, out, target, slot, _ in ui["links"]}
     assert wires == {(i, socket): value for i, node in api.items() for socket, value in node["inputs"].items()
                      if isinstance(value, list)}
 
