@@ -42,7 +42,7 @@ class SaveVideo(io.ComfyNode):
                                        "Connect either this or images."),
                 io.String.Input("filename_prefix", default="video/Stillmotion",
                                 tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
-                                        "%date:yyyy-MM-dd% and %Node.widget% are filled in as in Save Image."),
+                                        "%year%, %month%, %day%, %hour%, %minute%, %width%, %height% are filled in."),
                 io.Float.Input("fps", default=8.0, min=0.1, max=files.MAX_FPS, step=0.1,
                                tooltip="Frames shown a second. Used for images only; a GIF plays at most 50."),
                 io.Combo.Input("format", options=list(files.FORMATS), default="mp4",

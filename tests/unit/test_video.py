@@ -174,6 +174,11 @@ def test_bad_settings_are_refused(save, tmp_path, change, words):
     assert leftovers(tmp_path) == []
 
 
+def test_size_and_date_are_filled_into_the_name(save):
+    (path,), _ = save(images=clip(), filename_prefix="%year%/%width%x%height%")
+    assert path.name == "64x48_00001_.mp4" and path.parent.name.isdigit()
+
+
 def test_a_prefix_outside_the_output_folder_is_refused(save):
     with pytest.raises(Exception, match="outside the output folder"):
         save(images=clip(), filename_prefix="../../escape/x")
