@@ -8,6 +8,7 @@ of shape, colour and direction, and one uses the held-out phrasing. Writes figur
 folder (default: results/demo_quality), prints the figures as JSON in the last line, and exits 1 if a bar is missed.
 """
 import argparse
+import io
 import json
 import sys
 import time
@@ -99,9 +100,9 @@ def run_case(client, graph: dict, case: dict, data, folder: Path):
     truth = data.draw_clip(case["clip"]).numpy()
     names = []
     for i, frame in enumerate(truth[:: len(truth) - 1] if case["graph"] == "interpolate" else truth[:1]):
-        still = folder / f"still{i}.png"
-        Image.fromarray(frame).save(still)
-        names.append(client.upload(still, f"{case['graph']}_{case['image']:03}_{i}.png"))
+        still = io.BytesIO()
+        Image.fromarray(frame).save(still, "PNG")
+        names.append(client.upload(still.getvalue(), f"{case['graph']}_{case['image']:03}_{i}.png"))
     outputs = client.run(fill(graph, case, names))
     saved, = [entry for node in outputs.values() for entry in node.get("images", [])
               if entry["filename"].endswith(".mp4")]
@@ -123,7 +124,7 @@ def measure(case: dict, frames, truth, data) -> dict:
            "background_kept": found.background == clip.background, "first_psnr": psnr(frames[0], truth[0]),
            "last_psnr": psnr(frames[-1], truth[-1]), "ends_psnr": psnr(frames[0], frames[-1]),
            "ends_pixels": float(np.linalg.norm(np.nan_to_num(found.path_T2[-1] - found.path_T2[0], nan=1e3))),
-           "excursion": float(np.linalg.norm(found.path_T2 - found.path_T2[0], axis=1).max())}
+           "excursion": float(np.nan_to_num(np.linalg.norm(found.path_T2 - found.path_T2[0], axis=1)).max())}
     if case["graph"] == "interpolate":
         step = np.array(data.DIRECTIONS[clip.direction]) * clip.speed * (len(truth) - 1)
         middle = np.array([clip.x, clip.y]) + step / 2
