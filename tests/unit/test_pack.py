@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py"}
 
 
 def node_classes():
-    return asyncio.run(asyncio.run(stillmotion.comfy_entrypoint()).get_node_list())
+    async def ask():
+        return await (await stillmotion.comfy_entrypoint()).get_node_list()
+
+    with ThreadPoolExecutor() as thread:  # the browser tests leave an event loop running in this one
+        return thread.submit(asyncio.run, ask()).result()
 
 
 def test_node_ids_are_ours_and_unique():
