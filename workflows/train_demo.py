@@ -1,0 +1,35 @@
+"""Train the built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU.
+
+    python workflows/train_demo.py [--folder FOLDER] [--threads N] [--output FILE]
+
+The state of every stage is kept in the folder: a run that was stopped goes on where it was.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import host
+
+host.check_python()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    parser.add_argument("--output", type=Path, default=host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors")
+    options = parser.parse_args()
+    root = host.reexec()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    import sys
+    sys.path.insert(0, str(host.PACK / "tests"))
+    import conftest  # noqa: F401  ComfyUI and the pack, importable without a server
+    import torch
+    torch.set_num_threads(options.threads)
+    from stillmotion.nodes.training.demo import make_demo
+    make_demo(options.folder, options.output)
+
+
+if __name__ == "__main__":
+    main()
