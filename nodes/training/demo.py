@@ -26,7 +26,7 @@ from . import data, objectives
 from .loop import fit
 
 FRAMES = 16
-FIXED_CLIPS = 2400          # clips whose encodings are cached
+FIXED_CLIPS = 4800          # clips whose encodings are cached
 RETURNING = 0.1             # share of clips that go out and come back, for loops
 SCALE_FACTOR = 0.18215      # of Stable Diffusion's latents; the demo's latents are scaled to fit it
 
@@ -143,32 +143,48 @@ def tower_pixels(images_BCHW: Tensor) -> Tensor:
     return ((squash(images_BCHW, OPEN_CLIP["vision_cfg"]["image_size"]) + 1) / 2 - mean) / std
 
 
-def train_towers(folder: Path, steps: int = 350, batch: int = 96) -> nn.Module:
-    """The two CLIP towers, contrastively."""
+def training_caption(clip: data.ShapeClip, rng: Random) -> str:
+    """One of the known forms, in one case of four its words in any order: what they say counts, not where they stand."""
+    caption = clip.caption(rng.randrange(data.HELD_OUT_FORM))
+    words = caption.split()
+    return " ".join(rng.sample(words, len(words))) if rng.random() < 0.25 else caption
+
+
+def train_towers(folder: Path, steps: int = 500, batch: int = 96) -> nn.Module:
+    """The two CLIP towers, contrastively, while the text tower also learns to say what a caption names.
+
+    Pictures of so small shapes teach little about direction and shape; without the second loss the text tower keeps
+    both to the word itself, where the denoising network finds them late or never.
+    """
     torch.manual_seed(1)
-    clip = CLIP(**OPEN_CLIP)
-    captions = all_captions()
-    tokens = dict(zip(captions, SimpleTokenizer(context_length=77)(captions)))
+    tokenize = SimpleTokenizer(context_length=77)
+    named = [data.SHAPES, tuple(data.COLOURS), tuple(data.BACKGROUNDS), tuple(data.DIRECTIONS)]
+    nets = nn.ModuleDict({"clip": CLIP(**OPEN_CLIP),
+                          "heads": nn.Linear(OPEN_CLIP["embed_dim"], sum(map(len, named)))})
     rng = Random()
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
         clips = [data.random_clip(rng) for _ in range(batch)]
         images = torch.stack([exposure(c, rng) for c in clips])
-        captions = torch.stack([tokens[c.caption(rng.randrange(data.HELD_OUT_FORM))] for c in clips])
-        return objectives.contrastive_loss(clip, tower_pixels(images), captions)
+        tokens = tokenize([training_caption(c, rng) for c in clips])
+        said_BA = torch.tensor([[names.index(value) for names, value in
+                                 zip(named, (c.shape, c.colour, c.background, c.direction))] for c in clips])
+        scores = nets["heads"](text_features(nets["clip"], tokens).mean(1)).split([len(names) for names in named], dim=1)
+        return (objectives.contrastive_loss(nets["clip"], tower_pixels(images), tokens)
+                + objectives.attribute_loss(scores, said_BA))
 
-    clip = fit(clip, loss_of, steps=steps, lr=1e-3, checkpoint=folder / "towers.pt", ema_decay=0.98, save_every=50)
+    clip = fit(nets, loss_of, steps=steps, lr=2e-3, checkpoint=folder / "towers.pt", ema_decay=0.98,
+               save_every=50)["clip"]
     seen = torch.zeros(len(clip.token_embedding.weight), 1)
-    seen[torch.cat(list(tokens.values())).unique()] = 1
+    seen[tokenize(all_captions()).unique()] = 1
     clip.token_embedding.weight.data.mul_(seen)  # untrained rows say nothing, and zeros compress
     return clip.eval()
 
 
-@torch.no_grad()
-def text_features(clip: nn.Module, captions: list[str]) -> Tensor:
-    """[captions, 77, width]: the last block but one, then ln_final, as DynamiCrafter reads its text tower."""
-    x_BLC = clip.token_embedding(SimpleTokenizer(context_length=77)(captions)) + clip.positional_embedding
+def text_features(clip: nn.Module, tokens_BL: Tensor) -> Tensor:
+    """[B, 77, width]: the last block but one, then ln_final, as DynamiCrafter reads its text tower."""
+    x_BLC = clip.token_embedding(tokens_BL) + clip.positional_embedding
     for block in clip.transformer.resblocks[:-1]:
         x_BLC = block(x_BLC, attn_mask=clip.attn_mask)
     return clip.ln_final(x_BLC)
@@ -204,7 +220,8 @@ def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, count: int = FIX
         if (i + 1) % 500 == 0:
             logging.info("encoded %d / %d clips", i + 1, count)
     encodings = {
-        "latents": torch.stack(latents), "tokens": torch.stack(tokens), "text": text_features(clip, captions),
+        "latents": torch.stack(latents), "tokens": torch.stack(tokens),
+        "text": text_features(clip, SimpleTokenizer(context_length=77)(captions)),
         "grey": image_features(clip, torch.zeros(1, 3, 64, 64)), "fs": torch.tensor([c.fs for c in clips]),
         "ends": torch.tensor([c.returns for c in clips]),
         "caption": torch.tensor([[index[c.caption(form)] for form in range(data.HELD_OUT_FORM)] for c in clips]),
@@ -249,7 +266,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 4000, ba
         tokens = torch.where(chance(0.1)[:, None, None], encodings["grey"], encodings["tokens"][pick])
         condition = objectives.concat_condition(z, encodings["ends"][pick] | chance(1 / 3))
         return objectives.video_v_loss(unet, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
-                                       alphas, scale, generator)
+                                       alphas, scale, generator, emphasis=5)
 
     return fit(unet, loss_of, steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998, save_every=100,
                on_save=on_save).eval()
