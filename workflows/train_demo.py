@@ -20,7 +20,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, default=host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors")
     options = parser.parse_args()
-    root = host.reexec()
+    host.reexec()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import sys
     sys.path.insert(0, str(host.PACK / "tests"))

@@ -1,5 +1,6 @@
 """Nodes of the DynamiCrafter family."""
 
+from hashlib import sha256
 from pathlib import Path
 
 import folder_paths
@@ -60,8 +61,9 @@ class LoadDynamiCrafter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs):
-        paths = _paths(inputs["checkpoint"], inputs["yaml"])
-        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path]
+        files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size)
+                 for path in _paths(inputs["checkpoint"], inputs["yaml"]) if path]
+        return sha256(repr(files).encode()).hexdigest()  # a digest: ComfyUI saves it in the metadata of the results
 
     @classmethod
     def execute(cls, checkpoint, variant, weight_dtype, yaml):
@@ -111,7 +113,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
-                io.Conditioning.Output(display_name="negative", tooltip="With a grey image for guidance, for the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="With a grey image, for guidance."),
                 io.Latent.Output(tooltip="Empty latent [batch, 4, frames, height / 8, width / 8]."),
             ],
         )

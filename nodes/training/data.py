@@ -5,7 +5,7 @@ combinations (`is_held_out`) and the last caption form (`HELD_OUT_FORM`) never o
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 import torch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -69,7 +70,7 @@ def random_still(rng: Random, edge: int = 64) -> Tensor:
     clip = data.random_clip(rng, held_out=None)
     reach = edge / 2 - 2 - clip.radius * 1.4
     place = {"x": edge / 2 + rng.uniform(-reach, reach), "y": edge / 2 + rng.uniform(-reach, reach)}
-    frame_HWC = data.draw_clip(data.replace(clip, size=edge, **place), frames=1)[0]
+    frame_HWC = data.draw_clip(replace(clip, size=edge, **place), frames=1)[0]
     return frame_HWC.movedim(-1, 0).float() / 127.5 - 1
 
 
@@ -79,7 +80,7 @@ def stills(count: int) -> Tensor:
     return torch.stack([random_still(rng) for _ in range(count)])
 
 
-def train_autoencoder(folder: Path, cutout_steps: int = 1600, steps: int = 400, batch: int = 16) -> nn.Module:
+def train_autoencoder(folder: Path, cutout_steps: int = 4000, steps: int = 400, batch: int = 16) -> nn.Module:
     """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215.
 
     Cut-outs around the shape first: a quarter of the work, and nearly all of what there is to learn.
@@ -109,7 +110,7 @@ def train_autoencoder(folder: Path, cutout_steps: int = 1600, steps: int = 400, 
 
 @torch.no_grad()
 def standardise_latents(vae: nn.Module, images_BCHW: Tensor) -> None:
-    """Fold scale and offset of the latents into the two 1x1 convolutions around them, which leaves decoding as it is."""
+    """Fold the latents' scale and offset into the two 1x1 convolutions around them, which leaves decoding as it is."""
     mean = vae.quant_conv(vae.encoder(images_BCHW))[:, :4]
     offset, scale = mean.mean(dim=(0, 2, 3)), 1 / (SCALE_FACTOR * mean.std(dim=(0, 2, 3)))
     inner, outer = vae.post_quant_conv, vae.quant_conv
@@ -144,7 +145,7 @@ def tower_pixels(images_BCHW: Tensor) -> Tensor:
 
 
 def training_caption(clip: data.ShapeClip, rng: Random) -> str:
-    """One of the known forms, in one case of four its words in any order: what they say counts, not where they stand."""
+    """A known form, in one case of four with its words in any order: what they say counts, not where they stand."""
     caption = clip.caption(rng.randrange(data.HELD_OUT_FORM))
     words = caption.split()
     return " ".join(rng.sample(words, len(words))) if rng.random() < 0.25 else caption
@@ -170,7 +171,7 @@ def train_towers(folder: Path, steps: int = 500, batch: int = 96) -> nn.Module:
         tokens = tokenize([training_caption(c, rng) for c in clips])
         said_BA = torch.tensor([[names.index(value) for names, value in
                                  zip(named, (c.shape, c.colour, c.background, c.direction))] for c in clips])
-        scores = nets["heads"](text_features(nets["clip"], tokens).mean(1)).split([len(names) for names in named], dim=1)
+        scores = nets["heads"](text_features(nets["clip"], tokens).mean(1)).split(list(map(len, named)), dim=1)
         return (objectives.contrastive_loss(nets["clip"], tower_pixels(images), tokens)
                 + objectives.attribute_loss(scores, said_BA))
 

@@ -30,7 +30,8 @@ def fit(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, steps: 
     .jsonl beside it; `on_save(step, averaged_net)` is called after every save.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay))
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
+    averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average)
     first, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -16,8 +16,8 @@ def autoencoder_loss(vae: nn.Module, images_BCHW: Tensor, generator: torch.Gener
     """Reconstruction of images in [-1, 1] from a sampled posterior, plus its divergence from N(0, 1).
 
     `vae` has the layout of the latent-diffusion AutoencoderKL (arXiv 2112.10752): encoder, quant_conv,
-    post_quant_conv, decoder. What differs from the ground (the corner's colour) counts `emphasis` times: a small
-    shape is otherwise cheaper to leave out than to learn.
+    post_quant_conv, decoder. What differs from the ground (the corner's colour), and 3 pixels around it, counts
+    `emphasis` times: a small shape is otherwise cheaper to leave out than to learn, and its outline to blur.
     """
     mean, logvar = vae.quant_conv(vae.encoder(images_BCHW)).chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
@@ -25,7 +25,7 @@ def autoencoder_loss(vae: nn.Module, images_BCHW: Tensor, generator: torch.Gener
     decoded = vae.decoder(vae.post_quant_conv(mean + (0.5 * logvar).exp() * noise))
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     shape_B1HW = (images_BCHW - images_BCHW[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05
-    weight = 1 + (emphasis - 1) * shape_B1HW
+    weight = 1 + (emphasis - 1) * F.max_pool2d(shape_B1HW.float(), 7, stride=1, padding=3)
     return (weight * (decoded - images_BCHW).square()).mean() + kl_weight * divergence
 
 
