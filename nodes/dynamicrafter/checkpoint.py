@@ -28,12 +28,13 @@ WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "f
 UNET, RESAMPLER, VAE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
 TEXT, VISION = "cond_stage_model.model.", "embedder.model.visual."
 
-# Known and left aside: the noise schedule (half precision in pruned files; ours is rebuilt in float64), ...
+# Known and left aside: the noise schedule (half precision in pruned files; ours is rebuilt in float64), also as core's
+# Save nodes mark it, ...
 SCHEDULE = {name: (1000,) for name in (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
-)} | {"scale_arr": (1400,)}
+)} | {"scale_arr": (1400,), "v_pred": (0,), "ztsnr": (0,)}
 # ... the part of each CLIP that the model does not use, ...
 UNUSED = {f"{tower}{key}" for tower in (TEXT, "embedder.model.") for key in ("logit_scale", "attn_mask")} | {
     f"embedder.model.{key}" for key in ("positional_embedding", "text_projection", "token_embedding.weight",

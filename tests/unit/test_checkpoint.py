@@ -205,6 +205,14 @@ def test_pruned_file_gives_model_and_vae():
     assert loaded.model is not None and loaded.vae is not None
 
 
+def test_what_cores_model_save_writes_loads_again():
+    saved = load(tensors()).model.model.state_dict_for_saving() | {"ztsnr": torch.tensor([])}
+    assert "v_pred" in saved
+    again = load(dict(saved)).model.model.diffusion_model.state_dict()
+    assert all(torch.equal(value, saved[key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"])
+               for key, value in again.items())
+
+
 def test_options_are_checked():
     for options, words in (({"variant": "768"}, "'768' is unknown.*auto, 256"),
                            ({"weight_dtype": "int4"}, "'int4' is unknown.*fp8_e4m3fn")):
