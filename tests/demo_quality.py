@@ -12,6 +12,7 @@ import io
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -51,13 +52,13 @@ def make_cases(data, seed: int, pairs: int, fs: int) -> list[dict]:
     """`pairs` animate cases (four an image) and for every image one interpolate and one loop case."""
     rng, cases = Random(seed), []
     for image in range(-(-pairs // 4)):
-        clip = data.replace(data.random_clip(rng, held_out=True), fs=fs)
+        clip = replace(data.random_clip(rng, held_out=True), fs=fs)
         others = [d for d in data.DIRECTIONS if d != clip.direction]
         rng.shuffle(others)
         kinds = [(clip.direction, "combination"), (others[0], "phrasing"), (others[1], None), (others[2], None)]
         for direction, held_out in kinds:
             form = data.HELD_OUT_FORM if held_out == "phrasing" else rng.randrange(data.HELD_OUT_FORM)
-            case = {"image": image, "clip": data.replace(clip, direction=direction), "held_out": held_out,
+            case = {"image": image, "clip": replace(clip, direction=direction), "held_out": held_out,
                     "seed": rng.randrange(2**31)}
             cases.append(case | {"graph": "animate", "prompt": case["clip"].caption(form)})
         for graph in ("interpolate", "loop"):
