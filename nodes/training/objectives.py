@@ -42,12 +42,12 @@ def attribute_loss(scores: Sequence[Tensor], said_BA: Tensor) -> Tensor:
 
 
 def noisy_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Timesteps 0..999 [B], mostly from the noisy end: there the network must invent the motion from image and text
-    alone, while uniformly drawn ones leave a small model with still pictures."""
+    """Timesteps 0..999 [B], three of five from the noisy end: there the network must invent the motion from image and
+    text alone, while uniformly drawn ones leave a small model with still pictures. The others keep colours true."""
     uniform = torch.randint(0, 1000, (batch,), generator=generator)
     noisy = torch.randint(800, 1000, (batch,), generator=generator)
     kind = torch.rand(batch, generator=generator)
-    return torch.where(kind < 0.35, 999, torch.where(kind < 0.75, noisy, uniform))
+    return torch.where(kind < 0.15, 999, torch.where(kind < 0.5, noisy, uniform))
 
 
 def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
