@@ -15,11 +15,12 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("mp4", "gif", "png frames")
+BT709 = 1  # primaries and transfer in H.273; PyAV before 17 has no names for them
 MAX_FPS = 240
 MAX_GIF_FPS = 50  # a GIF counts in 1/100 s and browsers slow anything under 2/100 s down to 10/100 s
 
@@ -74,7 +75,7 @@ def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 1
         # Players guess the matrix of untagged files by their size, and guess differently: say BT.709.
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        codec.color_primaries = codec.color_trc = BT709
         sound = container.add_stream("aac", rate=int(audio["sample_rate"])) if audio else None
         count = 0
         for count, frame in enumerate(map(pad_to_even, frames), 1):

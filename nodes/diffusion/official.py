@@ -149,7 +149,7 @@ def image_guided_synthesis_fixed(model, prompts, videos, noise_shape, n_samples=
             ddim_steps, batch, noise_shape[1:], cond, eta=ddim_eta, timestep_spacing=timestep_spacing,
             unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond,
             unconditional_conditioning_img_nonetext=image_only, cfg_img=cfg_img, guidance_rescale=guidance_rescale,
-            fs=torch.tensor([fs] * batch, dtype=torch.long, device=sampler.device), **kwargs)
+            fs=None if fs is None else torch.tensor([fs] * batch, dtype=torch.long, device=sampler.device), **kwargs)
         variants.append(model.decode_first_stage(samples))
     return torch.stack(variants, 1)
 

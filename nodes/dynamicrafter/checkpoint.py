@@ -163,6 +163,8 @@ def detect_variant(tensors, hint="auto"):
     file lost the buffer that tells 512 from 1024. Raises ValueError for a hint that the keys contradict.
     """
     scales = tensors.get("scale_arr")
+    if scales is not None:
+        check_keys("dynamic rescale", {"scale_arr": scales}, {"scale_arr": SCHEDULE["scale_arr"]}, "It is damaged.")
     if scales is not None and not scales.is_meta:
         last = float(scales[-1])
         possible = next((names for value, names in ((0.7, ("512", "512_interp")), (0.3, ("1024",)))

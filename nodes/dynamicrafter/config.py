@@ -95,8 +95,8 @@ def parse(config, source):
         raise ValueError(f"{source}: only 1000 timesteps of the linear schedule are supported; it asks for "
                          f"{params.get('timesteps', 1000)}, {params.get('beta_schedule', 'linear')}.")
     vae = _entry(params, "first_stage_config.params", source)
-    text = params.get("cond_stage_config", {}).get("params", {})
-    vision = params.get("img_cond_stage_config", {}).get("params", {})
+    text, vision = (((params.get(name) or {}).get("params") or {}) for name in ("cond_stage_config",
+                                                                                "img_cond_stage_config"))
     return CheckpointConfig(
         unet=_unet(params, source), diffusion=_diffusion(params),
         scale_factor=params.get("scale_factor", 0.18215), ddconfig=_entry(vae, "ddconfig", source),
@@ -138,5 +138,5 @@ def _diffusion(params):
     return DiffusionParams(
         parameterization=params.get("parameterization", "eps"),
         linear_start=params.get("linear_start", 1e-4), linear_end=params.get("linear_end", 2e-2),
-        zero_snr=zero_snr, base_scale=params["base_scale"] if params.get("use_dynamic_rescale") else None,
+        zero_snr=zero_snr, base_scale=params.get("base_scale", 0.7) if params.get("use_dynamic_rescale") else None,
         spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0)

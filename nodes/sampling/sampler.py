@@ -77,11 +77,16 @@ def model_schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
         raise ValueError(f"This model has no noise schedule of {NUM_TIMESTEPS} discrete timesteps, which DDIM needs. "
                          "DynamiCrafter and Stable Diffusion models have one; for flow models use KSampler.")
     params = getattr(model.model, "diffusion_params", None)
-    if params is not None and "model_sampling" not in model.object_patches:
+    if params is not None and _parameterization(sampling) == params.parameterization \
+            and torch.allclose(sigmas, model.model.model_sampling.sigmas.cpu()):  # core's patches may have changed it
         return Schedule(params.parameterization, make_alphas_cumprod(params), make_scale_arr(params.base_scale),
                         params.spacing, params.guidance_rescale, sigmas.tolist())
-    alphas_cumprod = 1 / (1 + sigmas.double() ** 2)
-    return Schedule(_parameterization(sampling), alphas_cumprod, None, "uniform", 0.0, sigmas.tolist())
+    alphas_cumprod, parameterization = 1 / (1 + sigmas.double() ** 2), _parameterization(sampling)
+    if parameterization == "eps" and alphas_cumprod[-1] < 1e-6:
+        raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, from "
+                         "which no eps gives a picture. Switch zsnr off in ModelSamplingDiscrete, or choose v_prediction "
+                         "for a model that was trained with it.")
+    return Schedule(parameterization, alphas_cumprod, None, "uniform", 0.0, sigmas.tolist())
 
 
 def _parameterization(sampling) -> str:
@@ -120,6 +125,7 @@ class DDIMSampler(comfy.samplers.Sampler):
             options = comfy.model_patcher.set_model_options_post_cfg_function(options, self._rescale_guidance)
         step_noise = self.noise or seeded_noise(extra_args["seed"], noise.shape, noise.device)
         x = noise if first == 0 else _add_noise(latent_image, noise, table_sigmas[first])
+        mask = denoise_mask
         for k in range(first, last):
             comfy.model_management.throw_exception_if_processing_interrupted()
             sigma = table_sigmas[k]

@@ -276,6 +276,8 @@ def test_variant_from_other_keys():
     assert loader.detect_variant({}, "1024") == "1024"
     with pytest.raises(ValueError, match="ends at 0.5"):
         loader.detect_variant({"scale_arr": torch.linspace(1, 0.5, 1400)})
+    with pytest.raises(ValueError, match=r"scale_arr is \[\], expected \[1400\]"):
+        loader.detect_variant({"scale_arr": torch.ones(())})
 
 
 def test_unknown_size_asks_for_the_yaml():

@@ -87,6 +87,16 @@ def test_cut_off_file(tmp_path, name, keep):
     assert "again" in str(refused.value) or "damaged" in str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_old_file_cut_at_any_byte(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    whole, path = (tmp_path / "whole.pt").read_bytes(), tmp_path / "cut.pt"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut.pt"):
+            files.read_checkpoint(path)
+
+
 @pytest.mark.parametrize("content, word", [
     (b"", "empty"),
     (b"<!DOCTYPE html><html></html>", "web page"),

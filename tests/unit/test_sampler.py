@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy import model_base
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras import nodes_model_advanced
 from sampler_stub import PARAMS, SHAPE, StubConfig, conditioning, empty_latent, plain_ddim, run, settings, stub_model
 from stillmotion.nodes.diffusion.ddim import Clip
 from stillmotion.nodes.sampling import nodes
@@ -96,6 +97,16 @@ def test_masks_hold_without_our_node_and_change_with_cores_differential_diffusio
     model.set_model_denoise_mask_function(lambda sigma, mask, extra_options: torch.zeros_like(mask))
     frozen = run("v", settings(), {**latent, "noise_mask": torch.ones(1, *SHAPE[2:])}, model=model)[0]["samples"]
     torch.testing.assert_close(frozen, latent["samples"])
+
+
+def test_no_step_to_take_leaves_the_latent():
+    latent = {"samples": torch.ones(SHAPE)}
+    model, (positive, _) = stub_model("v"), conditioning()
+    guider = custom.Guider_Basic(model)
+    guider.set_conds(positive)
+    sampler, sigmas = select(model, settings())
+    assert sigmas[-1:].tolist() == [0.0]
+    torch.testing.assert_close(custom_advanced(guider, sampler, sigmas[-1:], latent), latent["samples"])
 
 
 def test_foreign_sigmas_are_refused():
@@ -186,6 +197,15 @@ def test_a_model_without_params_gets_its_schedule_from_core():
     patched = stub_model("v")
     patched.add_object_patch("model_sampling", stub_model("eps").model.model_sampling)
     assert ours.model_schedule(patched).parameterization == "eps"
+    same = stub_model("zsnr")
+    same.add_object_patch("model_sampling", stub_model("zsnr").model.model_sampling)
+    assert ours.model_schedule(same).spacing == "uniform_trailing"
+
+
+def test_eps_with_zero_terminal_snr_is_refused():
+    patched, = nodes_model_advanced.ModelSamplingDiscrete().patch(stub_model("eps"), "eps", True)
+    with pytest.raises(ValueError, match="zero terminal SNR.*Switch zsnr off"):
+        ours.model_schedule(patched)
 
 
 def test_flow_models_are_refused():
