@@ -8,9 +8,11 @@ of shape, colour and direction, and one uses the held-out phrasing. Writes figur
 folder (default: results/demo_quality), prints the figures as JSON in the last line, and exits 1 if a bar is missed.
 """
 import argparse
+import contextlib
 import io
 import json
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -191,12 +193,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images, prompts and noise")
     parser.add_argument("--cases", type=int, default=100, help="image + prompt pairs, four an image (default 100)")
+    parser.add_argument("--comfyui", metavar="PATH", help="an existing ComfyUI folder to run in")
+    parser.add_argument("--server", metavar="URL", help="a running ComfyUI that has the pack")
     parser.add_argument("--output", type=Path, default=PACK / "results" / "demo_quality", metavar="FOLDER")
     options = parser.parse_args()
     if options.cases < 4 or options.cases % 4:
         parser.error(f"--cases {options.cases}: give a multiple of 4 (each image is asked for all four directions)")
     host.check_python()
-    comfyui = host.reexec()
+    comfyui = host.reexec(options.comfyui)
     from client import Client
     from launch import Server
     data = load_data()
@@ -206,10 +210,13 @@ def main() -> int:
     cases = make_cases(data, options.seed, options.cases, fs)
     options.output.mkdir(parents=True, exist_ok=True)
     rows, shown, started = [], [], time.monotonic()
-    with Server(host.Host(Path(sys.executable), comfyui), device="cpu") as server:
-        client = Client(server.url, server)
+    with contextlib.ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        server = None if options.server else opened.enter_context(
+            Server(host.Host(Path(sys.executable), comfyui), device="cpu", threads=1))
+        client = Client(options.server or server.url, server)
         for i, case in enumerate(cases):
-            frames, truth = run_case(client, graphs[case["graph"]], case, data, server.base)
+            frames, truth = run_case(client, graphs[case["graph"]], case, data, folder)
             rows.append(measure(case, frames, truth, data))
             if case["image"] < 3:
                 shown.append((rows[-1], frames))

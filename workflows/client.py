@@ -109,7 +109,7 @@ class Client:
     """Talks to one server; `local` is the launch.Server behind it, or None for somebody else's."""
 
     def __init__(self, url, local=None):
-        self.url = url.rstrip("/")
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self.local = local
         self.id = uuid.uuid4().hex
         at_home = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
@@ -143,12 +143,12 @@ class Client:
         return json.loads(text) if text else None
 
     def upload(self, data, name):
-        """Put a file with these bytes into the server's input folder; returns the name to use in LoadImage."""
+        """Put a file with these bytes into the server's input folder; returns the name to use in LoadImage (another
+        one where the folder holds another file of this name)."""
         edge = uuid.uuid4().hex
         def part(field, value):
             return f'--{edge}\r\nContent-Disposition: form-data; name="{field}"{value}\r\n'.encode()
-        body = (part("overwrite", "\r\n\r\ntrue") + part("image", f'; filename="{name}"\r\n')
-                + data + f"\r\n--{edge}--\r\n".encode())
+        body = (part("image", f'; filename="{name}"\r\n') + data + f"\r\n--{edge}--\r\n".encode())
         with self.request("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={edge}"}) as answer:
             stored = json.load(answer)
         return "/".join(filter(None, (stored["subfolder"], stored["name"])))
@@ -197,13 +197,13 @@ class Client:
         that ends the wait early, Ctrl-C too, cancels the job.
         """
         events = self._events()
-        prompt_id = self.queue(graph, workflow)
+        prompt_id, errors = self.queue(graph, workflow), []
         try:
             while True:
-                ended, events = self._follow(events, prompt_id, progress)
+                ended, events = self._follow(events, prompt_id, progress, errors)
                 entry = self.json(f"/history/{prompt_id}").get(prompt_id)
                 if entry:
-                    return finished(entry, graph)
+                    return finished(entry, graph, errors)
                 if ended:  # the history follows the message within moments
                     time.sleep(0.05)
         except BaseException as stop:
@@ -216,10 +216,14 @@ class Client:
 
     def _events(self):
         self.json("/system_stats")  # says that the server is gone where it is
-        return Events(self.url, self.id)
+        try:
+            return Events(self.url, self.id)
+        except OSError:  # some proxies pass no websocket; the history is enough
+            return None
 
-    def _follow(self, events, prompt_id, progress):
-        """Handle messages for up to a second: (whether the job ended, events or None when the connection broke)."""
+    def _follow(self, events, prompt_id, progress, errors):
+        """Handle messages for up to a second: (whether the job ended, events or None when the connection broke).
+        Errors are kept: why a node was blocked is said in no other place."""
         deadline = time.monotonic() + 1
         try:
             while events and time.monotonic() < deadline:
@@ -229,6 +233,8 @@ class Client:
                 data = message["data"]
                 if message["type"] == "progress" and progress:
                     progress(data["node"], data["value"], data["max"])
+                if message["type"] == "execution_error":
+                    errors.append(data)
                 if message["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                     return True, events
         except OSError:
@@ -251,9 +257,9 @@ def refusal(answer, graph):
     return "the server refused the graph:\n  " + "\n  ".join(lines)
 
 
-def finished(entry, graph):
+def finished(entry, graph, errors=()):
     """The outputs of a finished job; JobError when a node failed or it was interrupted."""
-    for kind, data in entry["status"]["messages"]:
+    for kind, data in [*entry["status"]["messages"], *(("execution_error", error) for error in errors)]:
         if kind == "execution_interrupted":
             raise JobError("the job was interrupted")
         if kind == "execution_error":

@@ -96,7 +96,7 @@ class Server:
             names = {d.name for d in folder.iterdir() if d.is_dir()} | {"checkpoints"}
             entries[f"models{i}"] = {"base_path": str(folder.absolute()), **{n: n for n in sorted(names)}}
         for i, folder in enumerate(map(Path, checkpoints)):
-            entries[f"checkpoints{i}"] = {"checkpoints": str(folder.absolute())}
+            entries[f"checkpoints{i}"] = {"checkpoints": str(folder.absolute()), "is_default": True}  # searched first
         path = self.base / "model_paths.yaml"
         path.write_text(json.dumps(entries))
         return path

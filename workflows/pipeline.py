@@ -74,7 +74,10 @@ class Pipeline:
                                         threads=1 if resolution == "demo" else None)
         try:
             self.client = client.Client(server or self.server.url, self.server)
-            self.schemas = self.client.json("/object_info")
+            try:
+                self.schemas = self.client.json("/object_info")
+            except (OSError, ValueError) as error:
+                raise host.HostError(f"{self.client.url} does not answer as a ComfyUI does: {error}.") from None
             if LOADER not in self.schemas:
                 raise host.HostError(f"the ComfyUI at {self.client.url} does not have the Stillmotion nodes: "
                                      "put the pack into its custom_nodes folder and start it again.")
@@ -89,8 +92,8 @@ class Pipeline:
         names = self.client.json("/models/checkpoints")
         if name and name != "demo":
             if name not in names:
-                raise host.HostError(f"checkpoint {name!r} is neither a file nor in {folder} (there: "
-                                     f"{', '.join(sorted(names)) or 'none'}).")
+                where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
+                raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
             return name
         if self.resolution == "demo" or name:
             return "demo"
@@ -133,6 +136,8 @@ class Pipeline:
             progress(self.schemas[job[node_id]["class_type"]]["display_name"], value, maximum)
 
         outputs = self.client.run(job, workflow, report if progress else None)
+        if any(node not in outputs for node in savers):
+            raise client.JobError("the job ended without a video; the server's log says why.")
         return [outputs[node]["images"] for node in savers]
 
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=7.5, eta=1.0,

@@ -10,6 +10,7 @@ custom_nodes folder of another, or --comfyui or --server names one; nothing is i
 """
 
 import argparse
+import http.client
 import signal
 import sys
 import tempfile
@@ -77,12 +78,23 @@ def check(options):
         return f"--steps is {options.steps}: the model has 1000 timesteps, so at most 1000"
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
+    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
+    if options.server and ignored:
+        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
     if options.image and not options.image.is_file():
         return f"--image: there is no file {options.image}"
     if options.models and not options.models.is_dir():
         return f"--models: there is no folder {options.models}"
-    if options.prompt_dir and not jobs(options):
-        return f"--prompt_dir: {options.prompt_dir} has no image ({', '.join(IMAGES)}) with a same-named .txt beside it"
+    if options.prompt_dir:
+        try:
+            targets = [target for _, _, target in jobs(options)]
+        except UnicodeDecodeError as error:
+            return f"--prompt_dir: a .txt in {options.prompt_dir} is not UTF-8 text ({error})"
+        if not targets:
+            return f"--prompt_dir: no image ({', '.join(IMAGES)}) with a same-named .txt lies in {options.prompt_dir}"
+        same = {target.name for target in targets if targets.count(target) > 1}
+        if same:
+            return f"--prompt_dir: several images are named {', '.join(sorted(same))}; their videos would be one file"
     if options.image and options.prompt is None:
         return "--image needs a --prompt that says what happens"
     return None
@@ -122,29 +134,36 @@ class Progress:
 
 
 def animate(pipe, options):
+    """Make all videos; with --prompt_dir an image that fails does not stop the others. Returns how many failed."""
     settings = dict(negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,
                     guidance_scale=options.guidance_scale, eta=options.eta, frames=options.frames, fps=options.fps,
                     frame_stride=options.frame_stride, width=options.width, height=options.height)
     if options.preset != "demo":
         settings.update({k: v for k, v in DEFAULTS.items() if settings[k] is None})
+    failed = 0
     for image, prompt, target in jobs(options):
         print(image, "" if prompt is None else repr(prompt), flush=True)
         progress = Progress()
         try:
             videos = pipe.run(image, prompt, batch_size=options.batch_size, progress=progress, **settings)
+        except client.JobError as error:
+            failed += 1
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
         finally:
             progress.close()
         for i, (entry,) in enumerate(videos):
             path = Path(f"{target}_{i}.mp4" if len(videos) > 1 else f"{target}.mp4")
             try:
                 pipe.client.download(entry, path)
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 if pipe.server:
                     pipe.server.keep = True
                     made = pipe.server.base / "output" / entry["subfolder"] / entry["filename"]
                     print(f"the finished video is kept as {made}", flush=True)
                 raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.")
             print(f"saved {path.resolve()}", flush=True)
+    return failed
 
 
 def make_folder(options):
@@ -166,8 +185,10 @@ def main():
         with pipeline.Pipeline(options.preset, options.checkpoint, options.device or "auto", options.comfyui,
                                options.server, options.models) as pipe:
             print(f"ComfyUI is ready after {time.monotonic() - start:.1f} s at {pipe.client.url}", flush=True)
-            animate(pipe, options)
-    except (host.HostError, client.JobError, client.ServerGone) as error:
+            failed = animate(pipe, options)
+            if failed:
+                sys.exit(f"error: {failed} of {len(jobs(options))} videos failed")
+    except (host.HostError, client.ServerGone) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped; the job was cancelled", file=sys.stderr)

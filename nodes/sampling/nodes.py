@@ -95,7 +95,9 @@ class DDIMSampler(io.ComfyNode):
         try:
             samples, report = sample_latent(model, positive, negative, latent, seed, settings,
                                             None if noise is None else noise["samples"], callback=callback)
-        except comfy.model_management.OOM_EXCEPTION as error:
+        except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
+            if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
+                raise
             raise comfy.model_management.OOM_EXCEPTION(
                 f"Out of memory while sampling a latent of {tuple(latent['samples'].shape)}. Use a smaller preset or "
                 f"size, fewer frames, or cfg 1 with image_cfg 0 (one prediction a step). ({error})") from error

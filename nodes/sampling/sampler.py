@@ -84,8 +84,8 @@ def model_schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
     alphas_cumprod, parameterization = 1 / (1 + sigmas.double() ** 2), _parameterization(sampling)
     if parameterization == "eps" and alphas_cumprod[-1] < 1e-6:
         raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, from "
-                         "which no eps gives a picture. Switch zsnr off in ModelSamplingDiscrete, or choose v_prediction "
-                         "for a model that was trained with it.")
+                         "which no eps gives a picture. Switch zsnr off in ModelSamplingDiscrete, or choose "
+                         "v_prediction for a model that was trained with it.")
     return Schedule(parameterization, alphas_cumprod, None, "uniform", 0.0, sigmas.tolist())
 
 

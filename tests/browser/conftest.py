@@ -33,6 +33,8 @@ def browser():
 @pytest.fixture(scope="session")
 def server(browser):
     """The server of all browser tests; asked for after the browser, so that a skip costs nothing."""
+    if os.environ.get("STILLMOTION_SERVER"):
+        pytest.skip("needs a server of its own")
     import folder_paths
     from host import Host
     from launch import Server

@@ -10,13 +10,22 @@ import launch
 import pytest
 
 
+FOREIGN = os.environ.get("STILLMOTION_SERVER")  # of tests/run.py --server
+
+
 @pytest.fixture(scope="session")
 def server():
+    """A server of the tests' own, whose folders they may use."""
+    if FOREIGN:
+        pytest.skip("needs a server of its own")
     found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
     with launch.Server(found) as running:
         yield running
 
 
 @pytest.fixture
-def client(server):
+def client(request):
+    if FOREIGN:
+        return http.Client(FOREIGN)
+    server = request.getfixturevalue("server")
     return http.Client(server.url, server)

@@ -10,6 +10,8 @@ import graph
 import host
 import pytest
 from client import JobError
+from safetensors import safe_open
+from safetensors.torch import save_file
 from stillmotion.nodes import NODES
 
 API_GRAPHS = sorted((host.WORKFLOWS / "api").glob("*.json"))
@@ -168,3 +170,22 @@ def test_demo_is_only_a_path(server, client):
         clips.append(frames_of(client, client.run(job)[graph.find_node(job, SAVER)]["images"][0]))
     assert len(clips[0]) == len(clips[1])
     assert all((a == b).all() for a, b in zip(*clips))
+
+
+def test_a_pruned_file_names_the_loaders_to_use(server, client):
+    folder = Path(server.base) / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    demo, = (host.PACK / "nodes" / "demo").glob("dynamicrafter*.safetensors")
+    with safe_open(demo, "pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(("cond_stage_", "embedder."))}
+        save_file(kept, folder / "pruned.safetensors", file.metadata())
+    job = json.loads(ANIMATE.read_text())
+    job[graph.find_node(job, LOADER)]["inputs"]["checkpoint"] = "pruned.safetensors"
+    with pytest.raises(JobError, match="holds no text encoder.*Use core's Load CLIP"):
+        client.run(job)
+
+
+def test_an_upload_replaces_no_other_file(client):
+    pictures = [(host.WORKFLOWS / "examples" / f"stillmotion_{name}.png").read_bytes() for name in ("start", "end")]
+    names = [client.upload(picture, "same_name.png") for picture in (*pictures, pictures[0])]
+    assert names[0] != names[1] and names[2] == names[0]

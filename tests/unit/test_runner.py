@@ -52,7 +52,8 @@ def test_long_names_of_the_original_command_line_work():
     (["--steps", "1001"], "at most 1000"),
     (["--frames", "-1"], "--frames is -1"),
     (["--image", "missing.png", "--prompt", "x"], "no file missing.png"),
-    (["--prompt_dir", "missing"], "has no image"),
+    (["--prompt_dir", "missing"], "no image"),
+    (["--server", "127.0.0.1:8188", "--device", "cpu"], "leave out --device"),
 ])
 def test_bad_options_are_refused_before_anything_starts(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:

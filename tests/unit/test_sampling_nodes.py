@@ -96,12 +96,17 @@ def test_the_nodes():
         assert all(entry.tooltip for entry in schema.inputs + schema.outputs)
 
 
-def test_out_of_memory_gives_advice():
+@pytest.mark.parametrize("error, told", [
+    (comfy.model_management.OOM_EXCEPTION("full"), "smaller preset"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "smaller preset"),
+    (RuntimeError("shapes differ"), "^shapes differ$"),
+])
+def test_out_of_memory_gives_advice(error, told):
     model, (positive, negative) = stub_model("zsnr"), conditioning()
     def fail(*args):
-        raise comfy.model_management.OOM_EXCEPTION("full")
+        raise error
     model.set_model_unet_function_wrapper(fail)
-    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="smaller preset"):
+    with pytest.raises(RuntimeError, match=told):
         nodes.DDIMSampler.execute(model, positive, negative, empty_latent(), 1, 6, 3.0, 1.0, "auto", -1.0, 1.0, 0.0,
                                   "off", 3.0, False, 0, 1000, "fixed")
 
