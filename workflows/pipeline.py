@@ -27,9 +27,9 @@ SAVER = "Stillmotion_SaveVideo"
 
 PRESETS = {
     "demo": {},  # what the workflow says
-    "256": {"width": 256, "height": 256, "frame_stride": 3},
-    "512": {"width": 512, "height": 320, "frame_stride": 24},
-    "1024": {"width": 1024, "height": 576, "frame_stride": 10},
+    "256": {"width": 256, "height": 256, "frame_stride": 3, "guidance_scale": 7.5},
+    "512": {"width": 512, "height": 320, "frame_stride": 24, "guidance_scale": 7.5},
+    "1024": {"width": 1024, "height": 576, "frame_stride": 10, "guidance_scale": 7.5},
 }
 REPOSITORY = {"256": "Doubiiu/DynamiCrafter", "512": "Doubiiu/DynamiCrafter_512", "1024": "Doubiiu/DynamiCrafter_1024"}
 
@@ -125,7 +125,8 @@ class Pipeline:
         edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
         edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
              fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch_size=batch_size)
-        edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, cfg=guidance_scale, eta=eta)
+        edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, eta=eta,
+             cfg=preset.get("guidance_scale") if guidance_scale is None else guidance_scale)
         edit(saver, fps=fps, format=format)
         savers = [saver]
         if batch_size and batch_size > 1:
@@ -140,7 +141,7 @@ class Pipeline:
             raise client.JobError("the job ended without a video; the server's log says why.")
         return [outputs[node]["images"] for node in savers]
 
-    def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=7.5, eta=1.0,
+    def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
         """Animate an image (a file or a PIL image); returns the frames [T, H, W, 3], float32 in 0..1, uncompressed."""
         import numpy
