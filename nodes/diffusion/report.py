@@ -5,7 +5,9 @@ import torch
 
 COLUMNS = ("x0_min", "x0_max", "x0_mean", "x0_std", "x_min", "x_max", "x_std", "beyond", "nan", "inf")
 
-# A good image latent ends within about +-2.5 with few values beyond +-3; a broken one reaches +-100.
+# A good image latent ends within about +-2.5 with few values beyond +-3; a broken one reaches +-100. Where the start
+# image's own latent reaches further, all limits grow with it.
+USUAL = 2.5
 RANGE_DOUBTFUL, RANGE_BAD = 5.0, 10.0
 SHARE_DOUBTFUL, SHARE_BAD = 0.03, 0.10
 FLAT_STD = 0.1
@@ -16,7 +18,7 @@ class SamplingReport:
     """One run; every column has one value a step, in the order taken. x0 is the prediction before clipping.
 
     settings: one line on how it was sampled. limit: |x0| that counts as `beyond`, clipped if `clip_mode` is not off.
-    values: number of latent values a step, the whole batch together.
+    values: number of latent values a step, the whole batch together. usual: how far a good latent reaches.
     """
     settings: str
     clip_mode: str
@@ -25,6 +27,7 @@ class SamplingReport:
     original: bool
     timesteps: list[int]
     columns: dict[str, list[float]]
+    usual: float = USUAL
 
     def verdict(self) -> tuple[str, str]:
         """("good" | "doubtful" | "bad", reason and advice)."""
@@ -35,11 +38,12 @@ class SamplingReport:
         reach = max(-column["x_min"][-1], column["x_max"][-1])
         share = column["beyond"][-1] / self.values
         outside = f"{share:.1%} of the last predicted values lie beyond +-{self.limit:g}"
-        found = f"The final latent reaches +-{reach:.1f} (about 2.5 is usual) and {outside}"
+        found = f"The final latent reaches +-{reach:.1f} (about {self.usual:.1f} is usual) and {outside}"
         advice = "Lower cfg or raise guidance_rescale" + (", or clip x0 (static, 3)" if self.clip_mode == "off" else "")
-        if reach > RANGE_BAD or share > SHARE_BAD:
+        wider = self.usual / USUAL
+        if reach > RANGE_BAD * wider or share > SHARE_BAD * wider:
             return "bad", f"{found}: expect colour noise. {advice}, or check that the model fits these settings."
-        if reach > RANGE_DOUBTFUL or share > SHARE_DOUBTFUL:
+        if reach > RANGE_DOUBTFUL * wider or share > SHARE_DOUBTFUL * wider:
             return "doubtful", f"{found}: colours may be too strong. {advice}."
         if column["x_std"][-1] < FLAT_STD:
             return "doubtful", (f"The final latent is nearly flat (standard deviation {column['x_std'][-1]:.3f}): "
@@ -88,9 +92,10 @@ class Recorder:
             x0_safe.min(), x0_safe.max(), mean_x0, std_x0, x_safe.min(), x_safe.max(), std_x,
             (x0_safe.abs() > self.limit).sum(), both.isnan().any(0).sum(), both.isinf().any(0).sum()]))
 
-    def finish(self) -> SamplingReport:
-        """The report of the steps recorded; the only moment that waits for the device."""
+    def finish(self, image_reach: float) -> SamplingReport:
+        """The report of the steps recorded; the only moment that waits for the device. image_reach: largest absolute
+        value of the start image's latent, 0 without one."""
         table = torch.stack(self.rows).cpu().tolist()
         columns = {name: [row[i] for row in table] for i, name in enumerate(COLUMNS)}
         return SamplingReport(self.settings, self.clip_mode, self.limit, self.values, self.original, self.timesteps,
-                              columns)
+                              columns, max(USUAL, image_reach))

@@ -295,4 +295,6 @@ def sample_latent(model, positive, negative, latent: dict, seed: int, settings: 
     if mask is not None and sigmas[-1] == 0:
         kept = comfy.utils.reshape_mask(mask, samples.shape).to(result.device) == 0
         result = torch.where(kept, samples.to(result), result)
-    return {**latent, "samples": result}, sampler.recorder.finish()
+    image = positive[0][1].get("concat_latent_image")
+    reach = 0.0 if image is None else model.model.process_latent_in(image).abs().max().item()
+    return {**latent, "samples": result}, sampler.recorder.finish(reach)

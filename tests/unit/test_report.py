@@ -10,7 +10,7 @@ from stillmotion.nodes.sampling.plot import ALARM, CLIPPED, HEIGHT, LEVELS, WIDT
 SHAPE = (1, 4, 2, 8, 8)
 
 
-def report(steps=5, x0_scale=1.0, x_scale=1.0, mode="off", original=False, spoil=None):
+def report(steps=5, x0_scale=1.0, x_scale=1.0, mode="off", original=False, spoil=None, image_reach=0.0):
     generator = torch.Generator().manual_seed(0)
     recorder = Recorder("settings in a line", mode, 3.0, original)
     for step in range(steps):
@@ -18,7 +18,7 @@ def report(steps=5, x0_scale=1.0, x_scale=1.0, mode="off", original=False, spoil
         if spoil and step >= 2:
             x.view(-1)[:3], x0.view(-1)[1:5] = float(spoil[0]), float(spoil[1])
         recorder.record(999 - step, x0, x)
-    return recorder.finish()
+    return recorder.finish(image_reach)
 
 
 def test_the_numbers():
@@ -26,7 +26,7 @@ def test_the_numbers():
     x = torch.tensor([-2.0, float("nan"), 1.0, float("inf")]).view(1, 1, 2, 2)
     recorder = Recorder("s", "static", 3.0, False)
     recorder.record(999, x0, x)
-    found = recorder.finish()
+    found = recorder.finish(0.0)
     row = {name: found.columns[name][0] for name in COLUMNS}
     assert (row["x0_min"], row["x0_max"], row["x0_mean"], row["beyond"]) == (-4, 5, 0, 2)
     assert row["x0_std"] == pytest.approx(x0.std().item())
@@ -37,6 +37,8 @@ def test_the_numbers():
 @pytest.mark.parametrize("changes, level, words", [
     ({}, "good", "no NaN or Inf"),
     ({"x_scale": 3.0}, "doubtful", "raise guidance_rescale"),
+    ({"x_scale": 3.0, "image_reach": 6.0}, "good", "reaches|lies within"),
+    ({"x_scale": 9.0, "image_reach": 6.0}, "doubtful", "about 6.0 is usual"),
     ({"x_scale": 50.0}, "bad", "colour noise"),
     ({"x0_scale": 1.45}, "doubtful", "lie beyond"),
     ({"x0_scale": 4.0}, "bad", "clip x0"),
