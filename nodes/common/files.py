@@ -29,7 +29,8 @@ def read_checkpoint(path):
 
     The format is told from the first bytes, not from the name. Tensors are mapped from the disk where the
     format allows (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used.
-    A `state_dict` is unwrapped, so is DeepSpeed's `module`.
+    A `state_dict` is unwrapped, so is DeepSpeed's `module`. Where several models lie in one file, each in a dictionary
+    of its own, the name of that dictionary and a dot begin their keys (`generator.`, `generator_ema.`).
 
     Returns a `Checkpoint`. Raises ValueError for a file that is cut off, is no checkpoint, or is a pickle
     that would run code.
@@ -89,6 +90,9 @@ def _unwrap(path, found):
         found = found["state_dict"]
     elif isinstance(found, dict) and isinstance(found.get("module"), dict):
         found = _without_wrapper(found["module"])
+    if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) for value in found.values()):
+        found = {f"{name}.{key}": value for name, part in found.items() if isinstance(part, dict)
+                 for key, value in part.items() if isinstance(value, torch.Tensor)}
     if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no weights: a {type(found).__name__} without tensors was found. "
                          "Give a file with a state dict (tensors by name).")
