@@ -1,0 +1,119 @@
+"""The training code: what is drawn, what the losses measure, and that a run goes on exactly where it was stopped."""
+
+import contextlib
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import pytest
+import torch
+from safetensors import safe_open
+from stillmotion.nodes.dynamicrafter.nodes import DEMO
+from stillmotion.nodes.training import data, demo, objectives
+from stillmotion.nodes.training.loop import fit
+
+
+def test_one_combination_in_five_is_held_out_and_never_drawn():
+    combinations = list(product(data.SHAPES, data.COLOURS, data.DIRECTIONS))
+    held_out = {c for c in combinations if data.is_held_out(*c)}
+    assert 0.18 < len(held_out) / len(combinations) < 0.22
+    for position, names in enumerate((data.SHAPES, data.COLOURS, data.DIRECTIONS)):
+        assert {c[position] for c in held_out} == set(names)  # each shape, colour and direction is in both halves
+    rng = Random(0)
+    drawn = {(c.shape, c.colour, c.direction) for c in (data.random_clip(rng) for _ in range(3000))}
+    assert drawn == set(combinations) - held_out
+    unseen = [data.random_clip(rng, held_out=True) for _ in range(50)]
+    assert all((c.shape, c.colour, c.direction) in held_out for c in unseen)
+
+
+def test_captions_of_training_leave_one_form_and_the_held_out_combinations_away():
+    captions = demo.all_captions()
+    assert captions[0] == "" and len(captions) == len(set(captions))
+    assert not any("slides" in caption for caption in captions)
+    clip = data.random_clip(Random(1), held_out=True)
+    assert not {clip.caption(form) for form in range(len(data.CAPTION_FORMS))} & set(captions)
+
+
+@pytest.mark.parametrize("direction", list(data.DIRECTIONS))
+def test_shapes_stay_inside_whichever_way_they_go(direction):
+    rng = Random(2)
+    for _ in range(10):
+        clip = replace(data.random_clip(rng), direction=direction)
+        frames = data.draw_clip(clip, data.MAX_FRAMES)
+        ground = torch.tensor(data.BACKGROUNDS[clip.background], dtype=torch.uint8)
+        edges = torch.cat((frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]))
+        assert (edges == ground).all()
+
+
+def test_a_returning_clip_ends_as_it_began():
+    frames = data.draw_clip(data.random_clip(Random(3), returns=True))
+    assert torch.equal(frames[0], frames[-1]) and not torch.equal(frames[0], frames[7])
+
+
+def test_timesteps_lie_mostly_at_the_noisy_end():
+    t = objectives.noisy_timesteps(20000, torch.Generator().manual_seed(0))
+    assert 0 <= t.min() and t.max() == 999
+    assert (t == 999).float().mean() == pytest.approx(0.15, abs=0.01)
+    assert (t >= 800).float().mean() == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_perfect_v_prediction_has_no_loss():
+    z = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    alphas, scale = torch.linspace(1, 0, 1000), torch.linspace(1, 0.7, 1000)
+
+    def oracle(x, t, text, image, fs):
+        a, x0 = alphas[t].view(-1, 1, 1, 1, 1), z * scale[t].view(-1, 1, 1, 1, 1)
+        noise = (x[:, :4] - a.sqrt() * x0) / (1 - a).sqrt()
+        return (a.sqrt() * noise - (1 - a).sqrt() * x0).nan_to_num()
+
+    def loss(net, **changes):
+        return objectives.video_v_loss(net, z, objectives.concat_condition(z, torch.tensor([True, False])), None, None,
+                                       None, alphas, scale, torch.Generator().manual_seed(4), **changes).item()
+
+    assert loss(oracle) < 1e-6
+    nothing = loss(lambda x, *_: torch.zeros_like(x[:, :4]))
+    assert loss(lambda x, *_: torch.zeros_like(x[:, :4]), emphasis=5.0) > 2 * nothing > 0.1
+
+
+def test_condition_frames_of_both_layouts():
+    z = torch.arange(2 * 3.0).view(2, 1, 3, 1, 1)
+    found = objectives.concat_condition(z, torch.tensor([True, False])).flatten(1).tolist()
+    assert found == [[0, 0, 2], [3, 3, 3]]
+
+
+def failing(loss_of, after):
+    calls = []
+
+    def loss(generator):
+        calls.append(1)
+        if len(calls) > after:
+            raise InterruptedError
+        return loss_of(generator)
+
+    return loss
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    def run(name, *stops):
+        for steps in stops:
+            torch.manual_seed(0)
+            net = torch.nn.Linear(3, 1)
+
+            def loss_of(generator, net=net):
+                x = torch.randn(8, 3, generator=generator)
+                return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+            with contextlib.suppress(InterruptedError):
+                averaged = fit(net, loss_of if steps == 40 else failing(loss_of, steps), steps=40, lr=1e-2,
+                               checkpoint=tmp_path / f"{name}.pt", ema_decay=0.9, save_every=10)
+        return averaged.weight
+
+    assert torch.equal(run("whole", 40), run("stopped", 25, 40))
+    assert (tmp_path / "stopped.jsonl").read_text().count("\n") == 4
+
+
+def test_the_shipped_demo_has_the_layout_of_this_code():
+    with safe_open(DEMO, "pt") as file:
+        shipped = {key.removeprefix("model.diffusion_model."): list(file.get_slice(key).get_shape())
+                   for key in file.keys() if key.startswith(("model.diffusion_model.", "image_proj_model."))}
+    assert shipped == {key: list(value.shape) for key, value in demo.demo_unet().state_dict().items()}
