@@ -1,0 +1,165 @@
+"""The causal Wan 2.1 transformer: the network of Self-Forcing and LongLive, T2V and I2V, in native Wan keys.
+
+Papers: Wan 2.1 (arXiv 2503.20314), Self-Forcing (arXiv 2506.08009), LongLive (arXiv 2509.22622). Tensor names end in
+their layout: B videos, C channels, F latent frames, H, W latent height and width, L tokens, N context tokens.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attention import ContextKeys, Head, ImageEmbedding, Step, WanBlock
+from .cache import CacheLayout, KVCache
+from .rope import make_rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanParams:
+    """Sizes of the network."""
+
+    in_dim: int              # channels of the latent, with mask and image latent in I2V models
+    out_dim: int             # channels of the latent
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    text_dim: int
+    freq_dim: int            # sinusoidal features of a timestep
+    patch: tuple[int, int, int]
+    i2v: bool                # image tokens in the cross-attention
+    image_dim: int | None    # width of the vision tower's tokens, None without i2v
+
+    def __post_init__(self):
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"{self.num_heads} heads do not share the width {self.dim}: the width of a head must be "
+                             "an even whole number. Give the number of heads in the file's header.")
+        if self.patch[0] != 1:
+            raise ValueError(f"The patch is {self.patch}: a causal model needs patches of one latent frame.")
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], num_heads: int) -> WanParams:
+        """Read the sizes from the shapes of a state dict in native keys, without prefix."""
+        dim, in_dim, *patch = shapes["patch_embedding.weight"]
+        i2v = "img_emb.proj.1.weight" in shapes
+        return cls(
+            in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]), dim=dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=num_heads,
+            num_layers=len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
+            text_dim=shapes["text_embedding.0.weight"][1], freq_dim=shapes["time_embedding.0.weight"][1],
+            patch=tuple(patch), i2v=i2v, image_dim=shapes["img_emb.proj.1.weight"][1] if i2v else None)
+
+    def cache_layout(self, *, capacity: int, sink: int, height: int, width: int, relative_sink: bool) -> CacheLayout:
+        """Cache of this network for a latent of height x width and `capacity` frames, the `sink` frames included."""
+        return CacheLayout(
+            layers=self.num_layers, width=self.dim, heads=self.num_heads, capacity=capacity, sink=sink,
+            frame_tokens=(height // self.patch[1]) * (width // self.patch[2]), relative_sink=relative_sink)
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoidal features [..., width] in float64: cosines, then sines, periods 2 pi to 20000 pi."""
+    half = width // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class CausalWan(nn.Module):
+    """Predicts the flow (noise - clean) of a block of latent frames, each frame with a timestep of its own.
+
+    `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function.
+    """
+
+    def __init__(self, params: WanParams, operations, attention, dtype=None, device=None):
+        super().__init__()
+        self.params = params
+        self.dtype = dtype
+        factory = {"dtype": dtype, "device": device}
+        dim = params.dim
+        self.patch_embedding = operations.Conv3d(params.in_dim, dim, params.patch, stride=params.patch, **factory)
+        self.text_embedding = nn.Sequential(operations.Linear(params.text_dim, dim, **factory),
+                                            nn.GELU(approximate="tanh"), operations.Linear(dim, dim, **factory))
+        self.time_embedding = nn.Sequential(operations.Linear(params.freq_dim, dim, **factory), nn.SiLU(),
+                                            operations.Linear(dim, dim, **factory))
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, dim * 6, **factory))
+        self.blocks = nn.ModuleList(
+            WanBlock(index, dim, params.ffn_dim, params.num_heads, params.i2v, operations, attention, **factory)
+            for index in range(params.num_layers))
+        patch_rows, patch_columns = params.patch[1:]
+        self.head = Head(dim, params.out_dim * patch_rows * patch_columns, operations, **factory)
+        if params.i2v:
+            self.img_emb = ImageEmbedding(params.image_dim, dim, operations, **factory)
+
+    def project_context(self, text_BND: Tensor, image_BNW: Tensor | None = None) -> tuple[ContextKeys, ...]:
+        """Keys and values of every cross-attention layer for text [B, N, text_dim] and, in I2V models, vision-tower
+        tokens [B, N, image_dim] (CLIP ViT-H: 257 x 1280). They depend on nothing else: compute them once a prompt."""
+        params = self.params
+        if text_BND.shape[-1] != params.text_dim:
+            raise ValueError(f"The text embedding is {text_BND.shape[-1]} wide, the model takes {params.text_dim}: use "
+                             "the text encoder that belongs to it (UMT5-XXL for Wan 2.1).")
+        image_BNC = None
+        if params.i2v:
+            if image_BNW is None:
+                raise ValueError("This image-to-video model needs the tokens of the start image (clip_fea): give a "
+                                 "CLIP vision output.")
+            if image_BNW.ndim != 3 or image_BNW.shape[-1] != params.image_dim:
+                raise ValueError(f"clip_fea has shape {list(image_BNW.shape)}, the model takes [batch, tokens, "
+                                 f"{params.image_dim}]: use the CLIP vision tower that belongs to it.")
+            image_BNC = self.img_emb(image_BNW)
+        text_BNC = self.text_embedding(text_BND)
+        return tuple(block.cross_attn.project(text_BNC, image_BNC) for block in self.blocks)
+
+    def forward(self, x_BCFHW: Tensor, t_BF: Tensor, context: tuple[ContextKeys, ...], frame_ids: Sequence[int],
+                cache: KVCache | None = None, sink_mode: str = "write", mask_FF: Tensor | None = None,
+                transformer_options: dict = {}) -> Tensor:
+        """Flow [B, out_dim, F, H, W] for frames [B, in_dim, F, H, W] at timesteps t_BF in 0..1000.
+
+        context: from `project_context`. frame_ids: absolute index of each latent frame. With a `cache` the frames
+        follow each other; their keys are written to it as `sink_mode` says (see `cache.write_segments`) and they see
+        all that it holds. Without one they see each other, where mask_FF [F, F] is given only those marked True.
+        """
+        params = self.params
+        frames, (height, width) = x_BCFHW.shape[2], x_BCFHW.shape[3:]
+        rows, columns = height // params.patch[1], width // params.patch[2]
+        if height % params.patch[1] or width % params.patch[2]:
+            raise ValueError(f"The latent is {width} x {height}: width and height must be multiples of "
+                             f"{params.patch[2]} and {params.patch[1]}. Choose another video size.")
+        head_dim, device, dtype = params.dim // params.num_heads, x_BCFHW.device, x_BCFHW.dtype
+        placement = sink_rotation = mask_LL = None
+        if cache is not None:
+            placement = cache.place(frame_ids[0], frames, sink_mode)
+            if placement.sink_start is not None:
+                sink_ids = range(placement.sink_start, placement.sink_start + cache.layout.sink)
+                sink_rotation = make_rotation(sink_ids, rows, columns, head_dim, device)
+        elif mask_FF is not None:
+            mask_LL = mask_FF.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
+
+        time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(dtype))
+        step = Step(frames, self.time_projection(time_BFC).unflatten(-1, (6, -1)),
+                    make_rotation(frame_ids, rows, columns, head_dim, device), context, mask_LL, cache, placement,
+                    sink_rotation, transformer_options)
+        x_BLC = self.patch_embedding(x_BCFHW).flatten(2).transpose(1, 2)
+        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+        for index, block in enumerate(self.blocks):
+            replace = replacements.get(("double_block", index))
+            x_BLC = block(x_BLC, step) if replace is None else replaced_block(replace, block, x_BLC, step)
+        return self.unpatchify(self.head(x_BLC, time_BFC), frames, rows, columns)
+
+    def unpatchify(self, x_BLP: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        """Patches (row, column, channel innermost) [B, L, patch * out_dim] to [B, out_dim, F, H, W]."""
+        batch, (patch_rows, patch_columns) = x_BLP.shape[0], self.params.patch[1:]
+        x = x_BLP.reshape(batch, frames, rows, columns, patch_rows, patch_columns, self.params.out_dim)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(
+            batch, self.params.out_dim, frames, rows * patch_rows, columns * patch_columns)
+
+
+def replaced_block(replace, block: WanBlock, x_BLC: Tensor, step: Step) -> Tensor:
+    """Run a block through a patch in the form that core's Wan model calls it."""
+    def original(args: dict) -> dict:
+        return {"img": block(args["img"], step)}
+
+    given = {"img": x_BLC, "txt": step.context, "vec": step.modulation_BF6C, "pe": step.rotation,
+             "transformer_options": step.transformer_options}
+    return replace(given, {"original_block": original})["img"]
