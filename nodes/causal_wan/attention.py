@@ -37,7 +37,6 @@ class ContextKeys(NamedTuple):
 class Step:
     """What every layer may read during one evaluation."""
 
-    frames: int
     modulation_BF6C: Tensor                 # from the timestep of every frame
     rotation: Rotation
     context: tuple[ContextKeys, ...]        # by layer

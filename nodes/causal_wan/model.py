@@ -5,7 +5,7 @@ their layout: B videos, C channels, F latent frames, H, W latent height and widt
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .attention import ContextKeys, Head, ImageEmbedding, Step, WanBlock
 from .cache import CacheLayout, KVCache
 from .rope import make_rotation
+
+PATCH = (1, 2, 2)  # latent frames, rows and columns of a token in all Wan 2.1 models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,34 +30,19 @@ class WanParams:
     num_layers: int
     text_dim: int
     freq_dim: int            # sinusoidal features of a timestep
-    patch: tuple[int, int, int]
     i2v: bool                # image tokens in the cross-attention
-    image_dim: int | None    # width of the vision tower's tokens, None without i2v
+    clip_dim: int            # width of the vision tower's tokens, 0 without i2v
 
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
             raise ValueError(f"{self.num_heads} heads do not share the width {self.dim}: the width of a head must be "
                              "an even whole number. Give the number of heads in the file's header.")
-        if self.patch[0] != 1:
-            raise ValueError(f"The patch is {self.patch}: a causal model needs patches of one latent frame.")
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], num_heads: int) -> WanParams:
-        """Read the sizes from the shapes of a state dict in native keys, without prefix."""
-        dim, in_dim, *patch = shapes["patch_embedding.weight"]
-        i2v = "img_emb.proj.1.weight" in shapes
-        return cls(
-            in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]), dim=dim,
-            ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=num_heads,
-            num_layers=len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
-            text_dim=shapes["text_embedding.0.weight"][1], freq_dim=shapes["time_embedding.0.weight"][1],
-            patch=tuple(patch), i2v=i2v, image_dim=shapes["img_emb.proj.1.weight"][1] if i2v else None)
 
     def cache_layout(self, *, capacity: int, sink: int, height: int, width: int, relative_sink: bool) -> CacheLayout:
         """Cache of this network for a latent of height x width and `capacity` frames, the `sink` frames included."""
         return CacheLayout(
             layers=self.num_layers, width=self.dim, heads=self.num_heads, capacity=capacity, sink=sink,
-            frame_tokens=(height // self.patch[1]) * (width // self.patch[2]), relative_sink=relative_sink)
+            frame_tokens=(height // PATCH[1]) * (width // PATCH[2]), relative_sink=relative_sink)
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -78,7 +65,7 @@ class CausalWan(nn.Module):
         self.dtype = dtype
         factory = {"dtype": dtype, "device": device}
         dim = params.dim
-        self.patch_embedding = operations.Conv3d(params.in_dim, dim, params.patch, stride=params.patch, **factory)
+        self.patch_embedding = operations.Conv3d(params.in_dim, dim, PATCH, stride=PATCH, **factory)
         self.text_embedding = nn.Sequential(operations.Linear(params.text_dim, dim, **factory),
                                             nn.GELU(approximate="tanh"), operations.Linear(dim, dim, **factory))
         self.time_embedding = nn.Sequential(operations.Linear(params.freq_dim, dim, **factory), nn.SiLU(),
@@ -87,14 +74,14 @@ class CausalWan(nn.Module):
         self.blocks = nn.ModuleList(
             WanBlock(index, dim, params.ffn_dim, params.num_heads, params.i2v, operations, attention, **factory)
             for index in range(params.num_layers))
-        patch_rows, patch_columns = params.patch[1:]
+        patch_rows, patch_columns = PATCH[1:]
         self.head = Head(dim, params.out_dim * patch_rows * patch_columns, operations, **factory)
         if params.i2v:
-            self.img_emb = ImageEmbedding(params.image_dim, dim, operations, **factory)
+            self.img_emb = ImageEmbedding(params.clip_dim, dim, operations, **factory)
 
     def project_context(self, text_BND: Tensor, image_BNW: Tensor | None = None) -> tuple[ContextKeys, ...]:
         """Keys and values of every cross-attention layer for text [B, N, text_dim] and, in I2V models, vision-tower
-        tokens [B, N, image_dim] (CLIP ViT-H: 257 x 1280). They depend on nothing else: compute them once a prompt."""
+        tokens [B, N, clip_dim] (CLIP ViT-H: 257 x 1280). They depend on nothing else: compute them once a prompt."""
         params = self.params
         if text_BND.shape[-1] != params.text_dim:
             raise ValueError(f"The text embedding is {text_BND.shape[-1]} wide, the model takes {params.text_dim}: use "
@@ -104,9 +91,9 @@ class CausalWan(nn.Module):
             if image_BNW is None:
                 raise ValueError("This image-to-video model needs the tokens of the start image (clip_fea): give a "
                                  "CLIP vision output.")
-            if image_BNW.ndim != 3 or image_BNW.shape[-1] != params.image_dim:
+            if image_BNW.ndim != 3 or image_BNW.shape[-1] != params.clip_dim:
                 raise ValueError(f"clip_fea has shape {list(image_BNW.shape)}, the model takes [batch, tokens, "
-                                 f"{params.image_dim}]: use the CLIP vision tower that belongs to it.")
+                                 f"{params.clip_dim}]: use the CLIP vision tower that belongs to it.")
             image_BNC = self.img_emb(image_BNW)
         text_BNC = self.text_embedding(text_BND)
         return tuple(block.cross_attn.project(text_BNC, image_BNC) for block in self.blocks)
@@ -122,10 +109,10 @@ class CausalWan(nn.Module):
         """
         params = self.params
         frames, (height, width) = x_BCFHW.shape[2], x_BCFHW.shape[3:]
-        rows, columns = height // params.patch[1], width // params.patch[2]
-        if height % params.patch[1] or width % params.patch[2]:
+        rows, columns = height // PATCH[1], width // PATCH[2]
+        if height % PATCH[1] or width % PATCH[2]:
             raise ValueError(f"The latent is {width} x {height}: width and height must be multiples of "
-                             f"{params.patch[2]} and {params.patch[1]}. Choose another video size.")
+                             f"{PATCH[2]} and {PATCH[1]}. Choose another video size.")
         head_dim, device, dtype = params.dim // params.num_heads, x_BCFHW.device, x_BCFHW.dtype
         placement = sink_rotation = mask_LL = None
         if cache is not None:
@@ -137,7 +124,7 @@ class CausalWan(nn.Module):
             mask_LL = mask_FF.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
 
         time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(dtype))
-        step = Step(frames, self.time_projection(time_BFC).unflatten(-1, (6, -1)),
+        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)),
                     make_rotation(frame_ids, rows, columns, head_dim, device), context, mask_LL, cache, placement,
                     sink_rotation, transformer_options)
         x_BLC = self.patch_embedding(x_BCFHW).flatten(2).transpose(1, 2)
@@ -149,7 +136,7 @@ class CausalWan(nn.Module):
 
     def unpatchify(self, x_BLP: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """Patches (row, column, channel innermost) [B, L, patch * out_dim] to [B, out_dim, F, H, W]."""
-        batch, (patch_rows, patch_columns) = x_BLP.shape[0], self.params.patch[1:]
+        batch, (patch_rows, patch_columns) = x_BLP.shape[0], PATCH[1:]
         x = x_BLP.reshape(batch, frames, rows, columns, patch_rows, patch_columns, self.params.out_dim)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(
             batch, self.params.out_dim, frames, rows * patch_rows, columns * patch_columns)

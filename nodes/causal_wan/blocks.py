@@ -1,0 +1,217 @@
+"""Block-autoregressive sampling (Self-Forcing, arXiv 2506.08009; LongLive, arXiv 2509.22622).
+
+A video is a row of blocks of latent frames. Each block is denoised in a few steps while it attends to the cache of
+those before it; a pass over the finished block then leaves its clean keys there. Layouts: B videos, C channels,
+F latent frames, H, W latent height and width.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import ContextKeys
+from .cache import CacheLayout, KVCache
+from .model import WanParams
+from .schedule import FlowStep, predict_x0, renoise
+
+Keys = tuple[ContextKeys, ...]
+Evaluate = Callable[[Tensor, Tensor, Keys, range, KVCache, str], Tensor]
+
+
+def split_frames(frames: int, block: int, independent_first: bool, short_last: bool) -> tuple[int, ...]:
+    """Lengths of the blocks of a video of `frames` latent frames.
+
+    independent_first: the first frame is a block of its own. short_last: the last block may be shorter.
+    """
+    first = 1 if independent_first else 0
+    if frames < 1 or block < 1:
+        raise ValueError(f"{frames} latent frames in blocks of {block} were asked for: give at least 1 of each.")
+    whole, rest = divmod(frames - first, block)
+    if rest and not short_last:
+        blocks = [n for n in range(1, frames - first + 1) if (frames - first) % n == 0]
+        lengths = [n for n in (first + whole * block, first + (whole + 1) * block) if n > first]
+        after = f" after an independent first frame leave {frames - 1}, which" if first else ""
+        raise ValueError(
+            f"{frames} latent frames{after} do not split into blocks of {block}. Valid blocks for this length: "
+            f"{', '.join(map(str, blocks))}. Valid lengths for blocks of {block}: {' or '.join(map(str, lengths))} "
+            "latent frames. Choose one of these, or allow a short last block.")
+    return (1,) * first + (block,) * whole + ((rest,) if rest else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything about a run but the model, the prompts and the noise."""
+
+    blocks: tuple[int, ...]             # latent frames of every block, given ones included; see `split_frames`
+    steps: tuple[FlowStep, ...]
+    first_steps: tuple[FlowStep, ...]   # of the first block that is generated
+    context_noise: float                # timestep label of the pass over a finished block; no noise is added
+    window: int                         # latent frames that a block can see, sink and itself included; -1: all
+    sink: int                           # first latent frames that never leave the window
+    endless: bool                       # keep the sink's rotary distance within the window
+    switches: tuple[int, ...]           # latent frames from which prompts 1, 2, ... hold
+    global_sink: bool                   # at a switch the sink keeps the old prompt's keys
+    cfg: float                          # guidance scale, 1: one branch
+    freeze_sink: bool                   # LongLive 1.0's code writes a frame of the sink once only, from its noisiest
+    #                                     step where a block after the first reaches into the sink; for parity alone
+
+    def __post_init__(self):
+        longest = max(self.blocks)
+        if self.sink < 0:
+            raise ValueError(f"sink is {self.sink}: give 0 or more latent frames.")
+        if self.window != -1 and self.window < self.sink + longest:
+            raise ValueError(f"The window of {self.window} latent frames is smaller than the sink and a block, "
+                             f"{self.sink} + {longest}: give at least {self.sink + longest}, or -1 for no window.")
+        if any(a >= b for a, b in zip((0, *self.switches), (*self.switches, self.frames))):
+            raise ValueError(f"The prompts change at latent frames {list(self.switches)}: give rising frames from 1 to "
+                             f"{self.frames - 1}, the last one of this video.")
+        if not 0 <= self.context_noise <= 1000:
+            raise ValueError(f"context_noise is {self.context_noise}: it is a timestep from 0 (clean) to 1000.")
+
+    @property
+    def frames(self) -> int:
+        return sum(self.blocks)
+
+    @property
+    def capacity(self) -> int:
+        """Latent frames that the cache holds."""
+        return self.frames if self.window == -1 else min(self.window, self.frames)
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.cfg == 1 else 2
+
+    def layout(self, params: WanParams, height: int, width: int) -> CacheLayout:
+        return params.cache_layout(capacity=self.capacity, sink=min(self.sink, self.capacity), height=height,
+                                   width=width, relative_sink=self.endless)
+
+    def cache_bytes(self, params: WanParams, height: int, width: int, batch: int, itemsize: int) -> int:
+        """Bytes of the caches of all guidance branches, before anything is allocated."""
+        return self.branches * self.layout(params, height, width).nbytes(batch, itemsize)
+
+    def leading_blocks(self, frames: int) -> int:
+        """Number of blocks that the first `frames` latent frames fill."""
+        edges = [sum(self.blocks[:count]) for count in range(len(self.blocks) + 1)]
+        if frames not in edges:
+            raise ValueError(f"{frames} given latent frames end inside a block: this video's blocks are "
+                             f"{list(self.blocks)}. Give {', '.join(map(str, edges[1:-1]))} frames.")
+        return edges.index(frames)
+
+
+class Block(NamedTuple):
+    index: int
+    start: int             # first latent frame
+    latent_BCFHW: Tensor
+
+
+@dataclass(kw_only=True)
+class BlockLoop:
+    """One run. `evaluate(x, t_BF, keys, frame_ids, cache, sink_mode)` returns the flow, as `CausalWan.forward` does.
+
+    `project(prompt)` gives the cross-attention keys of every branch, positive first; it is called when a prompt begins.
+    `noise(start, count, step)` gives the start noise of a block at step 0 and the noise added before each later step.
+    `on_step(block, step, x0)` is called after every denoising step and may raise to end the run.
+    """
+
+    plan: Plan
+    evaluate: Evaluate
+    caches: Sequence[KVCache]                 # one a branch
+    project: Callable[[int], Sequence[Keys]]
+    noise: Callable[[int, int, int], Tensor]
+    y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models
+    on_step: Callable[[int, int, Tensor], None]
+
+    def __post_init__(self):
+        if len(self.caches) != self.plan.branches:
+            raise ValueError(f"{len(self.caches)} caches for {self.plan.branches} guidance branches: give one each.")
+        if self.y_BYFHW is not None and self.y_BYFHW.shape[2] != self.plan.frames:
+            raise ValueError(f"The image condition y has {self.y_BYFHW.shape[2]} latent frames, the video "
+                             f"{self.plan.frames}: make both of one length.")
+
+    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, start: int, sink_mode: str) -> Tensor:
+        """Guided flow of the frames from `start` on; fills the caches."""
+        frame_ids = range(start, start + x_BCFHW.shape[2])
+        if self.y_BYFHW is not None:
+            x_BCFHW = torch.cat((x_BCFHW, self.y_BYFHW[:, :, start:frame_ids.stop].to(x_BCFHW)), dim=1)
+        flows = [self.evaluate(x_BCFHW, t_BF, keys, frame_ids, cache, sink_mode)
+                 for keys, cache in zip(self.keys, self.caches, strict=True)]
+        if len(flows) == 1:
+            return flows[0]
+        positive, negative = flows
+        return negative + self.plan.cfg * (positive - negative)
+
+    def absorb(self, x_BCFHW: Tensor, timestep: float, start: int, sink_mode: str) -> None:
+        """Fill the caches with the keys of finished frames."""
+        t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], x_BCFHW.shape[2]), timestep, dtype=torch.float32)
+        self.flow(x_BCFHW, t_BF, start, sink_mode)
+
+    def later_mode(self, start: int) -> str:
+        """Sink mode of every pass over a block but the first."""
+        return "keep" if self.plan.freeze_sink and start > 0 else "write"
+
+    def denoise(self, index: int, start: int, steps: tuple[FlowStep, ...], held_BCKHW: Tensor | None) -> Tensor:
+        """Denoise one block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
+        count = self.plan.blocks[index]
+        held = 0 if held_BCKHW is None else max(0, min(count, held_BCKHW.shape[2] - start))
+        x_BCFHW = self.noise(start, count, 0)
+        for number, step in enumerate(steps):
+            t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], count), step.timestep, dtype=torch.float32)
+            if held:
+                t_BF[:, :held] = 0
+                x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
+            flow = self.flow(x_BCFHW, t_BF, start, "write" if number == 0 else self.later_mode(start))
+            x0_BCFHW = predict_x0(x_BCFHW, flow, step.sigma)
+            if held:
+                x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
+            self.on_step(index, number, x0_BCFHW)
+            if number + 1 < len(steps):
+                x_BCFHW = renoise(x0_BCFHW, self.noise(start, count, number + 1), steps[number + 1].sigma)
+        return x0_BCFHW
+
+    def switch_prompt(self, prompt: int, start: int, recent_BCFHW: Tensor) -> None:
+        """Take another prompt and compute the cache anew under it, in one pass (LongLive).
+
+        With `global_sink` the sink keeps its keys once the video has outgrown the window; otherwise the oldest frames
+        that the pass covers become the sink.
+        """
+        plan = self.plan
+        self.keys = self.project(prompt)
+        keep_sink = plan.global_sink and start > plan.capacity
+        count = min(start, plan.capacity - (plan.sink if keep_sink else 0))
+        self.absorb(recent_BCFHW[:, :, -count:], plan.context_noise, start - count, "write" if keep_sink else "replace")
+
+    def run(self, context_BCPHW: Tensor | None, held_BCKHW: Tensor | None,
+            finished_BCPHW: Tensor | None) -> Iterator[Block]:
+        """Yield the blocks as they are finished.
+
+        context_BCPHW: frames to continue from, whole blocks; they are not yielded. held_BCKHW: frames that stand
+        inside the first generated blocks, for models trained so. finished_BCPHW: blocks of an interrupted run of the
+        same plan, which follow the context; they refill the caches exactly and are not yielded.
+        """
+        plan = self.plan
+        known = [part for part in (context_BCPHW, finished_BCPHW) if part is not None]
+        given = plan.leading_blocks(0 if context_BCPHW is None else context_BCPHW.shape[2])
+        known_blocks = plan.leading_blocks(sum(part.shape[2] for part in known))
+        known_BCPHW = torch.cat(known, dim=2) if known else None
+        recent_BCFHW, prompt, start = None, 0, 0
+        self.keys = self.project(prompt)
+        for index, count in enumerate(plan.blocks):
+            reached = sum(start >= frame for frame in plan.switches)
+            if reached > prompt and index >= given:
+                prompt = reached
+                self.switch_prompt(prompt, start, recent_BCFHW)
+            if index < known_blocks:
+                latent = known_BCPHW[:, :, start:start + count]
+            else:
+                latent = self.denoise(index, start, plan.first_steps if index == given else plan.steps, held_BCKHW)
+                yield Block(index, start, latent)
+            if index + 1 < len(plan.blocks):
+                timestep = 0 if index < given else plan.context_noise
+                self.absorb(latent, timestep, start, "write" if index < given else self.later_mode(start))
+            recent_BCFHW = latent if recent_BCFHW is None else torch.cat((recent_BCFHW, latent), dim=2)
+            recent_BCFHW = recent_BCFHW[:, :, -plan.capacity:]
+            start += count

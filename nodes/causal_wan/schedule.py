@@ -1,0 +1,55 @@
+"""The few-step flow schedule of Self-Forcing (arXiv 2506.08009) and LongLive (arXiv 2509.22622).
+
+Flow matching: x_sigma = (1 - sigma) * x0 + sigma * noise, the network predicts noise - x0, and timesteps are
+1000 * sigma. Few-step models jump to x0 and add fresh noise for the next step.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+
+class FlowStep(NamedTuple):
+    timestep: float  # the label that the network sees, 0 (clean) to 1000 (noise)
+    sigma: float     # the part of noise
+
+
+def make_sigmas(shift: float) -> Tensor:
+    """Sigmas [1000] in float64, from 1 down: evenly spaced, then shifted towards noise."""
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"shift is {shift}: it must be a positive number. Wan's causal models were trained with 5.")
+    even = 1 - torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / NUM_TIMESTEPS
+    return shift * even / (1 + (shift - 1) * even)
+
+
+def make_steps(step_list: Sequence[int], shift: float, warp: bool) -> tuple[FlowStep, ...]:
+    """Denoising steps from a `denoising_step_list`, for example [1000, 750, 500, 250].
+
+    warp: the numbers count from the end of the shifted table (Self-Forcing, LongLive: 1000, 937.5, 833.3, 625 with
+    shift 5); otherwise they are timesteps, and the table's nearest sigma is used (CausVid).
+    """
+    falling = all(a > b for a, b in zip(step_list, step_list[1:]))
+    if not step_list or not falling or not 0 < step_list[-1] <= step_list[0] <= NUM_TIMESTEPS:
+        raise ValueError(f"The denoising steps are {list(step_list)}: give falling numbers from {NUM_TIMESTEPS} to 1, "
+                         "as the model was trained with, for example 1000, 750, 500, 250.")
+    sigmas = make_sigmas(shift)
+    if warp:
+        chosen = [sigmas[NUM_TIMESTEPS - step].item() for step in step_list]
+        return tuple(FlowStep(NUM_TIMESTEPS * sigma, sigma) for sigma in chosen)
+    nearest = [(sigmas * NUM_TIMESTEPS - step).abs().argmin() for step in step_list]
+    return tuple(FlowStep(float(step), sigmas[index].item()) for step, index in zip(step_list, nearest))
+
+
+def predict_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
+    """Clean latent from a noisy one and its flow, subtracted in float64."""
+    return (x.double() - sigma * flow.double()).to(x.dtype)
+
+
+def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """The latent with noise of level sigma."""
+    return (1 - sigma) * x0 + sigma * noise
