@@ -1,0 +1,155 @@
+"""Causal Wan as one of ComfyUI's models: configuration, conditioning and memory."""
+from __future__ import annotations
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from .model import CausalWan, WanParams
+
+MASK_CHANNELS = 4  # one for each of the video frames that a latent frame of Wan's VAE stands for
+
+
+class SmallLatent(comfy.latent_formats.SD15):
+    """Stable Diffusion's 4-channel latents with a time axis, for small models."""
+
+    latent_dimensions = 3
+
+    def __init__(self, scale_factor: float):
+        super().__init__(scale_factor)
+        self.taesd_decoder_name = None  # core's TAESD preview takes single images only
+
+
+class ManagedCausalWan(CausalWan):
+    """The network with the host's attention, as core calls it, open to the wrappers that packs put around a network."""
+
+    def __init__(self, params: WanParams, operations, dtype=None, device=None):
+        super().__init__(params, operations, optimized_attention, dtype, device)
+
+    def forward(self, x, timestep, context, clip_fea=None, transformer_options={}, **block):
+        """Flow [B, out_dim, F, H, W] of frames x [B, in_dim, F, H, W] at `timestep` [B], or [B, F] with one a frame.
+
+        `context` is text tokens [B, N, text_dim], with `clip_fea` for image to video, or what `project_context` made
+        of them. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without these, as in core's
+        own samplers, all frames see each other.
+        """
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, clip_fea, transformer_options=transformer_options, **block)
+
+    def _forward(self, x, timestep, context, clip_fea, transformer_options, frame_ids=None, cache=None,
+                 sink_mode="write", mask_FF=None, **_):
+        frames = x.shape[2]
+        t_BF = timestep if timestep.ndim == 2 else timestep[:, None].expand(-1, frames)
+        if isinstance(context, torch.Tensor):
+            context = self.project_context(context, clip_fea)
+        return super().forward(x, t_BF, context, range(frames) if frame_ids is None else frame_ids, cache, sink_mode,
+                               mask_FF, transformer_options)
+
+
+class CausalWanConfig(comfy.supported_models_base.BASE):
+    """Core's description of a model. Our own sizes stay in one opaque entry, since core reads known names in it."""
+
+    unet_extra_config = {}
+    sampling_settings = {"shift": 5.0}  # of Self-Forcing and LongLive, for core's schedulers; our sampler has its own
+
+    def __init__(self, params: WanParams, scale_factor: float):
+        self.latent_format = (comfy.latent_formats.Wan21 if params.out_dim == 16
+                              else lambda: SmallLatent(scale_factor))
+        super().__init__({"params": params})
+        self.memory_usage_factor = params.dim / 2222  # as core reckons for Wan
+
+    def model_type(self, state_dict, prefix=""):
+        return comfy.model_base.ModelType.FLOW
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return CausalWanModel(self, self.model_type(state_dict, prefix), device)
+
+
+class CausalWanModel(comfy.model_base.BaseModel):
+    """`wan_params` tells samplers the network's sizes and whether it takes an image."""
+
+    def __init__(self, model_config: CausalWanConfig, model_type, device=None):
+        super().__init__(model_config, model_type, device, ManagedCausalWan)
+        self.wan_params: WanParams = model_config.unet_config["params"]
+
+    def extra_conds(self, **kwargs):
+        """Text tokens; for image to video also y (mask, then image latent, over all latent frames) and image tokens.
+
+        Entries of the conditioning, named and meant as by core's Wan nodes: "concat_latent_image" [B, C, T, h, w],
+        "concat_mask" [B, 1 or 4, T, h, w] with 0 where a frame is given, "clip_vision_output". Raises ValueError
+        where an image-to-video model lacks one, or they are of another size than the latent.
+        """
+        out = super().extra_conds(**kwargs)
+        text_BLC = kwargs["cross_attn"]
+        self._check_width("text encoder", text_BLC, self.wan_params.text_dim, "CLIP")
+        out["c_crossattn"] = comfy.conds.CONDRegular(text_BLC)
+        if self.wan_params.i2v:
+            tower = kwargs.get("clip_vision_output")
+            if tower is None:
+                raise ValueError("This image-to-video model needs image tokens (clip_fea), and the conditioning has "
+                                 "none. Connect clip_vision to Causal Wan Image to Video and pass positive and "
+                                 "negative through it.")
+            tokens_BNC = tower.penultimate_hidden_states
+            self._check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, "CLIP_VISION")
+            out["clip_fea"] = comfy.conds.CONDRegular(tokens_BNC)
+            y_BYTHW = self._image_condition(kwargs["noise"], kwargs.get("concat_latent_image"),
+                                            kwargs.get("concat_mask"))
+            out["c_concat"] = comfy.conds.CONDNoiseShape(y_BYTHW)
+        return out
+
+    def _image_condition(self, noise_BCTHW, latent_BCTHW, mask_BMTHW):
+        """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent that the frames were encoded to."""
+        if latent_BCTHW is None or mask_BMTHW is None:
+            raise ValueError("This image-to-video model needs a masked image latent (y), and the conditioning has "
+                             "none. Pass positive and negative through Causal Wan Image to Video.")
+        for part_BXTHW in (latent_BCTHW, mask_BMTHW):
+            if part_BXTHW.shape[2:] != noise_BCTHW.shape[2:]:
+                raise ValueError(f"The latent is {_size(noise_BCTHW)}, the conditioning (y) was made for "
+                                 f"{_size(part_BXTHW)} (frames, height, width). Use the latent of Causal Wan Image to "
+                                 "Video, or give that node the same size and length.")
+        if latent_BCTHW.shape[1] != self.wan_params.out_dim:
+            raise ValueError(f"The conditioning's image latent has {latent_BCTHW.shape[1]} channels, this model takes "
+                             f"{self.wan_params.out_dim}. Use the VAE that belongs to the model.")
+        given_BMTHW = 1 - mask_BMTHW.to(latent_BCTHW)
+        given_BMTHW = given_BMTHW.expand(len(latent_BCTHW), -1, -1, -1, -1)
+        if given_BMTHW.shape[1] == 1:
+            given_BMTHW = given_BMTHW.expand(-1, MASK_CHANNELS, -1, -1, -1)
+        return torch.cat((given_BMTHW, self.process_latent_in(latent_BCTHW)), dim=1)
+
+    @staticmethod
+    def _check_width(tower: str, tokens_BNC: torch.Tensor, width: int, socket: str) -> None:
+        if tokens_BNC.shape[-1] != width:
+            raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, this model was trained with "
+                             f"{width}. Connect the {socket} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 "
+                             "for published models.")
+
+
+def _size(latent_BCTHW) -> str:
+    return " x ".join(map(str, latent_BCTHW.shape[2:]))
+
+
+def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype) -> CausalWanModel:
+    """The model without weights (on the meta device), to be loaded with `assign=True`.
+
+    `scale_factor` belongs to 4-channel latents; Wan's 16 channels have means and deviations of their own.
+    """
+    config = CausalWanConfig(params, scale_factor)
+    device = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(weight_dtype, comfy.model_management.unet_manual_cast(
+        weight_dtype, device, config.supported_inference_dtypes))
+    return config.get_model({}, device=torch.device("meta"))
+
+
+def make_patcher(model: CausalWanModel) -> comfy.model_patcher.ModelPatcher:
+    """MODEL around a loaded model."""
+    # Newer versions stream weights through a patcher of their own.
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(model, load_device=comfy.model_management.get_torch_device(),
+                offload_device=comfy.model_management.unet_offload_device())

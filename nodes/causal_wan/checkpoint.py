@@ -1,0 +1,219 @@
+"""From a causal Wan 2.1 checkpoint to MODEL, every key accounted for.
+
+Type and size are read from keys and shapes, heads from the width or the header. Whether weights were trained causally
+cannot be read from them: keys and shapes are those of Wan 2.1.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..common.files import check_keys, take_prefix
+from .base import make_model, make_patcher
+from .families import check_family
+from .model import PATCH, WanParams
+
+log = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+                 "fp8_e4m3fn": torch.float8_e4m3fn}
+WEIGHTS = ("auto", "ema", "raw")
+
+RAW, EMA = "generator.", "generator_ema."
+# Parts of a name that training wrappers (DDP, FSDP, torch.compile, activation checkpoints) put in, anywhere ...
+WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+# ... and names of the network inside a larger model, at the front.
+FRONT = {"model", "diffusion_model"}
+# Other parts of an all-in-one checkpoint, which core's loaders take.
+BESIDE = ("vae.", "text_encoders.", "clip_vision.")
+CAUSAL_NAMES = re.compile(r"causal|causvid|self[-_ ]?forcing|longlive|autoregressive|(?<![a-z])ar(?![a-z])"
+                          r"|krea[-_ ]?realtime|memflow|reward[-_ ]?forcing|streamdiffusion")
+HEAD_WIDTH = 128  # of every published Wan 2.1
+# Keys, with their numbers of axes, from which the sizes are read.
+SIZED = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2, "text_embedding.0.weight": 2,
+         "time_embedding.0.weight": 2}
+SIZED_IMAGE = {"img_emb.proj.1.weight": 2}
+
+
+class Header(NamedTuple):
+    """What the `config` entry of a file's header says; heads None: by the width."""
+
+    heads: int | None
+    scale_factor: float
+    causal: bool
+
+
+def load(checkpoint, weights="auto", weight_dtype="auto"):
+    """Turn a `files.Checkpoint` into ComfyUI's MODEL; `checkpoint.tensors` is emptied.
+
+    `weights` chooses between the trained and the averaged weights of an original .pt file, `weight_dtype` is one of
+    `WEIGHT_DTYPES`. Raises ValueError for another model family or variant, for a key that is missing, unknown or of
+    another shape, and for unknown options.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    path = checkpoint.path
+    header = read_header(checkpoint.metadata, path)
+    _say_if_not_causal(checkpoint, header)
+    tensors = pick(checkpoint, weights)
+    check_family(path, tensors)
+    params = detect(tensors, header.heads, path)
+    model = make_model(params, header.scale_factor, WEIGHT_DTYPES[weight_dtype] or _auto_dtype(tensors))
+    network = model.diffusion_model
+    expected = {key: value.shape for key, value in network.state_dict().items()}
+    check_keys("network", tensors, expected,
+               "Missing keys: the file was pruned or saved in part; get it whole. Unknown keys or other shapes: an "
+               "extension or another model was merged into it; use the original file.")
+    log.info("%s: causal Wan %s, %d layers, %d wide, %d heads; %d of %d keys found, none left over.", path,
+             "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
+             len(tensors), len(expected))
+    network.load_state_dict({key: _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
+    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    return make_patcher(model)
+
+
+def read_header(metadata, path):
+    """The `Header` of a .safetensors file: {"num_heads": 4, "scale_factor": 0.18, "transformer": {"causal_ar": true}}.
+
+    All entries may be missing. Core marks causal files with the last one.
+    """
+    try:
+        config = json.loads(metadata.get("config", "{}"))
+    except ValueError as error:
+        raise ValueError(f"The header of {path} has a `config` that is not JSON ({error}). Write it anew, or remove "
+                         "it: published models need none.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("transformer", {}), dict):
+        raise ValueError(f"The header of {path} has a `config` that is no JSON object. Write it anew, or remove it.")
+    transformer = config.get("transformer", {})
+    heads = config.get("num_heads", transformer.get("num_heads"))
+    if heads is not None and (not isinstance(heads, int) or heads < 1):
+        raise ValueError(f"The header of {path} gives {heads!r} as num_heads. Write a whole number from 1.")
+    return Header(heads, config.get("scale_factor", 0.18215), bool(transformer.get("causal_ar")))
+
+
+def native_key(key, front=FRONT):
+    """A key as core names it: without training wrappers, and without what encloses the network (`front`)."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] in front:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def pick(checkpoint, weights="auto"):
+    """The chosen weights by native key, taken out of `checkpoint.tensors`, which is emptied.
+
+    "raw" is `generator` (or a file with one set of weights), "ema" is `generator_ema`, "auto" what the authors use.
+    Raises ValueError for a choice that the file does not hold and for names that fall together.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"Weights {weights!r} is unknown: choose one of {', '.join(WEIGHTS)}.")
+    path, tensors = checkpoint.path, checkpoint.tensors
+    sets = {"raw": take_prefix(tensors, RAW), "ema": take_prefix(tensors, EMA)}
+    if not any(sets.values()):
+        beside = [key for key in tensors if key.startswith(BESIDE)]
+        sets["raw"] = {key: value for key, value in tensors.items() if key not in beside}
+        _leave_aside(path, beside)
+    else:
+        _leave_aside(path, list(tensors))
+    tensors.clear()
+    held = [name for name, found in sets.items() if found] or ["raw"]
+    if weights == "auto":
+        weights = published_choice(path) if len(held) == 2 else held[0]
+        log.info("%s holds %s weights; %s taken.", path, " and ".join(held), weights)
+    if weights not in held:
+        raise ValueError(f"{path} holds no {weights} weights, only {held[0]}. Choose {held[0]}, or auto.")
+    named = {native_key(key): value for key, value in sets[weights].items()}
+    if len(named) < len(sets[weights]):
+        raise ValueError(f"{path}: {len(sets[weights]) - len(named)} keys name the same weights twice, with and "
+                         "without a wrapper's prefix. Save the state dict of the network alone.")
+    return named
+
+
+def published_choice(path):
+    """Which set of a file with both its authors use: "ema", but "raw" for chunk-wise Causal Forcing.
+
+    Keys do not tell that model; the folder it is published in, `chunkwise`, does. Its long-video model is "ema" again.
+    """
+    place = "/".join(Path(path).parts[-3:]).lower()
+    return "raw" if re.search("chunk[-_ ]?wise", place) and "long" not in place else "ema"
+
+
+def detect(tensors, heads, path):
+    """`WanParams` from native keys and shapes; `heads` where they are not dim / 128, or None.
+
+    Raises ValueError for every input that a causal Wan of text or image to video does not have.
+    """
+    image = any(key.startswith("img_emb.") or ".cross_attn.k_img." in key for key in tensors)
+    for key, axes in (SIZED | SIZED_IMAGE if image else SIZED).items():
+        if key not in tensors or tensors[key].ndim != axes:
+            found = f"is {list(tensors[key].shape)}" if key in tensors else "is missing"
+            raise ValueError(f"{path}: the size of the network cannot be read, {key} {found}. The file was pruned, "
+                             "changed or saved in part; get it whole.")
+    size = {key: tensors[key].shape for key in (SIZED | SIZED_IMAGE if image else SIZED)}
+    dim, in_dim = size["patch_embedding.weight"][:2]
+    if heads is None and dim % HEAD_WIDTH:
+        raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
+                         'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}.')
+    params = WanParams(
+        in_dim=in_dim, out_dim=size["head.head.weight"][0] // math.prod(PATCH), dim=dim,
+        ffn_dim=size["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
+        num_layers=1 + max(int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if found),
+        text_dim=size["text_embedding.0.weight"][1], freq_dim=size["time_embedding.0.weight"][1], i2v=image,
+        clip_dim=size["img_emb.proj.1.weight"][1] if image else 0)
+    _check_channels(params, path)
+    return params
+
+
+def _check_channels(params, path):
+    """Tell the kinds of Wan apart by channels, width and image keys, and let text and image to video through."""
+    taken, given, image = params.in_dim, params.out_dim, params.i2v
+    use = ("Use a causal Wan 2.1 (Self-Forcing, Causal-Forcing, LongLive 1.0), or core's Load Diffusion Model for "
+           "this file.")
+    if taken == given == 48:
+        raise ValueError(f"{path} is Wan2.2 TI2V-5B or a model made from it, LongLive 2.0 ({params.dim} wide, 48 "
+                         f"channels): its latents, of the Wan 2.2 VAE, and its blocks are others. {use}")
+    if taken == 48 and given == 16:
+        raise ValueError(f"{path} is Wan Fun-Control (48 channels in, 16 out): it needs a control video, which a "
+                         f"block-autoregressive sampler does not give. {use}")
+    if taken == 2 * given + 4 and not image:
+        raise ValueError(f"{path} takes {taken} channels and has no image tokens (img_emb), as Wan2.2 I2V-A14B: one "
+                         f"of a pair of bidirectional experts. {use}")
+    if taken != (2 * given + 4 if image else given) or given not in (4, 16):
+        raise ValueError(f"{path}: {taken} channels in, {given} out, {'with' if image else 'without'} image tokens, "
+                         "fits no known Wan. Text to video has as many in as out, image to video 2 x out + 4 and "
+                         f"img_emb; out is 16 (Wan 2.1) or 4 (small models on Stable Diffusion's latents). {use}")
+
+
+def _leave_aside(path, keys):
+    """Say which other parts of the file (critic, optimizer, VAE) are not used."""
+    if keys:
+        parts = sorted({key.partition(".")[0] for key in keys})
+        log.info("%s: %d tensors beside the network are left aside: %s.", path, len(keys), ", ".join(parts))
+
+
+def _say_if_not_causal(checkpoint, header):
+    named = CAUSAL_NAMES.search("/".join(Path(checkpoint.path).parts[-2:]).lower())
+    if not (header.causal or named or any(key.startswith((RAW, EMA)) for key in checkpoint.tensors)):
+        log.warning("%s does not say that it is causal, neither in its header nor by its name. Bidirectional Wan has "
+                    "the same keys and loads too, but its videos fall apart from block to block. Use a causal model; "
+                    "if it is one, name the file so.", checkpoint.path)
+
+
+def _auto_dtype(tensors):
+    return comfy.model_management.unet_dtype(model_params=sum(value.numel() for value in tensors.values()),
+                                             weight_dtype=comfy.utils.weight_dtype(tensors))
+
+
+def _cast(value, dtype):
+    """To the storage type; with 8 bits only the matrices, as the rest is small and would lose most."""
+    if dtype.itemsize == 1 and value.ndim != 2:
+        dtype = torch.bfloat16
+    return value.to(dtype)
