@@ -1,0 +1,62 @@
+"""Tiny causal Wan models with random weights, for the tests of that family."""
+
+import json
+from functools import cache
+
+import comfy.model_management
+import torch
+from stillmotion.nodes.causal_wan import checkpoint as loader
+from stillmotion.nodes.causal_wan.attention import torch_attention
+from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
+from stillmotion.nodes.common.files import Checkpoint
+
+HEADER = {"config": json.dumps({"num_heads": 4, "scale_factor": 0.5, "transformer": {"causal_ar": True}})}
+NETWORK = {"in_dim": 16, "out_dim": 16, "dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 2, "text_dim": 24,
+           "freq_dim": 32, "i2v": False, "clip_dim": 0}
+SIZES = {"t2v": WanParams(**NETWORK),
+         "i2v": WanParams(**NETWORK | {"in_dim": 36, "i2v": True, "clip_dim": 20}),
+         "small": WanParams(**NETWORK | {"in_dim": 12, "out_dim": 4, "i2v": True, "clip_dim": 20})}
+
+
+def tensors(kind="t2v", seed=0):
+    """Random weights of a tiny model in native keys."""
+    return dict(_tensors(kind, seed))
+
+
+@cache
+def _tensors(kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    network = CausalWan(SIZES[kind], torch.nn, torch_attention, device="meta").state_dict()
+    return {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in network.items()}
+
+
+def load(found, metadata=HEADER, path="causal.safetensors", **options):
+    return loader.load(Checkpoint(path, dict(found), metadata), **options)
+
+
+def weights_of(model):
+    return model.model.diffusion_model.state_dict()
+
+
+def same(model, expected):
+    found = weights_of(model)
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def prefixed(prefix, found):
+    return {prefix + key: value for key, value in found.items()}
+
+
+def run(model, kind="t2v"):
+    """The loaded MODEL's x0 for a fixed input, by the way of core's samplers."""
+    generator = torch.Generator().manual_seed(9)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    params = SIZES[kind]
+    image = {"clip_fea": noise(1, 5, params.clip_dim)} if params.i2v else {}
+    y = noise(1, params.in_dim - params.out_dim, 3, 4, 6) if params.i2v else None
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return model.model.apply_model(noise(1, params.out_dim, 3, 4, 6), torch.tensor([0.7]), c_concat=y,
+                                   c_crossattn=noise(1, 7, params.text_dim), **image)
