@@ -11,10 +11,10 @@ CHANNELS, HEIGHT, WIDTH, TEXT, CLIP = 3, 4, 6, 10, 14
 STEPS = make_steps([1000, 500], 5.0, warp=True)
 
 
-def make_network(i2v=False):
+def make_network(i2v=False, layers=2):
     """Head width 12, so that all three axes turn."""
     params = WanParams(in_dim=2 * CHANNELS + 4 if i2v else CHANNELS, out_dim=CHANNELS, dim=24, ffn_dim=32, num_heads=2,
-                       num_layers=2, text_dim=TEXT, freq_dim=16, i2v=i2v, clip_dim=CLIP if i2v else 0)
+                       num_layers=layers, text_dim=TEXT, freq_dim=16, i2v=i2v, clip_dim=CLIP if i2v else 0)
     torch.manual_seed(0)
     return CausalWan(params, torch.nn, torch_attention, torch.float32, "cpu").eval()
 

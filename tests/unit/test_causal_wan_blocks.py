@@ -71,6 +71,7 @@ def test_x0_is_subtracted_in_float64():
     ((2, 2, 2), {"cfg": 3.0}, {}),
     ((2, 2, 1), {"context_noise": 50.0}, {"batch": 2}),
     ((1, 2, 2), {"first_steps": make_steps([1000, 750, 250], 5.0, warp=True)}, {"context": 1}),
+    ((2, 2, 2, 2), {"context_noise": 300.0}, {"context": 4}),
     ((2, 2, 2), {"cfg": 2.0}, {"context": 2, "batch": 2}),
     ((3, 3), {}, {"held": 1}),
     ((1, 2, 2), {"cfg": 1.5}, {"held": 1, "i2v": True}),

@@ -39,6 +39,24 @@ def test_cached_attention_equals_full_causal_attention(i2v, blocks, window, sink
 
 
 @torch.inference_mode()
+def test_an_endless_video_never_looks_further_than_the_window():
+    """With one layer a key depends on its own frame alone, so sink and window can be evaluated anew, side by side."""
+    network, window, sink = make_network(layers=1), 5, 2
+    plan = make_plan((2,) * 20, window=window, sink=sink, endless=True)
+    x, t, text, _ = random_inputs(plan.frames)
+    keys = network.project_context(text)
+    cache = KVCache(plan.layout(network.params, HEIGHT, WIDTH), 1, torch.float32, "cpu")
+    for start in range(0, plan.frames, 2):
+        end = start + 2
+        seen = [*range(min(sink, end)), *range(max(sink, end - (window - sink)), end)]
+        virtual = range(len(seen))
+        for _ in range(2):  # a second evaluation of the same block
+            flow = network(x[:, :, start:end], t[:, start:end], keys, range(start, end), cache)
+            expected = network(x[:, :, seen], t[:, seen], keys, virtual)[:, :, -2:]
+            assert ((flow - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@torch.inference_mode()
 def test_every_frame_has_a_timestep_of_its_own():
     network = make_network()
     x, t, text, _ = random_inputs(3)
