@@ -39,7 +39,7 @@ def parse(arguments):
     p.add_argument("--prompt_dir", type=Path, help="animate every image in this folder that has a same-named .txt")
     p.add_argument("--seed", type=int, help="default: 123")
     p.add_argument("--steps", "--num_inference_steps", type=int, help="sampling steps, 1 to 1000 (default: 50)")
-    p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: 7.5, demo: 2)")
+    p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: 7.5, demo: 1.5)")
     p.add_argument("--eta", type=float, help="0 is deterministic, 1 adds fresh noise at each step (default: 1)")
     p.add_argument("--frames", "--video_length", type=int, help="length in frames (default: 16)")
     p.add_argument("--fps", type=float, help="frames per second of the saved file (default: 8)")

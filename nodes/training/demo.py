@@ -245,7 +245,7 @@ def demo_unet() -> VideoUNet:
     return unet
 
 
-def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5500, batch: int = 8, lr: float = 1e-3,
+def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, batch: int = 8, lr: float = 1e-3,
                on_save=None) -> nn.Module:
     """The denoising network with its image projector, from cached encodings.
 
