@@ -104,6 +104,17 @@ class CausalWanModel(comfy.model_base.BaseModel):
             out["c_concat"] = comfy.conds.CONDNoiseShape(y_BYTHW)
         return out
 
+    def extra_conds_shapes(self, **kwargs):
+        """"block_memory" of the conditioning, from our sampler: (bytes of the caches, longest evaluation in frames)."""
+        return {"block_memory": kwargs["block_memory"]} if "block_memory" in kwargs else {}
+
+    def memory_required(self, input_shape, cond_shapes={}):
+        """Bytes for core's memory management: an evaluation takes some frames of the video only, caches come on top."""
+        if "block_memory" not in cond_shapes:
+            return super().memory_required(input_shape, cond_shapes)
+        nbytes, frames = cond_shapes["block_memory"][0]
+        return super().memory_required([*input_shape[:2], frames, *input_shape[3:]]) + nbytes
+
     def _image_condition(self, noise_BCTHW, latent_BCTHW, mask_BMTHW):
         """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent that the frames were encoded to."""
         if latent_BCTHW is None or mask_BMTHW is None:

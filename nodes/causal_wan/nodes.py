@@ -4,14 +4,20 @@ from hashlib import sha256
 from pathlib import Path
 
 import folder_paths
+import latent_preview
+import node_helpers
 from comfy_api.latest import io
 
 from ..common.files import read_checkpoint
 from . import checkpoint as loader
+from .conditioning import MECHANISMS, image_conditions
 from .lora import add_lora
+from .sampler import BlockSettings, prepare
+from .timeline import PromptTimeline, parse_timeline
 
 DEMO = Path(__file__).parents[1] / "demo" / "causal_wan_demo.safetensors"
 FOLDERS = ("diffusion_models", "checkpoints")
+Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
 
 
 class LoadCausalWan(io.ComfyNode):
@@ -60,6 +66,156 @@ class LoadCausalWan(io.ComfyNode):
         if lora_path:
             model = add_lora(model, read_checkpoint(lora_path), lora_strength)
         return io.NodeOutput(model)
+
+
+class CausalWanImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Stillmotion_CausalWanImageToVideo",
+            display_name="Causal Wan Image to Video",
+            category="Stillmotion/Causal Wan",
+            description="Begins a video with a start image, or goes on from the frames of a clip, for the "
+                        "Block-Autoregressive Sampler.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; used with a cfg other than 1."),
+                io.Vae.Input("vae", tooltip="From core's Load VAE (Wan 2.1), or the demo's."),
+                io.Image.Input("image", tooltip="The start image, or the last frames of a clip in order: with Wan's "
+                                                "VAE 1, 5, 9, ... frames. Scaled and cropped, never stretched."),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("length", default=73, min=2, max=100000,
+                             tooltip="Video frames, the given ones included. Wan's VAE makes 4 of each latent frame "
+                                     "after the first. With blocks of 3: 73, 85, 97, ... A wrong number is refused, "
+                                     "with the right ones."),
+                io.Int.Input("block", default=3, min=1, max=64,
+                             tooltip="Latent frames that the model makes at once: 3 (chunk-wise models: Self-Forcing, "
+                                     "LongLive, Krea) or 1 (frame-wise Causal-Forcing). The same as in the sampler."),
+                io.Combo.Input("mechanism", options=list(MECHANISMS), default="auto",
+                               tooltip="How the model sees the image. prefix frame: a block of its own, for frame-wise "
+                                       "models. still chunk: the image repeated for one block, cut off afterwards, for "
+                                       "chunk-wise models. in-block clamp: held inside the first block. concat: "
+                                       "image-to-video models only. auto: concat with image tokens, else by block."),
+                io.Boolean.Input("short_last_block", default=False,
+                                 tooltip="Allow a length that ends inside a block. Set it in the sampler, too."),
+                io.Int.Input("batch_size", default=1, min=1, max=64,
+                             tooltip="Videos made at once, each with noise of its own."),
+                io.ClipVisionOutput.Input("clip_vision_output", optional=True,
+                                          tooltip="Image tokens, from CLIP Vision Encode. Image-to-video models need "
+                                                  "them; leave it open for text-to-video models."),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="With the image, for guidance."),
+                io.Latent.Output(tooltip="Begins with the given frames, for Block-Autoregressive Sampler alone."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, vae, image, width, height, length, block, mechanism, short_last_block,
+                batch_size, clip_vision_output=None):
+        entries, latent = image_conditions(vae, image, width, height, length, block, mechanism,
+                                           clip_vision_output is not None, short_last_block, batch_size)
+        if clip_vision_output is not None:
+            entries["clip_vision_output"] = clip_vision_output
+        return io.NodeOutput(node_helpers.conditioning_set_values(positive, entries),
+                             node_helpers.conditioning_set_values(negative, entries), latent)
+
+
+class PromptTimelineNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Stillmotion_PromptTimeline",
+            display_name="Prompt Timeline",
+            category="Stillmotion/Causal Wan",
+            description="Prompts that take turns in one video.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder of the model: UMT5-XXL for Wan 2.1."),
+                io.String.Input("prompts", multiline=True, default="0: a circle moves left\n12: a circle moves up",
+                                tooltip="One 'start frame: prompt' a line, in order. Start frames count latent frames "
+                                        "(with Wan's VAE 4 video frames each) from 0; a prompt begins with the next "
+                                        "block. Before the first line's frame the sampler's positive prompt holds."),
+            ],
+            outputs=[Timeline.Output(display_name="timeline", tooltip="For Block-Autoregressive Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, clip, prompts):
+        entries = parse_timeline(prompts)
+        return io.NodeOutput(PromptTimeline(
+            tuple(start for start, _ in entries),
+            tuple(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for _, prompt in entries)))
+
+
+class BlockAutoregressiveSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Stillmotion_BlockAutoregressiveSampler",
+            display_name="Block-Autoregressive Sampler",
+            category="Stillmotion/Causal Wan",
+            description="Makes a video block by block, each in a few steps from a cache of those before it: any "
+                        "length in bounded memory, with prompts that change on the way.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Causal Wan; LoRAs and other model patches may lie between."),
+                io.Conditioning.Input("positive", tooltip="What to see."),
+                io.Conditioning.Input("negative", tooltip="What to avoid; not used at cfg 1."),
+                io.Latent.Input("latent", tooltip="From Causal Wan Image to Video, or an empty Wan video latent."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                             tooltip="Every latent frame draws noise of its own from it, on the CPU: a longer video "
+                                     "begins with the frames of a shorter one, on every machine."),
+                io.String.Input("steps", default="1000, 750, 500, 250",
+                                tooltip="Denoising steps as trained. Self-Forcing, LongLive: 1000, 750, 500, 250."),
+                io.String.Input("first_steps", default="",
+                                tooltip="Steps of the first block, empty: the same. Models with 1 or 2 steps "
+                                        "(Causal-Forcing++) need 1000, 750, 500, 250 here."),
+                io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.01,
+                               tooltip="Shift of the schedule towards noise: 5, CausVid 8."),
+                io.Boolean.Input("warp", default=True,
+                                 tooltip="On: the steps count on the shifted table (Self-Forcing, LongLive). Off: they "
+                                         "are timesteps (CausVid: 1000, 757, 522)."),
+                io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames a block, as trained: 3 or 1."),
+                io.Boolean.Input("independent_first", default=False,
+                                 tooltip="The first latent frame is a block of its own, for models trained so. With a "
+                                         "prefix frame or a still chunk the image decides."),
+                io.Boolean.Input("short_last_block", default=False,
+                                 tooltip="Allow a length that ends inside a block."),
+                io.Int.Input("window", default=-1, min=-1, max=100000,
+                             tooltip="Latent frames that a block sees, sink and itself included; memory grows with it. "
+                                     "-1: all of the video. LongLive: 12."),
+                io.Int.Input("sink", default=0, min=0, max=1000,
+                             tooltip="First latent frames that stay in the window for ever. LongLive: 3."),
+                io.Boolean.Input("endless", default=False,
+                                 tooltip="Keeps the sink near in position, for videos far longer than the model was "
+                                         "trained on."),
+                io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0,
+                               tooltip="Timestep by which finished blocks are told to the model. 0 is as published."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                               tooltip="Guidance. 1 for models with few steps; others need twice the time and cache."),
+                io.Boolean.Input("refresh_sink", default=False,
+                                 tooltip="At a prompt switch the oldest frames in the window become the sink, under "
+                                         "the new prompt. Off: the sink stays as it was, as LongLive does."),
+                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The whole video, for VAE Decode."),
+                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, steps, first_steps, shift, warp, block,
+                independent_first, short_last_block, window, sink, endless, context_noise, cfg, refresh_sink,
+                timeline=None):
+        settings = BlockSettings(
+            steps=steps, first_steps=first_steps, shift=shift, warp=warp, block=block,
+            independent_first=independent_first, short_last=short_last_block, window=window, sink=sink,
+            endless=endless, context_noise=context_noise, cfg=cfg, global_sink=not refresh_sink)
+        run = prepare(model, positive, negative, latent, timeline, seed, settings)
+        callback = latent_preview.prepare_callback(model, run.steps)
+        return io.NodeOutput(run.sample(callback), run.summary)
 
 
 def _names(folders):

@@ -1,0 +1,132 @@
+"""From a start image or a clip to the conditions of causal Wan: frames for the cache, masked latent y, arithmetic.
+
+Latent frames: Wan's VAE makes 1 + n of 1 + 4 n video frames, other VAEs one of each. Tensor names end in their layout:
+B videos, T frames, C channels, H height, W width.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .blocks import split_frames
+
+PREFIX, CHUNK, CLAMP, CONCAT = "prefix frame", "still chunk", "in-block clamp", "concat"
+MECHANISMS = ("auto", PREFIX, CHUNK, CLAMP, CONCAT)
+START_KEY = "stillmotion_start"  # in a LATENT: how it begins
+
+
+class StartFrames(NamedTuple):
+    """How a latent begins. `frames` latent frames at its start are given (none with concat)."""
+
+    mechanism: str
+    frames: int
+    block: int
+    still: bool       # the given frames repeat one image: all but the first are cut off after sampling
+
+
+class FramePlan(NamedTuple):
+    """Frames of one run; `given` counts latent frames that the images make, `latents` all that are sampled."""
+
+    start: StartFrames
+    given: int
+    latents: int
+
+
+def choose_mechanism(mechanism: str, given: int, block: int, image_tokens: bool) -> str:
+    """The mechanism that "auto" stands for: image-to-video models need y, models that make one frame a block were
+    trained to go on from one, and others know whole blocks only."""
+    if mechanism not in MECHANISMS:
+        raise ValueError(f"Mechanism {mechanism!r} is unknown: choose one of {', '.join(MECHANISMS)}.")
+    if mechanism != "auto":
+        return mechanism
+    if image_tokens:
+        return CONCAT
+    return PREFIX if block == 1 or given > 1 and given % block else CHUNK
+
+
+def latent_frames(frames: int, factor: int, name: str) -> int:
+    """Latent frames of `frames` video frames; `factor` video frames make one, the first one stands alone."""
+    if frames < 1 or (frames - 1) % factor:
+        below = max(0, (frames - 1) // factor) * factor + 1
+        raise ValueError(f"{name} is {frames} frames: this VAE takes 1 + {factor} n. Nearest: {below} or "
+                         f"{below + factor}.")
+    return (frames - 1) // factor + 1
+
+
+def plan_frames(images: int, length: int, block: int, mechanism: str, image_tokens: bool, factor: int,
+                short_last: bool) -> FramePlan:
+    """Check the numbers of a run before anything is encoded; ValueErrors name the numbers that would do."""
+    given, total = latent_frames(images, factor, "image"), latent_frames(length, factor, "length")
+    mechanism = choose_mechanism(mechanism, given, block, image_tokens)
+    still = mechanism == CHUNK and images == 1 and block > 1
+    if given >= total:
+        raise ValueError(f"The given images fill {given} latent frames, the video has {total}: nothing is left to "
+                         "make. Give a larger length, or fewer images.")
+    if still:
+        split_frames(total - 1, block, False, short_last)
+        return FramePlan(StartFrames(mechanism, block, block, True), block, block + total - 1)
+    first = mechanism == PREFIX or mechanism == CONCAT and (total - 1) % block == 0
+    split_frames(total, block, first, short_last)
+    rest = (given - 1) % block if mechanism == PREFIX else given % block if mechanism == CHUNK else 0
+    if rest:
+        latents = [n for n in range(1, total) if (n - (mechanism == PREFIX)) % block == 0]
+        counts = ", ".join(str((n - 1) * factor + 1) for n in latents[:4])
+        raise ValueError(f"{images} images make {given} latent frames, which end inside a block of {block} with "
+                         f"{mechanism}: give {counts or 'fewer'} images, or choose another mechanism or block.")
+    return FramePlan(StartFrames(mechanism, 0 if mechanism == CONCAT else given, block, False), given, total)
+
+
+def check_size(width: int, height: int, multiple: int) -> None:
+    """Raise ValueError, with the nearest good values, for a side that VAE and patches do not divide."""
+    for name, side in (("width", width), ("height", height)):
+        if side < multiple or side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            raise ValueError(f"{name} is {side}: it must be a multiple of {multiple}. Nearest: {below} or "
+                             f"{below + multiple}.")
+
+
+def fit_images(images_THWC: Tensor, width: int, height: int) -> Tensor:
+    """Scaled to fill the frame, what sticks out cut off evenly; RGB in 0..1."""
+    if not images_THWC.isfinite().all():
+        raise ValueError(f"The image holds {(~images_THWC.isfinite()).sum().item()} NaN or infinite values. Look at "
+                         "the node that made it (a VAE in half precision?).")
+    images_TCHW = images_THWC[..., :3].movedim(-1, 1).float()
+    if images_TCHW.shape[2:] != (height, width):
+        smaller = images_TCHW.shape[2] > height
+        images_TCHW = comfy.utils.common_upscale(images_TCHW, width, height, "area" if smaller else "bicubic", "center")
+    return images_TCHW.movedim(1, -1).clamp(0, 1)
+
+
+def image_conditions(vae, images_THWC: Tensor, width: int, height: int, length: int, block: int, mechanism: str,
+                     image_tokens: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
+    """(entries for the CONDITIONING, LATENT) of a start image or of the frames of a clip to continue.
+
+    The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], of the images and grey frames
+    after them, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are made for image-to-video models,
+    that is with image tokens or with concat, and are empty otherwise.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+    check_size(width, height, 2 * vae.spacial_compression_encode())
+    factor = vae.temporal_compression_decode() or 1
+    plan = plan_frames(len(images_THWC), length, block, mechanism, image_tokens, factor, short_last)
+    frames_THWC = fit_images(images_THWC, width, height)
+    if plan.start.still:
+        frames_THWC = frames_THWC.expand((plan.given - 1) * factor + 1, -1, -1, -1)
+    masked = image_tokens or plan.start.mechanism == CONCAT
+    if masked:
+        grey = (plan.latents - 1) * factor + 1 - len(frames_THWC)
+        frames_THWC = torch.cat((frames_THWC, frames_THWC.new_full((grey, height, width, 3), 0.5)))
+    latent_BCTHW = vae.encode(frames_THWC)
+    samples_BCTHW = latent_BCTHW.new_zeros(
+        batch_size, latent_BCTHW.shape[1], plan.latents, *latent_BCTHW.shape[3:])
+    samples_BCTHW[:, :, :plan.start.frames] = latent_BCTHW[:, :, :plan.start.frames]
+    entries = {}
+    if masked:
+        mask_BMTHW = torch.ones(1, 1, *latent_BCTHW.shape[2:])
+        mask_BMTHW[:, :, :plan.given] = 0
+        entries = {"concat_latent_image": latent_BCTHW, "concat_mask": mask_BMTHW}
+    return entries, {"samples": samples_BCTHW, START_KEY: plan.start}
