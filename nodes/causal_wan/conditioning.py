@@ -11,8 +11,6 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from .blocks import split_frames
-
 PREFIX, CHUNK, CLAMP, CONCAT = "prefix frame", "still chunk", "in-block clamp", "concat"
 MECHANISMS = ("auto", PREFIX, CHUNK, CLAMP, CONCAT)
 START_KEY = "stillmotion_start"  # in a LATENT: how it begins
@@ -56,20 +54,34 @@ def latent_frames(frames: int, factor: int, name: str) -> int:
     return (frames - 1) // factor + 1
 
 
+def check_length(length: int, total: int, block: int, first: int, factor: int) -> None:
+    """Raise ValueError unless `total` latent frames less the `first` one (1 or 0) are whole blocks."""
+    whole, rest = divmod(total - first, block)
+    if rest:
+        blocks = [n for n in range(1, total - first + 1) if (total - first) % n == 0]
+        lengths = [(first + n * block - 1) * factor + 1 for n in (whole, whole + 1) if n]
+        after = f"{total - 1} after the first one, " if first else ""
+        raise ValueError(f"length is {length} frames, which are {total} latent frames, {after}no whole blocks of "
+                         f"{block}. Lengths that are: {' or '.join(map(str, lengths))}. Blocks that fit this length: "
+                         f"{', '.join(map(str, blocks))}. Or allow a short last block.")
+
+
 def plan_frames(images: int, length: int, block: int, mechanism: str, image_tokens: bool, factor: int,
                 short_last: bool) -> FramePlan:
     """Check the numbers of a run before anything is encoded; ValueErrors name the numbers that would do."""
+    if block < 1:
+        raise ValueError(f"block is {block}: give the latent frames that the model makes at once, 3 or 1.")
     given, total = latent_frames(images, factor, "image"), latent_frames(length, factor, "length")
     mechanism = choose_mechanism(mechanism, given, block, image_tokens)
     still = mechanism == CHUNK and images == 1 and block > 1
     if given >= total:
         raise ValueError(f"The given images fill {given} latent frames, the video has {total}: nothing is left to "
                          "make. Give a larger length, or fewer images.")
+    first = mechanism == PREFIX or still or mechanism == CONCAT and (total - 1) % block == 0
+    if not short_last:
+        check_length(length, total, block, int(first), factor)
     if still:
-        split_frames(total - 1, block, False, short_last)
         return FramePlan(StartFrames(mechanism, block, block, True), block, block + total - 1)
-    first = mechanism == PREFIX or mechanism == CONCAT and (total - 1) % block == 0
-    split_frames(total, block, first, short_last)
     rest = (given - 1) % block if mechanism == PREFIX else given % block if mechanism == CHUNK else 0
     if rest:
         latents = [n for n in range(1, total) if (n - (mechanism == PREFIX)) % block == 0]
