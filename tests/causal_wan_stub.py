@@ -24,6 +24,7 @@ def tensors(kind="t2v", seed=0):
 
 
 @cache
+@torch.inference_mode(False)  # whichever test asks first: they are kept for all
 def _tensors(kind, seed):
     generator = torch.Generator().manual_seed(seed)
     network = CausalWan(SIZES[kind], torch.nn, torch_attention, device="meta").state_dict()
