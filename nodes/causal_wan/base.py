@@ -94,8 +94,8 @@ class CausalWanModel(comfy.model_base.BaseModel):
             tower = kwargs.get("clip_vision_output")
             if tower is None:
                 raise ValueError("This image-to-video model needs image tokens (clip_fea), and the conditioning has "
-                                 "none. Connect clip_vision to Causal Wan Image to Video and pass positive and "
-                                 "negative through it.")
+                                 "none. Connect CLIP Vision Encode to clip_vision_output of Causal Wan Image "
+                                 "to Video, and pass positive and negative through it.")
             tokens_BNC = tower.penultimate_hidden_states
             self._check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, "CLIP_VISION")
             out["clip_fea"] = comfy.conds.CONDRegular(tokens_BNC)

@@ -3,6 +3,7 @@
 from hashlib import sha256
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import latent_preview
 import node_helpers
@@ -215,7 +216,14 @@ class BlockAutoregressiveSampler(io.ComfyNode):
             endless=endless, context_noise=context_noise, cfg=cfg, global_sink=not refresh_sink)
         run = prepare(model, positive, negative, latent, timeline, seed, settings)
         callback = latent_preview.prepare_callback(model, run.steps)
-        return io.NodeOutput(run.sample(callback), run.summary)
+        try:
+            return io.NodeOutput(run.sample(callback), run.summary)
+        except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
+            if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
+                raise
+            raise comfy.model_management.OOM_EXCEPTION(
+                f"Out of memory with {run.summary}. Use a smaller window, size or block, or cfg 1 (half the cache). "
+                f"({error})") from error
 
 
 def _names(folders):

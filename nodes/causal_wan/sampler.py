@@ -157,7 +157,7 @@ class BlockSampler(comfy.samplers.Sampler):
         y = guider.conds["positive"][0]["model_conds"].get("c_concat")
         loop = BlockLoop(plan=plan, evaluate=evaluate, caches=caches, project=project,
                          noise=lambda *place: self.draw(*place).to(device),
-                         y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond,
+                         y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
                          on_step=self._progress(callback))
         blocks = [block.latent_BCFHW for block in loop.run(context, held, None)]
         kept = [] if context is None else [context[:, :, :1] if self.start.still else context]

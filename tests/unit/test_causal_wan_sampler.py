@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import comfy.lora
 import comfy.model_management
+import comfy.utils
 import pytest
 import torch
 from causal_wan_stub import SIZES, load
 from causal_wan_stub import tensors as weak_tensors
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.patcher_extension import WrappersMP
 from stillmotion.nodes.causal_wan import nodes
 from stillmotion.nodes.causal_wan.attention import torch_attention
@@ -323,21 +325,57 @@ def test_at_cfg_1_the_negative_prompt_is_not_looked_at():
     prepare(load(tensors()), conditioning("t2v", 4, 1), [], latent("t2v", 4), None, 0, settings())
 
 
+@pytest.mark.parametrize("name, limit", [("bf16", 0.1), ("fp16", 0.02), ("fp8_e4m3fn", 0.3)])
+def test_small_weight_types_come_near_the_exact_run(name, limit):
+    found = sample(frames=6, model=load(weak_tensors(), weight_dtype=name), window=4, sink=1, cfg=2.0)
+    exact = sample(frames=6, model=load(weak_tensors(), weight_dtype="fp32"), window=4, sink=1, cfg=2.0)
+    assert found.dtype == torch.float32 and 0 < distance(found, exact) < limit
+
+
 def test_step_lists_are_read():
     assert parse_steps("1000, 750 500,250 ") == [1000, 750, 500, 250]
 
 
+VALUES = dict(seed=3, steps="1000, 500", first_steps="", shift=5.0, warp=True, block=2, independent_first=False,
+              short_last_block=False, window=4, sink=1, endless=False, context_noise=0.0, cfg=2.0, refresh_sink=False)
+
+
+def run_node(kind, model):
+    return nodes.BlockAutoregressiveSampler.execute(
+        model, conditioning(kind, 6, 1), conditioning(kind, 6, 2), latent(kind, 6), **VALUES).result
+
+
 def test_the_node():
-    model = load(tensors(), weight_dtype="fp32")
-    values = dict(seed=3, steps="1000, 500", first_steps="", shift=5.0, warp=True, block=2, independent_first=False,
-                  short_last_block=False, window=4, sink=1, endless=False, context_noise=0.0, cfg=2.0,
-                  refresh_sink=False)
     declared = [entry.id for entry in nodes.BlockAutoregressiveSampler.define_schema().inputs]
-    assert declared == ["model", "positive", "negative", "latent", *values, "timeline"]
-    found, summary = nodes.BlockAutoregressiveSampler.execute(
-        model, conditioning("t2v", 6, 1), conditioning("t2v", 6, 2), latent("t2v", 6), **values).result
+    assert declared == ["model", "positive", "negative", "latent", *VALUES, "timeline"]
+    found, summary = run_node("t2v", load(tensors(), weight_dtype="fp32"))
     assert torch.equal(found["samples"], sample(frames=6, window=4, sink=1, cfg=2.0))
     assert summary.startswith("6 latent frames; 3 blocks to make in 6 steps; cache")
     for node in (nodes.CausalWanImageToVideo, nodes.PromptTimelineNode, nodes.BlockAutoregressiveSampler):
         schema = node.define_schema()
         assert all(entry.tooltip for entry in schema.inputs + schema.outputs) and schema.description
+
+
+@pytest.mark.parametrize("kind", ["t2v", "small"])
+def test_every_step_shows_the_block_that_is_being_made(kind, monkeypatch):
+    seen = []
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **kwargs: seen.append(
+        (value, total, preview[1].size)))
+    run_node(kind, load(tensors(kind), weight_dtype="fp32"))
+    assert seen == [(step, 6, (WIDTH, HEIGHT)) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("error, told", [
+    (comfy.model_management.OOM_EXCEPTION("full"), "6 latent frames; .* MiB .* Use a smaller window"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "smaller window"),
+    (RuntimeError("shapes differ"), "^shapes differ$"),
+])
+def test_out_of_memory_gives_advice(error, told):
+    def fail(*args):
+        raise error
+
+    model = load(tensors(), weight_dtype="fp32")
+    model.set_model_unet_function_wrapper(fail)
+    with pytest.raises(RuntimeError, match=told):
+        run_node("t2v", model)
