@@ -13,7 +13,7 @@ from stillmotion.nodes import NODES
 PACK = Path(stillmotion.__file__).parent
 SOURCES = sorted((PACK / "nodes").rglob("*.py"))
 FAMILIES = {"dynamicrafter", "causal_wan", "video_unet"}
-NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py"}
+NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py", "blocks.py", "cache.py", "noise.py", "rope.py"}
 
 
 def node_classes():
