@@ -152,7 +152,7 @@ def test_a_still_chunk_is_cut_to_its_first_frame_and_switches_count_what_is_left
     start = StartFrames(CHUNK, 2, 2, True)
     assert torch.allclose(sample(frames=6, start=start)[:, :, :1], latent("t2v", 6, 1, start)["samples"][:, :, :1],
                           atol=1e-5)
-    plain, switched = sample(frames=6, start=start), sample(frames=6, start=start, switches=(3,))
+    plain, switched = sample(frames=6, start=start), sample(frames=6, start=start, switches=(2,))
     assert plain.shape[2] == 5
     assert torch.equal(plain[:, :, :3], switched[:, :, :3]) and not torch.allclose(plain[:, :, 3:], switched[:, :, 3:])
 
@@ -244,6 +244,19 @@ def test_every_kind_of_wrapper_gets_the_flow():
         wrap(model)
         found.append(sample(model=model))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_patches_are_told_branch_and_noise_level():
+    told = []
+
+    def listen(executor, x, t, *args, transformer_options, **kwargs):
+        told.append((transformer_options["cond_or_uncond"], transformer_options["sigmas"].tolist()))
+        return executor(x, t, *args, transformer_options=transformer_options, **kwargs)
+
+    model = load(tensors(), weight_dtype="fp32")
+    model.add_wrapper(WrappersMP.DIFFUSION_MODEL, listen)
+    sample(frames=2, batch=2, model=model, cfg=2.0, shift=1.0)
+    assert told == [(branch, [sigma] * 2) for sigma in (1.0, 0.5) for branch in ([0], [1])]
 
 
 def test_the_cache_is_counted_in_the_memory_that_core_makes_free(monkeypatch, caplog):
