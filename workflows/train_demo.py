@@ -1,6 +1,6 @@
-"""Train the built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU.
+"""Train a built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU.
 
-    python workflows/train_demo.py [--folder FOLDER] [--threads N] [--output FILE]
+    python workflows/train_demo.py [--family dynamicrafter|causal_wan] [--folder FOLDER] [--threads N] [--output FILE]
 
 The state of every stage is kept in the folder: a run that was stopped goes on where it was.
 """
@@ -16,9 +16,10 @@ host.check_python()
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("dynamicrafter", "causal_wan"), default="dynamicrafter")
     parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    parser.add_argument("--output", type=Path, default=host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors")
+    parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")
     options = parser.parse_args()
     host.reexec()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -27,8 +28,10 @@ def main():
     import conftest  # noqa: F401  ComfyUI and the pack, importable without a server
     import torch
     torch.set_num_threads(options.threads)
+    from stillmotion.nodes.training.causal_wan_demo import make_causal_wan_demo
     from stillmotion.nodes.training.demo import make_demo
-    make_demo(options.folder, options.output)
+    make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo}[options.family]
+    make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{options.family}_demo.safetensors")
 
 
 if __name__ == "__main__":

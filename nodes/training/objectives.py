@@ -77,3 +77,46 @@ def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text
     change_B1HW = (z_BCTHW.amax(2) - z_BCTHW.amin(2)).amax(1, keepdim=True)
     weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5)[:, :, None]
     return (weight_B11HW * (predicted - target).square()).mean()
+
+
+def block_sigmas(shape: Sequence[int], shift: float, generator: torch.Generator) -> Tensor:
+    """Noise levels of `shape`, shifted as the sampler's: most lie near 1, and one in five is 1, where a block's motion
+    must come from image, text and context alone."""
+    even = torch.rand(tuple(shape), generator=generator)
+    shifted = shift * even / (1 + (shift - 1) * even)
+    return torch.where(torch.rand(tuple(shape), generator=generator) < 0.2, 1.0, shifted)
+
+
+def teacher_mask(blocks: Sequence[int], first: int) -> Tensor:
+    """What frames may see [F, F] in a pass of the clean frames of all blocks but the last, followed by noisy frames of
+    the blocks from `first` on: clean ones see clean blocks up to their own, noisy ones their own block and the clean
+    ones before it."""
+    index = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
+    clean, noisy = index[index < len(blocks) - 1], index[index >= first]
+    of_clean = torch.cat((clean[:, None] >= clean[None], clean.new_zeros(len(clean), len(noisy)).bool()), dim=1)
+    of_noisy = torch.cat((noisy[:, None] > clean[None], noisy[:, None] == noisy[None]), dim=1)
+    return torch.cat((of_clean, of_noisy))
+
+
+def causal_flow_loss(net: nn.Module, z_BCFHW: Tensor, context_BCFHW: Tensor, y_BYFHW: Tensor, keys,
+                     blocks: Sequence[int], first: int, sigma_BN: Tensor, noise_BCFHW: Tensor,
+                     emphasis: float = 1.0) -> Tensor:
+    """Flow-matching loss of a causal Wan network on all blocks from `first` on, in one pass (teacher forcing,
+    arXiv 2412.07772): every block is denoised behind the finished frames `context_BCFHW` of those before it.
+
+    The context is the clip itself, or what the network made of it (arXiv 2506.08009): the target is the clip either
+    way. sigma_BN: noise level of each block. keys: of `net.project_context`. Latent pixels where something passes count
+    `emphasis` times, as in `video_v_loss`.
+    """
+    known, start = sum(blocks[:-1]), sum(blocks[:first])
+    sigma_BF = sigma_BN.repeat_interleave(torch.tensor(blocks), dim=1)[:, start:]
+    sigma = sigma_BF[:, None, :, None, None]
+    clean, noise = z_BCFHW[:, :, start:], noise_BCFHW[:, :, start:]
+    noisy = torch.cat(((1 - sigma) * clean + sigma * noise, y_BYFHW[:, :, start:]), dim=1)
+    finished = torch.cat((context_BCFHW[:, :, :known], y_BYFHW[:, :, :known]), dim=1)
+    t_BF = torch.cat((sigma_BF.new_zeros(len(sigma_BF), known), 1000 * sigma_BF), dim=1)
+    frame_ids = [*range(known), *range(start, sum(blocks))]
+    flow = net(torch.cat((finished, noisy), dim=2), t_BF, keys, frame_ids, mask_FF=teacher_mask(blocks, first))
+    change_B1HW = (z_BCFHW.amax(2) - z_BCFHW.amin(2)).amax(1, keepdim=True)
+    weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5)[:, :, None]
+    return (weight_B11HW * (flow[:, :, known:] - (noise - clean)).square()).mean()

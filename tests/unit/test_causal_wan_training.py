@@ -1,0 +1,163 @@
+"""The recipe of the small causal Wan: one teacher-forced pass is the sampler's evaluations, and the file loads."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from safetensors import safe_open
+from stillmotion.nodes.causal_wan import checkpoint as loader
+from stillmotion.nodes.causal_wan.cache import KVCache
+from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.training import causal_wan_demo as recipe
+from stillmotion.nodes.training import data, objectives
+
+
+@pytest.fixture(scope="module")
+def net():
+    """With gates as wide open as training makes them: an untrained network hardly looks at other frames."""
+    made = recipe.demo_network()
+    torch.nn.init.normal_(made.head.head.weight, std=0.05)
+    for block in made.blocks:
+        torch.nn.init.normal_(block.modulation)
+    return made
+
+
+def encodings(clips=6, turn=0):
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return {"latents": random(clips, 4, recipe.FRAMES, 8, 8).half(), "tokens": random(clips, 17, 48),
+            "turn": torch.full((clips,), turn), "grey": random(1, 4, 1, 8, 8), "text": random(7, 77, 32),
+            "caption": torch.arange(1, 7).view(1, 2, 3).expand(clips, 2, 3)}
+
+
+def batch_of(turn=0):
+    found = encodings(turn=turn)
+    z = found["latents"][:2].float()
+    y = recipe.image_condition(z[:, :, 0], found["grey"], recipe.FRAMES)
+    return recipe.Batch(z, y, (found["text"][1:3], found["text"][4:6]), found["tokens"][:2], turn)
+
+
+def test_frames_see_what_the_sampler_would_show_them():
+    found = objectives.teacher_mask((2, 1, 1), first=1).int().tolist()
+    assert found == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0],  # clean: two frames, one frame
+                     [1, 1, 0, 1, 0], [1, 1, 1, 0, 1]]                   # noisy: the second block, the third
+
+
+@pytest.mark.parametrize("turn", [0, 8])
+@torch.no_grad()
+def test_one_pass_equals_the_blocks_one_after_the_other_with_a_cache(net, turn):
+    batch, excerpt = batch_of(turn), recipe.draw_excerpt(Random(1), turn)
+    excerpt = excerpt._replace(end=recipe.WINDOW)
+    frames, first = excerpt.frames, excerpt.first
+    z, y = batch.z_BCTHW[:, :, frames], batch.y_BYTHW[:, :, frames]
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(z.shape, generator=generator)
+    sigma_BN = objectives.block_sigmas((len(z), len(excerpt.blocks)), recipe.SHIFT, generator)
+    keys = net.project_context(batch.text_BLC[1], batch.image_BNW)
+    context = torch.randn(z.shape, generator=generator)
+
+    def loss(context):
+        return objectives.causal_flow_loss(net, z, context, y, keys, excerpt.blocks, first, sigma_BN, noise).item()
+
+    layout = net.params.cache_layout(capacity=len(frames), sink=4, height=8, width=8, relative_sink=False)
+    cache, start, errors = KVCache(layout, len(z), torch.float32, "cpu"), 0, []
+    for index, count in enumerate(excerpt.blocks):
+        ids = range(start, start + count)
+        own, condition = slice(start, start + count), y[:, :, start:start + count]
+        sigma = sigma_BN[:, index].view(-1, 1, 1, 1, 1)
+        noisy = (1 - sigma) * z[:, :, own] + sigma * noise[:, :, own]
+        t_BF = 1000 * sigma_BN[:, index:index + 1].expand(-1, count)
+        flow = net(torch.cat((noisy, condition), dim=1), t_BF, keys, ids, cache)
+        if index >= first:
+            errors.append((flow - (noise - z)[:, :, own]).square())
+        net(torch.cat((context[:, :, own], condition), dim=1), torch.zeros_like(t_BF), keys, ids, cache)
+        start += count
+    found = torch.cat(errors, dim=2).mean().item()
+    assert loss(context) == pytest.approx(found, abs=1e-5)
+    assert loss(z) != pytest.approx(found, abs=1e-4)  # another context tells
+
+
+def test_gradients_reach_every_parameter(net):
+    batch = batch_of()
+    recipe.excerpt_loss(net, batch, recipe.draw_excerpt(Random(0), 0), batch.z_BCTHW,
+                        torch.Generator().manual_seed(2)).backward()
+    without = [name for name, value in net.named_parameters() if value.grad is None or not value.grad.any()]
+    net.zero_grad(set_to_none=True)
+    assert not without
+
+
+def test_the_exported_network_loads_with_every_key_accounted_for(net, tmp_path, caplog):
+    path = tmp_path / "causal_wan_demo.safetensors"
+    recipe.export(path, net)
+    assert path.stat().st_size < 6_000_000
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["config"])["transformer"] == {"causal_ar": True}
+    with caplog.at_level("INFO"):
+        model = loader.load(read_checkpoint(path), weight_dtype="fp32").model
+    keys = len(net.state_dict())
+    assert f"{keys} of {keys} keys found" in caplog.text and "does not say that it is causal" not in caplog.text
+    assert model.wan_params == recipe.PARAMS
+    y = torch.ones(1, 4, 1, 1, 1)
+    assert torch.allclose(model.process_latent_in(y), y * recipe.SCALE_FACTOR)
+
+
+def test_excerpts_are_windows_of_the_sampler():
+    rng = Random(3)
+    for turn in (0, *recipe.TURNS) * 30:
+        excerpt = recipe.draw_excerpt(rng, turn)
+        assert sum(excerpt.blocks) == len(excerpt.frames) == recipe.WINDOW
+        assert excerpt.frames[-1] == excerpt.end - 1 < recipe.FRAMES
+        learned = excerpt.frames[sum(excerpt.blocks[:excerpt.first]):]
+        assert learned and (excerpt.first == 0 or learned[0] >= turn)
+        if turn:  # all before the turn is one block, and what is learned follows it without a gap
+            assert learned[0] == turn and excerpt.first == 1
+
+
+def test_turning_clips_go_on_from_where_they_are_and_say_so():
+    clips = recipe.random_clips(Random(4), 40)
+    assert {turn for _, turn, _ in clips} == {0, *recipe.TURNS}
+    for clip, turn, direction in clips:
+        assert clip.fs == recipe.FS and not data.is_held_out(clip.shape, clip.colour, direction)
+        assert (direction != clip.direction) == bool(turn)
+    clip, turn, direction = clips[0]
+    frames = recipe.draw_turning(clip, turn, direction)
+    assert len(frames) == recipe.FRAMES
+    assert torch.equal(frames[:turn], data.draw_clip(clip, recipe.FRAMES)[:turn])
+    assert not torch.equal(frames[turn], data.draw_clip(clip, recipe.FRAMES)[turn])
+    ground = torch.tensor(data.BACKGROUNDS[clip.background], dtype=torch.uint8)
+    cover = (frames != ground).any(-1).float()
+    centres = torch.stack([(cover.sum(1) @ torch.arange(64.0)), (cover.sum(2) @ torch.arange(64.0))], 1)
+    moved = (centres / cover.sum((1, 2))[:, None]).diff(dim=0)
+    assert moved[:turn - 1].mean(0).tolist() == pytest.approx(
+        [clip.speed * part for part in data.DIRECTIONS[clip.direction]], abs=0.1)
+    assert moved[turn - 1:].mean(0).tolist() == pytest.approx(
+        [clip.speed * part for part in data.DIRECTIONS[direction]], abs=0.1)
+
+
+@pytest.mark.parametrize("turn", [0, 16])
+def test_rollouts_are_causal_and_follow_the_prompt_after_the_turn(net, turn):
+    batch = batch_of(turn)
+    made = recipe.roll_out(net, batch, 24, seed=9)
+    assert made.shape == (2, 4, 24, 8, 8) and made.isfinite().all()
+    assert torch.allclose(recipe.roll_out(net, batch, 12, seed=9), made[:, :, :12], atol=1e-5)
+    other = recipe.roll_out(net, batch._replace(text_BLC=(batch.text_BLC[0], batch.text_BLC[0])), 24, seed=9)
+    assert torch.equal(other[:, :, :16], made[:, :, :16])
+    assert torch.equal(other[:, :, 16:], made[:, :, 16:]) == (turn == 0)
+
+
+def test_training_in_two_stages(tmp_path):
+    found = encodings()
+    path = tmp_path / "causal_wan_1.pt"
+    turns = recipe.TURNS
+    found["turn"] = torch.tensor([0, 0, *turns])
+    net = recipe.demo_network()
+    before = net.head.head.weight.clone()
+    net = recipe.train(net, found, path, steps=2, size=2, lr=1e-3, seed=1, own_context=False, save_every=1)
+    net = recipe.train(net, found, tmp_path / "causal_wan_2.pt", steps=2, size=2, lr=1e-3, seed=2, own_context=True,
+                       save_every=1)
+    assert not torch.equal(net.head.head.weight, before)
+    assert path.with_suffix(".jsonl").read_text().count("\n") == 2
