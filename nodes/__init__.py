@@ -13,6 +13,10 @@ NODES = [
     ("sampling", "DDIMSampler"),
     ("sampling", "DDIMSamplerSelect"),
     ("sampling", "SamplingReport"),
+    ("causal_wan", "LoadCausalWan"),
+    ("causal_wan", "CausalWanImageToVideo"),
+    ("causal_wan", "PromptTimelineNode"),
+    ("causal_wan", "BlockAutoregressiveSampler"),
     ("common", "SaveVideo"),
 ]
 
