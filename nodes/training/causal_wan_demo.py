@@ -31,7 +31,7 @@ from .loop import fit
 
 TOWERS = Path(__file__).parents[1] / "demo" / "dynamicrafter_demo.safetensors"
 SCALE_FACTOR = 0.18215
-PARAMS = WanParams(in_dim=12, out_dim=4, dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=32, freq_dim=64,
+PARAMS = WanParams(in_dim=12, out_dim=4, dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=32, freq_dim=64,
                    i2v=True, clip_dim=48)
 MASK_CHANNELS = 4
 
@@ -44,6 +44,7 @@ SHIFT = 5.0
 STEPS = (1000, 750, 500, 250)
 TURNS = (8, 12, 16, 20)     # latent frames where a clip may change its direction, and the prompt with it
 TURNING = 0.4               # share of clips that do
+BLANK = 0.15                # share of batches without a start image: text to video
 CLIPS = 4000
 
 
@@ -101,8 +102,9 @@ def random_clips(rng: Random, count: int) -> list[tuple[data.ShapeClip, int, str
 def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
     """Encodings by the nodes that a user has: they do not change while the network learns, so they are made once.
 
-    latents [K, 4, T, h, w] (scaled), grey [1, 4, 1, h, w], tokens [K, N, W], turn [K], caption [K, 2, forms] (index
-    into text; before and after the turn), text [captions, 77, C], the empty one first.
+    latents [K, 4, T, h, w] (scaled), tokens [K, N, W], grey [1, 4, 1, h, w] and grey_tokens [1, N, W] (of a grey
+    picture), turn [K], caption [K, 2, forms] (index into text; before and after the turn), text [captions, 77, C], the
+    empty one first.
     """
     path = folder / "causal_wan_encodings.pt"
     if path.exists():
@@ -120,20 +122,24 @@ def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
         if len(latents) % 500 == 0:
             logging.info("encoded %d / %d clips", len(latents), count)
     text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
+    grey = torch.full((1, 64, 64, 3), 0.5)
     encodings = {"latents": torch.stack(latents), "tokens": torch.stack(tokens), "turn": torch.tensor(turns),
-                 "grey": demo.vae.encode(torch.full((1, 64, 64, 3), 0.5)) * SCALE_FACTOR,
+                 "grey": demo.vae.encode(grey) * SCALE_FACTOR,
+                 "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states,
                  "caption": torch.tensor(captions), "text": torch.stack(text)}
     encodings = {name: value.clone() for name, value in encodings.items()}
     torch.save(encodings, path)
     return encodings
 
 
-def image_condition(image_BCHW: Tensor, grey_1C1HW: Tensor, frames: int) -> Tensor:
-    """y [B, 4 + C, T, h, w] as Causal Wan Image to Video makes it: mask 1 and the start image, then grey frames."""
+def image_condition(image_BCHW: Tensor, grey_1C1HW: Tensor, frames: int, blank: bool = False) -> Tensor:
+    """y [B, 4 + C, T, h, w] as Causal Wan Image to Video makes it: mask 1 and the start image, then grey frames; with
+    `blank` all frames are grey."""
     latent = grey_1C1HW.repeat(len(image_BCHW), 1, frames, 1, 1)
-    latent[:, :, 0] = image_BCHW
     mask = latent.new_zeros(len(latent), MASK_CHANNELS, *latent.shape[2:])
-    mask[:, :, 0] = 1
+    if not blank:
+        latent[:, :, 0] = image_BCHW
+        mask[:, :, 0] = 1
     return torch.cat((mask, latent), dim=1)
 
 
@@ -152,11 +158,13 @@ class Batch(NamedTuple):
     text_BLC: tuple[Tensor, Tensor]  # before and after the turn
     image_BNW: Tensor
     turn: int
+    blank: bool                      # without start image
 
 
 def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: torch.Generator) -> Batch:
-    """Clips that all turn at one frame or none; one text in ten is dropped."""
-    turn = rng.choice(TURNS) if rng.random() < TURNING else 0
+    """Clips that all turn at one frame or none, or have no start image; one text in ten is dropped."""
+    blank = rng.random() < BLANK
+    turn = rng.choice(TURNS) if not blank and rng.random() < TURNING else 0
     group = (encodings["turn"] == turn).nonzero()[:, 0]
     pick = group[torch.randint(0, len(group), (size,), generator=generator)]
     form = torch.randint(0, data.HELD_OUT_FORM, (size,), generator=generator)
@@ -164,7 +172,8 @@ def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: 
     text = tuple(encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, part, form])]
                  for part in (0, 1))
     z = encodings["latents"][pick].float()
-    return Batch(z, image_condition(z[:, :, 0], encodings["grey"], FRAMES), text, encodings["tokens"][pick], turn)
+    tokens = encodings["grey_tokens"].expand(size, -1, -1) if blank else encodings["tokens"][pick]
+    return Batch(z, image_condition(z[:, :, 0], encodings["grey"], FRAMES, blank), text, tokens, turn, blank)
 
 
 def rollout_plan(frames: int, turn: int) -> Plan:
@@ -210,8 +219,10 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
         rng.seed(generator.initial_seed())
         batch = draw_batch(encodings, size, rng, generator)
         excerpt = draw_excerpt(rng, batch.turn)
+        if batch.blank:  # what is to be learned lies in the first block
+            excerpt = Excerpt(WINDOW, (BLOCK,) * (WINDOW // BLOCK), 0)
         context = batch.z_BCTHW
-        if own_context:
+        if own_context and not batch.blank:  # without the image a rollout is another video than the clip
             made = roll_out(net, batch, excerpt.end - BLOCK, generator.initial_seed())
             context = torch.cat((made, context[:, :, made.shape[2]:]), dim=2)
         return excerpt_loss(net, batch, excerpt, context, generator)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as loader
+from stillmotion.nodes.causal_wan import conditioning
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training import causal_wan_demo as recipe
 from stillmotion.nodes.training import data, objectives
 
@@ -31,6 +33,7 @@ def encodings(clips=6, turn=0):
 
     return {"latents": random(clips, 4, recipe.FRAMES, 8, 8).half(), "tokens": random(clips, 17, 48),
             "turn": torch.full((clips,), turn), "grey": random(1, 4, 1, 8, 8), "text": random(7, 77, 32),
+            "grey_tokens": random(1, 17, 48),
             "caption": torch.arange(1, 7).view(1, 2, 3).expand(clips, 2, 3)}
 
 
@@ -38,7 +41,7 @@ def batch_of(turn=0):
     found = encodings(turn=turn)
     z = found["latents"][:2].float()
     y = recipe.image_condition(z[:, :, 0], found["grey"], recipe.FRAMES)
-    return recipe.Batch(z, y, (found["text"][1:3], found["text"][4:6]), found["tokens"][:2], turn)
+    return recipe.Batch(z, y, (found["text"][1:3], found["text"][4:6]), found["tokens"][:2], turn, False)
 
 
 def test_frames_see_what_the_sampler_would_show_them():
@@ -105,6 +108,23 @@ def test_the_exported_network_loads_with_every_key_accounted_for(net, tmp_path, 
     assert torch.allclose(model.process_latent_in(y), y * recipe.SCALE_FACTOR)
 
 
+def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net):
+    found = recipe.encode_clips(tmp_path, count=5)
+    assert found["latents"].std() == pytest.approx(1, abs=0.25) and found["text"].isfinite().all()
+    assert found["turn"].tolist() == [8, 12, 0, 0, 0] and found["caption"].max() < len(found["text"])
+    demo = dynamicrafter.load(read_checkpoint(recipe.TOWERS), weight_dtype="fp32")
+    clip = recipe.random_clips(Random(11), 5)[0][0]
+    image_THWC = data.draw_clip(clip, 1) / 255
+    entries, latent = conditioning.image_conditions(demo.vae, image_THWC, 64, 64, 16, 4, "auto", True, False, 1)
+    recipe.export(tmp_path / "causal.safetensors", net)
+    model = loader.load(read_checkpoint(tmp_path / "causal.safetensors")).model
+    conds = model.extra_conds(cross_attn=found["text"][:1], noise=latent["samples"], device="cpu", **entries,
+                              clip_vision_output=demo.clip_vision.encode_image(image_THWC))
+    y = recipe.image_condition(found["latents"][:1, :, 0].float(), found["grey"], 16)
+    assert torch.allclose(conds["c_concat"].cond, y, atol=5e-3)
+    assert torch.allclose(conds["clip_fea"].cond, found["tokens"][:1], atol=1e-4)
+
+
 def test_excerpts_are_windows_of_the_sampler():
     rng = Random(3)
     for turn in (0, *recipe.TURNS) * 30:
@@ -136,6 +156,19 @@ def test_turning_clips_go_on_from_where_they_are_and_say_so():
         [clip.speed * part for part in data.DIRECTIONS[clip.direction]], abs=0.1)
     assert moved[turn - 1:].mean(0).tolist() == pytest.approx(
         [clip.speed * part for part in data.DIRECTIONS[direction]], abs=0.1)
+
+
+def test_some_batches_have_no_start_image():
+    found = encodings()
+    found["turn"] = torch.tensor([0, 0, *recipe.TURNS])
+    rng, generator = Random(0), torch.Generator().manual_seed(0)
+    batches = [recipe.draw_batch(found, 2, rng, generator) for _ in range(200)]
+    assert 15 < sum(batch.blank for batch in batches) < 45
+    for batch in batches[:50]:
+        mask, latent = batch.y_BYTHW[:, :4], batch.y_BYTHW[:, 4:]
+        assert mask.any() != batch.blank and (batch.turn == 0 or not batch.blank)
+        assert (latent == found["grey"]).all() == batch.blank
+        assert torch.equal(batch.image_BNW[0], found["grey_tokens"][0]) == batch.blank
 
 
 @pytest.mark.parametrize("turn", [0, 16])
