@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class StartFrames(NamedTuple):
 class FramePlan(NamedTuple):
     """Frames of one run; `given` counts latent frames that the images make, `latents` all that are sampled."""
 
-    start: StartFrames
+    start: StartFrames | None  # None: from text alone
     given: int
     latents: int
 
@@ -71,6 +72,8 @@ def plan_frames(images: int, length: int, block: int, mechanism: str, image_toke
     """Check the numbers of a run before anything is encoded; ValueErrors name the numbers that would do."""
     if block < 1:
         raise ValueError(f"block is {block}: give the latent frames that the model makes at once, 3 or 1.")
+    if not images:
+        return plan_text(length, block, mechanism, factor, short_last)
     given, total = latent_frames(images, factor, "image"), latent_frames(length, factor, "length")
     mechanism = choose_mechanism(mechanism, given, block, image_tokens)
     still = mechanism == CHUNK and images == 1 and block > 1
@@ -89,6 +92,16 @@ def plan_frames(images: int, length: int, block: int, mechanism: str, image_toke
         raise ValueError(f"{images} images make {given} latent frames, which end inside a block of {block} with "
                          f"{mechanism}: give {counts or 'fewer'} images, or choose another mechanism or block.")
     return FramePlan(StartFrames(mechanism, 0 if mechanism == CONCAT else given, block, False), given, total)
+
+
+def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: bool) -> FramePlan:
+    """`plan_frames` without images. Whether the first frame stands alone is the sampler's to say: both fit here."""
+    if mechanism != "auto":
+        raise ValueError(f"Mechanism {mechanism!r} needs an image: connect one, or choose auto for a video from text.")
+    total = latent_frames(length, factor, "length")
+    if not short_last:
+        check_length(length, total, block, int((total - 1) % block == 0), factor)
+    return FramePlan(None, 0, total)
 
 
 def check_size(width: int, height: int, multiple: int) -> None:
@@ -112,9 +125,9 @@ def fit_images(images_THWC: Tensor, width: int, height: int) -> Tensor:
     return images_TCHW.movedim(1, -1).clamp(0, 1)
 
 
-def image_conditions(vae, images_THWC: Tensor, width: int, height: int, length: int, block: int, mechanism: str,
+def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, length: int, block: int, mechanism: str,
                      image_tokens: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
-    """(entries for the CONDITIONING, LATENT) of a start image or of the frames of a clip to continue.
+    """(entries for the CONDITIONING, LATENT) of a start image, of the frames of a clip to continue, or of none.
 
     The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], of the images and grey frames
     after them, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are made for image-to-video models,
@@ -122,23 +135,29 @@ def image_conditions(vae, images_THWC: Tensor, width: int, height: int, length: 
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
-    check_size(width, height, 2 * vae.spacial_compression_encode())
+    scale = vae.spacial_compression_encode()
+    check_size(width, height, 2 * scale)
     factor = vae.temporal_compression_decode() or 1
+    if images_THWC is None:
+        images_THWC = torch.zeros(0, height, width, 3)
     plan = plan_frames(len(images_THWC), length, block, mechanism, image_tokens, factor, short_last)
+    start = plan.start
     frames_THWC = fit_images(images_THWC, width, height)
-    if plan.start.still:
+    if start is not None and start.still:
         frames_THWC = frames_THWC.expand((plan.given - 1) * factor + 1, -1, -1, -1)
-    masked = image_tokens or plan.start.mechanism == CONCAT
+    masked = image_tokens or start is not None and start.mechanism == CONCAT
     if masked:
         grey = (plan.latents - 1) * factor + 1 - len(frames_THWC)
         frames_THWC = torch.cat((frames_THWC, frames_THWC.new_full((grey, height, width, 3), 0.5)))
-    latent_BCTHW = vae.encode(frames_THWC)
-    samples_BCTHW = latent_BCTHW.new_zeros(
-        batch_size, latent_BCTHW.shape[1], plan.latents, *latent_BCTHW.shape[3:])
-    samples_BCTHW[:, :, :plan.start.frames] = latent_BCTHW[:, :, :plan.start.frames]
+    samples_BCTHW = torch.zeros(batch_size, vae.latent_channels, plan.latents, height // scale, width // scale,
+                                device=comfy.model_management.intermediate_device())
     entries = {}
-    if masked:
-        mask_BMTHW = torch.ones(1, 1, *latent_BCTHW.shape[2:])
-        mask_BMTHW[:, :, :plan.given] = 0
-        entries = {"concat_latent_image": latent_BCTHW, "concat_mask": mask_BMTHW}
-    return entries, {"samples": samples_BCTHW, START_KEY: plan.start}
+    if len(frames_THWC):
+        latent_BCTHW = vae.encode(frames_THWC)
+        if start is not None:
+            samples_BCTHW[:, :, :start.frames] = latent_BCTHW[:, :, :start.frames]
+        if masked:
+            mask_BMTHW = torch.ones(1, 1, *latent_BCTHW.shape[2:])
+            mask_BMTHW[:, :, :plan.given] = 0
+            entries = {"concat_latent_image": latent_BCTHW, "concat_mask": mask_BMTHW}
+    return entries, {"samples": samples_BCTHW, START_KEY: start}

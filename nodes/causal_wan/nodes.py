@@ -76,14 +76,15 @@ class CausalWanImageToVideo(io.ComfyNode):
             node_id="Stillmotion_CausalWanImageToVideo",
             display_name="Causal Wan Image to Video",
             category="Stillmotion/Causal Wan",
-            description="Begins a video with a start image, or goes on from the frames of a clip, for the "
-                        "Block-Autoregressive Sampler.",
+            description="Begins a video with a start image, goes on from the frames of a clip, or starts from text "
+                        "alone, for the Block-Autoregressive Sampler.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; used with a cfg other than 1."),
                 io.Vae.Input("vae", tooltip="From core's Load VAE (Wan 2.1), or the demo's."),
-                io.Image.Input("image", tooltip="The start image, or the last frames of a clip in order: with Wan's "
-                                                "VAE 1, 5, 9, ... frames. Scaled and cropped, never stretched."),
+                io.Image.Input("image", optional=True,
+                               tooltip="The start image, or the last frames of a clip in order: with Wan's VAE 1, 5, "
+                                       "9, ... frames. Scaled and cropped, never stretched. Open: text to video."),
                 io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("length", default=73, min=2, max=100000,
@@ -104,7 +105,8 @@ class CausalWanImageToVideo(io.ComfyNode):
                              tooltip="Videos made at once, each with noise of its own."),
                 io.ClipVisionOutput.Input("clip_vision_output", optional=True,
                                           tooltip="Image tokens, from CLIP Vision Encode. Image-to-video models need "
-                                                  "them; leave it open for text-to-video models."),
+                                                  "them (without image: those of a grey picture); leave it open for "
+                                                  "text-to-video models."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
@@ -114,8 +116,8 @@ class CausalWanImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, image, width, height, length, block, mechanism, short_last_block,
-                batch_size, clip_vision_output=None):
+    def execute(cls, positive, negative, vae, width, height, length, block, mechanism, short_last_block, batch_size,
+                image=None, clip_vision_output=None):
         entries, latent = image_conditions(vae, image, width, height, length, block, mechanism,
                                            clip_vision_output is not None, short_last_block, batch_size)
         if clip_vision_output is not None:

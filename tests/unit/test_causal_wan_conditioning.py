@@ -147,6 +147,8 @@ def test_latent_frames(frames, factor, latents):
     ((1, 1, 1, "auto", False, 4, False), "nothing is left to make"),
     ((1, 9, 1, "zoom", False, 4, False), "'zoom' is unknown: choose one of auto, prefix frame"),
     ((1, 9, 0, "auto", True, 4, False), "block is 0"),
+    ((0, 81, 8, "auto", False, 4, False), "21 latent frames, no whole blocks of 8.* 61 or 93"),
+    ((0, 13, 3, CHUNK, False, 4, False), "'still chunk' needs an image"),
 ])
 def test_bad_numbers(arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -159,6 +161,8 @@ def test_a_short_last_block_may_be_allowed():
 
 class NoVAE:
     """Fails where anything is encoded before the checks."""
+
+    latent_channels = 16
 
     def spacial_compression_encode(self):
         return 8
@@ -176,6 +180,20 @@ def test_bad_input_is_refused_before_anything_is_encoded(changes, words):
                  "mechanism": "auto", "image_tokens": False, "short_last": False, "batch_size": 1}
     with pytest.raises(ValueError, match=words):
         image_conditions(NoVAE(), **arguments | changes)
+
+
+def test_from_text_alone_nothing_is_encoded_and_the_latent_is_empty():
+    entries, latent = image_conditions(NoVAE(), None, WIDTH, HEIGHT, 21, 3, "auto", False, False, 2)
+    assert not entries and latent["samples"].shape == (2, 16, 6, 4, 6) and not latent["samples"].any()
+    for length in (21, 25):  # 6 frames, or 1 + 6
+        assert plan_frames(0, length, 3, "auto", True, 4, False).start is None
+
+
+def test_an_image_to_video_model_without_image_gets_grey_frames_that_are_not_given(frame_vae):
+    entries, latent = image_conditions(frame_vae, None, WIDTH, HEIGHT, 6, 3, "auto", True, False, 1)
+    assert entries["concat_mask"].min() == 1 and latent["samples"].shape == (1, 4, 6, 4, 6)
+    grey = frame_vae.encode(torch.full((1, HEIGHT, WIDTH, 3), 0.5))
+    assert torch.allclose(entries["concat_latent_image"], grey.expand(-1, -1, 6, -1, -1), atol=1e-5)
 
 
 @pytest.mark.parametrize("old", [(100, 100), (20, 64), (64, 20)])
@@ -226,11 +244,12 @@ class Tower:
     penultimate_hidden_states = torch.ones(1, 5, 20)
 
 
+@pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("kind, given", [("t2v", {}), ("i2v", {"clip_vision_output": Tower()})])
-def test_the_nodes_together_make_a_video(wan_vae, kind, given):
+def test_the_nodes_together_make_a_video(wan_vae, kind, given, image):
     text = StubClip().encode_from_tokens_scheduled(1)
     positive, negative, latent = nodes.CausalWanImageToVideo.execute(
-        text, text, wan_vae, pictures(1), WIDTH, HEIGHT, 17, 2, "auto", False, 2, **given).result
+        text, text, wan_vae, WIDTH, HEIGHT, 17, 2, "auto", False, 2, pictures(1) if image else None, **given).result
     assert ("concat_mask" in positive[0][1]) == ("concat_mask" in negative[0][1]) == bool(given)
     timeline = nodes.PromptTimelineNode.execute(StubClip(), "0: a\n3: bcd").result[0]
     settings = BlockSettings(steps="1000, 500", first_steps="", shift=5.0, warp=True, block=2,
