@@ -1,7 +1,8 @@
 """Noise schedules and DDIM tables, always rebuilt in float64 from the betas.
 
 Timesteps count from 0 (nearly clean) to 999 (noise) and stand in ascending order, as in the official code.
-Papers: DDIM (arXiv 2010.02502), zero terminal SNR (Lin et al. 2023, arXiv 2305.08891).
+Papers: DDIM (arXiv 2010.02502), zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), cosine schedule (arXiv
+2102.09672).
 """
 import math
 from dataclasses import dataclass
@@ -10,20 +11,24 @@ import torch
 
 NUM_TIMESTEPS = 1000
 SPACINGS = ("uniform", "uniform_trailing")
+SHAPES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
 class DiffusionParams:
     """What a checkpoint was trained with; `spacing` and `guidance_rescale` are the values recommended for it."""
     parameterization: str       # "eps" or "v"
-    linear_start: float
+    linear_start: float         # first and last beta of the linear shape
     linear_end: float
     zero_snr: bool
     base_scale: float | None    # last value of the dynamic rescale, None: none
     spacing: str                # one of SPACINGS
     guidance_rescale: float
+    shape: str = "linear"       # one of SHAPES
 
     def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ValueError(f"Noise schedule '{self.shape}' is unknown: choose one of {', '.join(SHAPES)}.")
         if self.parameterization not in ("eps", "v"):
             raise ValueError(f"Parameterization '{self.parameterization}' is unknown: 'eps' and 'v' are supported.")
         if self.spacing not in SPACINGS:
@@ -35,10 +40,21 @@ class DiffusionParams:
 
 
 def make_betas(params: DiffusionParams) -> torch.Tensor:
-    """Betas [1000] in float64: linear in their square root, rescaled to zero terminal SNR if asked."""
-    start, end = params.linear_start ** 0.5, params.linear_end ** 0.5
-    betas = torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64) ** 2
+    """Betas [1000] in float64: cosine, or linear in their square root; rescaled to zero terminal SNR if asked."""
+    if params.shape == "cosine":
+        betas = cosine_betas()
+    else:
+        start, end = params.linear_start ** 0.5, params.linear_end ** 0.5
+        betas = torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     return zero_terminal_snr(betas) if params.zero_snr else betas
+
+
+def cosine_betas(offset: float = 0.008, largest: float = 0.999) -> torch.Tensor:
+    """Betas [1000] in float64 by which alpha_bar falls as a squared cosine (arXiv 2102.09672, eq. 17). The cap keeps
+    the last alpha_bar above 0: it is 2.4e-9."""
+    angles = (torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS + offset) / (1 + offset)
+    alphas_bar = (angles * math.pi / 2).cos() ** 2
+    return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=largest)
 
 
 def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:

@@ -61,21 +61,54 @@ def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
 
 def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text_BLC: Tensor, image_BNW: Tensor,
                  frame_stride_B: Tensor, alphas_cumprod: Tensor, scale_arr: Tensor, generator: torch.Generator,
-                 emphasis: float = 1.0) -> Tensor:
-    """v-prediction loss (arXiv 2202.00512) of a DynamiCrafter network under its dynamic rescale (arXiv 2310.12190).
+                 emphasis: float = 1.0, prediction: str = "v") -> Tensor:
+    """Loss of a DynamiCrafter network that predicts "v" (arXiv 2202.00512) or "eps", under its dynamic rescale of x0
+    (arXiv 2310.12190; `scale_arr` of ones: none).
 
     Latent pixels where something passes count `emphasis` times: of a small shape on a plain ground most of the
     picture says nothing about the motion.
     """
     batch = len(z_BCTHW)
     t = noisy_timesteps(batch, generator)
-    noise = torch.randn(z_BCTHW.shape, generator=generator)
-    x0 = z_BCTHW * scale_arr[t].view(-1, 1, 1, 1, 1)
-    signal, sigma = (f[t].view(-1, 1, 1, 1, 1) for f in (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()))
-    noisy, target = signal * x0 + sigma * noise, signal * noise - sigma * x0
-    predicted = unet(torch.cat((noisy, condition_BCTHW), dim=1), t, text_BLC, image_BNW, frame_stride_B)
+    noise = torch.randn(z_BCTHW.shape, generator=generator).to(z_BCTHW)
+    scale, alpha = (table[t].to(z_BCTHW).view(-1, 1, 1, 1, 1) for table in (scale_arr, alphas_cumprod))
+    x0, signal, sigma = z_BCTHW * scale, alpha.sqrt(), (1 - alpha).sqrt()
+    noisy = signal * x0 + sigma * noise
+    target = noise if prediction == "eps" else signal * noise - sigma * x0
+    x_BCTHW = torch.cat((noisy, condition_BCTHW), dim=1)
+    predicted = unet(x_BCTHW, t.to(z_BCTHW.device), text_BLC, image_BNW, frame_stride_B)
     change_B1HW = (z_BCTHW.amax(2) - z_BCTHW.amin(2)).amax(1, keepdim=True)
     weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5)[:, :, None]
+    return (weight_B11HW * (predicted - target).square()).mean()
+
+
+def given_frames(z_BCTHW: Tensor, mask_BT: Tensor) -> Tensor:
+    """Further input channels of the video U-Net [B, C + 1, T, H, W]: the frames whose mask is 1, zeros elsewhere, and
+    the mask."""
+    mask_B1THW = mask_BT[:, None, :, None, None].to(z_BCTHW).expand(-1, 1, -1, *z_BCTHW.shape[3:])
+    return torch.cat((z_BCTHW * mask_B1THW, mask_B1THW), dim=1)
+
+
+def video_unet_loss(net: nn.Module, z_BCTHW: Tensor, mask_BT: Tensor, text_BLC: Tensor, alphas_cumprod: Tensor,
+                    prediction: str, generator: torch.Generator, emphasis: float = 1.0,
+                    additional_BD: Tensor | None = None) -> Tensor:
+    """Loss of the video U-Net on clips whose frames with mask 1 are given, predicting "eps" (arXiv 2006.11239) or "v"
+    (arXiv 2202.00512). Noise and timesteps are drawn on the generator's device.
+
+    Places that change over time count `emphasis` times, as in `video_v_loss`.
+    """
+    if prediction not in ("eps", "v"):
+        raise ValueError(f"Prediction {prediction!r} is unknown: choose eps or v.")
+    t = noisy_timesteps(len(z_BCTHW), generator)
+    noise = torch.randn(z_BCTHW.shape, generator=generator).to(z_BCTHW)
+    alpha = alphas_cumprod[t].to(z_BCTHW).view(-1, 1, 1, 1, 1)
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    noisy = signal * z_BCTHW + sigma * noise
+    target = noise if prediction == "eps" else signal * noise - sigma * z_BCTHW
+    x_BCTHW = torch.cat((noisy, given_frames(z_BCTHW, mask_BT)), dim=1)
+    predicted = net(x_BCTHW, t.to(z_BCTHW.device), text_BLC, additional_BD)
+    change_B1HW = (z_BCTHW.amax(2) - z_BCTHW.amin(2)).amax(1, keepdim=True)
+    weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5 * z_BCTHW.std())[:, :, None]
     return (weight_B11HW * (predicted - target).square()).mean()
 
 
@@ -109,14 +142,15 @@ def causal_flow_loss(net: nn.Module, z_BCFHW: Tensor, context_BCFHW: Tensor, y_B
     `emphasis` times, as in `video_v_loss`.
     """
     known, start = sum(blocks[:-1]), sum(blocks[:first])
-    sigma_BF = sigma_BN.repeat_interleave(torch.tensor(blocks), dim=1)[:, start:]
+    sigma_BF = sigma_BN.repeat_interleave(torch.tensor(blocks, device=sigma_BN.device), dim=1)[:, start:]
     sigma = sigma_BF[:, None, :, None, None]
     clean, noise = z_BCFHW[:, :, start:], noise_BCFHW[:, :, start:]
     noisy = torch.cat(((1 - sigma) * clean + sigma * noise, y_BYFHW[:, :, start:]), dim=1)
     finished = torch.cat((context_BCFHW[:, :, :known], y_BYFHW[:, :, :known]), dim=1)
     t_BF = torch.cat((sigma_BF.new_zeros(len(sigma_BF), known), 1000 * sigma_BF), dim=1)
     frame_ids = [*range(known), *range(start, sum(blocks))]
-    flow = net(torch.cat((finished, noisy), dim=2), t_BF, keys, frame_ids, mask_FF=teacher_mask(blocks, first))
+    mask_FF = teacher_mask(blocks, first).to(z_BCFHW.device)
+    flow = net(torch.cat((finished, noisy), dim=2), t_BF, keys, frame_ids, mask_FF=mask_FF)
     change_B1HW = (z_BCFHW.amax(2) - z_BCFHW.amin(2)).amax(1, keepdim=True)
     weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5)[:, :, None]
     return (weight_B11HW * (flow[:, :, known:] - (noise - clean)).square()).mean()

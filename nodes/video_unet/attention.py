@@ -1,0 +1,83 @@
+"""The three attentions of the video U-Net: within a frame, to the text, and along time.
+
+Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
+W width, L tokens, E embedding. An `attention(q, k, v, heads)` function is injected; it takes and returns
+[batch, L, C].
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Step:
+    """What every layer of the U-Net may read during one evaluation."""
+
+    frames: int                                  # T
+    emb_NE: Tensor                               # timestep and additional conditions
+    text_BLC: Tensor
+    transformer_options: dict = field(default_factory=dict)
+
+
+def sinusoids(values: Tensor, width: int) -> Tensor:
+    """Features [len(values), width] of numbers: cosines, then sines, periods 2 pi to 20000 pi."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values.device) / (width // 2))
+    angles = values[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Attention(nn.Module):
+    """Pre-norm attention with a residual; keys from the same tokens, or from a context `context_dim` wide."""
+
+    def __init__(self, channels: int, head_channels: int, operations, attention, context_dim: int | None = None,
+                 **factory):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.attention = attention
+        self.norm = operations.LayerNorm(channels, **factory)
+        self.to_q = operations.Linear(channels, channels, bias=False, **factory)
+        self.to_k = operations.Linear(context_dim or channels, channels, bias=False, **factory)
+        self.to_v = operations.Linear(context_dim or channels, channels, bias=False, **factory)
+        self.to_out = operations.Linear(channels, channels, **factory)
+
+    def attend(self, tokens: Tensor, context: Tensor, step: Step) -> Tensor:
+        mixed = self.attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads,
+                               transformer_options=step.transformer_options)
+        return self.to_out(mixed)
+
+
+class SpatialAttention(Attention):
+    """Every place of a frame looks at the whole frame."""
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        x_NLC = x_NCHW.flatten(2).transpose(1, 2)
+        tokens = self.norm(x_NLC)
+        return (x_NLC + self.attend(tokens, tokens, step)).transpose(1, 2).reshape(x_NCHW.shape)
+
+
+class TextAttention(Attention):
+    """Every place of every frame looks at the text."""
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        # All frames of a clip read the same text, so they fold into one long sequence and the text is not repeated.
+        x_NLC = x_NCHW.flatten(2).transpose(1, 2)
+        x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
+        x_BMC = x_BMC + self.attend(self.norm(x_BMC), step.text_BLC, step)
+        return x_BMC.reshape(x_NLC.shape).transpose(1, 2).reshape(x_NCHW.shape)
+
+
+class TemporalAttention(Attention):
+    """Every place looks at itself in all frames. Sinusoidal positions tell the frames apart, whatever their number."""
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        height, width = x_NCHW.shape[-2:]
+        x_BTCHW = x_NCHW.unflatten(0, (-1, step.frames))
+        x_PTC = x_BTCHW.permute(0, 3, 4, 1, 2).flatten(0, 2)  # P = B * H * W
+        positions_TC = sinusoids(torch.arange(step.frames, device=x_NCHW.device), x_PTC.shape[-1]).to(x_PTC.dtype)
+        tokens = self.norm(x_PTC) + positions_TC
+        x_PTC = x_PTC + self.attend(tokens, tokens, step)
+        return x_PTC.unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2).flatten(0, 1)

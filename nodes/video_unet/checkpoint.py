@@ -1,0 +1,71 @@
+"""Files of the video U-Net: its weights by the network's own keys, its configuration in the header."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..common.files import Checkpoint, check_keys
+from .base import make_model, make_patcher
+from .config import HEADER, VideoUNetConfig, from_json, to_json
+from .unet import VideoUNet
+
+log = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PREFIX = "model.diffusion_model."  # of core's Save Model
+MARKS = ("v_pred", "ztsnr")        # empty tensors by which it says what is in our configuration already
+
+
+def save(path: Path, net: nn.Module, config: VideoUNetConfig, extra_metadata: dict[str, str] | None = None,
+         dtype: torch.dtype = torch.float16) -> None:
+    """Write the network's weights in `dtype` with the configuration, and further header entries (text by name)."""
+    path = Path(path)
+    weights = {key: value.detach().to("cpu", dtype).contiguous() for key, value in net.state_dict().items()}
+    metadata = {"format": "pt", HEADER: to_json(config), **(extra_metadata or {})}
+    unfinished = path.with_suffix(".tmp")
+    save_file(weights, unfinished, metadata=metadata)
+    unfinished.replace(path)
+
+
+def read_config(checkpoint: Checkpoint) -> VideoUNetConfig:
+    """The configuration from the header, or, in files of core's Save Model, from the tensor that carries it (which is
+    taken out). Raises ValueError for files without one."""
+    text = checkpoint.metadata.get(HEADER)
+    stored = checkpoint.tensors.pop(HEADER, checkpoint.tensors.pop(PREFIX + HEADER, None))
+    if text is None and stored is not None:
+        text = bytes(stored.to(torch.uint8).tolist()).decode(errors="replace")
+    if text is None:
+        raise ValueError(f"{checkpoint.path} is no video U-Net of this pack: its header has no entry {HEADER}. Give a "
+                         "file written by Train Video Model, workflows/train.py or core's Save Model, or choose demo.")
+    return from_json(text, checkpoint.path)
+
+
+def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[VideoUNet] = VideoUNet):
+    """Turn a `files.Checkpoint` into ComfyUI's MODEL; `checkpoint.tensors` is emptied.
+
+    `network`: the subclass of `VideoUNet` that the file was trained as. Raises ValueError for files of another kind,
+    for a key that is missing, unknown or of another shape, and for unknown options.
+    """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    config = read_config(checkpoint)
+    tensors = {key.removeprefix(PREFIX): checkpoint.tensors.pop(key) for key in list(checkpoint.tensors)}
+    tensors = {key: value for key, value in tensors.items() if key not in MARKS}
+    dtype = WEIGHT_DTYPES[weight_dtype] or comfy.model_management.unet_dtype(
+        model_params=sum(value.numel() for value in tensors.values()), weight_dtype=comfy.utils.weight_dtype(tensors))
+    model = make_model(config, dtype, network)
+    net = model.diffusion_model
+    check_keys(f"network of {checkpoint.path}", tensors, {key: value.shape for key, value in net.state_dict().items()},
+               "The file is damaged, or was trained as a subclass of the network: load it with that class.")
+    log.info("%s: video U-Net, %.1f million parameters, %s, %s in %s, text encoder %s.", checkpoint.path,
+             sum(value.numel() for value in tensors.values()) / 1e6, config.prediction, config.schedule, config.space,
+             config.text_encoder)
+    net.load_state_dict({key: value.to(net.dtype) for key, value in tensors.items()}, assign=True)
+    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    return make_patcher(model)

@@ -1,0 +1,84 @@
+"""What a video U-Net was trained as: everything that its weights do not say, kept as JSON in the file's header."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from ..diffusion.schedule import DiffusionParams
+from .unet import VideoUNetParams
+
+HEADER = "stillmotion.video_unet"                # entry of the .safetensors header
+TEXT_ENCODERS = {"demo": 32, "clip_l": 768}      # by the width of their tokens
+SPACES = {"pixels": 3, "latent": None}           # by the number of channels, None: any
+CHOICES = {"schedule": ("cosine", "linear"), "prediction": ("eps", "v"), "space": tuple(SPACES),
+           "text_encoder": tuple(TEXT_ENCODERS)}
+LINEAR_BETAS = (0.00085, 0.012)                  # linear in their square root, as in Stable Diffusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoUNetConfig:
+    """Sizes, noise, clips and text of a trained network. Frames, height and width are what it was trained with, in
+    frames and pixels; it takes others."""
+
+    params: VideoUNetParams
+    schedule: str           # "cosine" (arXiv 2102.09672) or "linear"
+    prediction: str         # "eps" or "v"
+    frames: int
+    height: int
+    width: int
+    space: str              # "pixels" or "latent"
+    scale_factor: float     # the network sees clips (pixels in -1..1, or latents) multiplied by this
+    spatial_factor: int     # pixels of a latent's edge; 1 for pixels
+    temporal_factor: int    # frames of a latent frame after the first; 1 for pixels and for image VAEs
+    text_encoder: str       # one of TEXT_ENCODERS
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        width = TEXT_ENCODERS[self.text_encoder]
+        if self.params.context_dim != width:
+            raise ValueError(f"context_dim is {self.params.context_dim}, but the text encoder {self.text_encoder} gives "
+                             f"tokens {width} wide: set context_dim to {width}, or name another text encoder.")
+        if SPACES[self.space] not in (None, self.params.channels):
+            raise ValueError(f"A network in {self.space} has {SPACES[self.space]} channels, not "
+                             f"{self.params.channels}: set channels to {SPACES[self.space]}, or space to latent.")
+        if self.space == "pixels" and (self.spatial_factor, self.temporal_factor) != (1, 1):
+            raise ValueError("In pixels spatial_factor and temporal_factor are 1, not "
+                             f"{self.spatial_factor} and {self.temporal_factor}.")
+        if not 0 < self.scale_factor < float("inf"):
+            raise ValueError(f"scale_factor is {self.scale_factor}: it must be above 0 (0.18215 for latents of Stable "
+                             "Diffusion's VAE, 1 for pixels).")
+
+    @property
+    def diffusion(self) -> DiffusionParams:
+        start, end = LINEAR_BETAS
+        return DiffusionParams(parameterization=self.prediction, linear_start=start, linear_end=end, zero_snr=False,
+                               base_scale=None, spacing="uniform_trailing", guidance_rescale=0.0, shape=self.schedule)
+
+
+def to_json(config: VideoUNetConfig) -> str:
+    return json.dumps(asdict(config))
+
+
+def from_json(text: str, source: str) -> VideoUNetConfig:
+    """The configuration in `text`; `source` says in messages where it stands. Raises ValueError for what is no such
+    configuration, for unknown or missing entries and for bad values."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source}: the entry {HEADER} is not JSON ({error}). The file is damaged.") from error
+    params = _checked(values, VideoUNetConfig, source)["params"]
+    params = _checked(params, VideoUNetParams, f"{source}, params")
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in params.items()}
+    return VideoUNetConfig(**{**values, "params": VideoUNetParams(**sizes)})
+
+
+def _checked(values, kind, source):
+    """`values`, if they are just the fields of the dataclass `kind`."""
+    names = {field.name for field in fields(kind)}
+    if not isinstance(values, dict) or set(values) != names:
+        found = ", ".join(sorted(values)) if isinstance(values, dict) else repr(values)
+        raise ValueError(f"{source}: the configuration of a video U-Net has the entries {', '.join(sorted(names))}; "
+                         f"found: {found}. The file was written by another version, or is of another kind.")
+    return values

@@ -1,0 +1,214 @@
+"""The video U-Net: a small network that denoises clips from a text, from given frames, or from both.
+
+Convolutions are factorised into space and time (Pseudo-3D, arXiv 2209.14792); every residual block is followed by
+attention within the frame (at chosen levels), to the text and along time. Frames that are given lie on further input
+channels, with a mask that tells which they are: one network makes clips from a text alone, goes on with an image,
+predicts the future of a clip or fills in between its ends.
+
+Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
+W width, L text tokens, E embedding, D additional condition.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..diffusion.attention import torch_attention
+from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention, sinusoids
+
+GROUPS = 16  # of every group norm; channel numbers are multiples of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoUNetParams:
+    """Sizes of the network."""
+
+    channels: int                       # C of a clip: 3 for pixels, 4 for Stable Diffusion's latents
+    model_channels: int                 # of the first level
+    channel_mult: tuple[int, ...]       # channels of each level in model_channels; each level halves height and width
+    num_res_blocks: int                 # a level
+    spatial_attention: tuple[int, ...]  # levels, 0 the finest, that attend within the frame
+    head_channels: int
+    context_dim: int                    # width of the text tokens
+    additional_condition_dim: int       # of a vector given beside the text; 0: none
+
+    def __post_init__(self):
+        if self.model_channels % GROUPS or self.model_channels % self.head_channels:
+            raise ValueError(f"model_channels is {self.model_channels}: it must be a multiple of {GROUPS} and of "
+                             f"head_channels ({self.head_channels}).")
+        unknown = set(self.spatial_attention) - set(range(len(self.channel_mult)))
+        if unknown:
+            raise ValueError(f"spatial_attention names the levels {sorted(unknown)}; channel_mult "
+                             f"{list(self.channel_mult)} has levels 0 to {len(self.channel_mult) - 1}.")
+
+    @property
+    def in_channels(self) -> int:
+        """Noisy clip, given frames, mask."""
+        return 2 * self.channels + 1
+
+
+class ResBlock(nn.Module):
+    """Two spatial convolutions, the second steered by the timestep (scale and shift), then one along time."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, operations, **factory):
+        super().__init__()
+        self.norm1 = operations.GroupNorm(GROUPS, channels, **factory)
+        self.conv1 = operations.Conv2d(channels, out_channels, 3, padding=1, **factory)
+        self.emb = operations.Linear(emb_channels, 2 * out_channels, **factory)
+        self.norm2 = operations.GroupNorm(GROUPS, out_channels, **factory)
+        self.conv2 = operations.Conv2d(out_channels, out_channels, 3, padding=1, **factory)
+        self.norm3 = operations.GroupNorm(GROUPS, out_channels, **factory)
+        # Over (T, H * W): a convolution along time by the kernels that CPUs are fastest with.
+        self.temporal_conv = operations.Conv2d(out_channels, out_channels, (3, 1), padding=(1, 0), **factory)
+        self.skip = (nn.Identity() if channels == out_channels
+                     else operations.Conv2d(channels, out_channels, 1, **factory))
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        scale, shift = self.emb(F.silu(step.emb_NE))[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x_NCHW)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.skip(x_NCHW) + h
+        size = h.shape[-2:]
+        h_BCTP = h.unflatten(0, (-1, step.frames)).transpose(1, 2).flatten(3)
+        h_BCTP = h_BCTP + self.temporal_conv(F.silu(self.norm3(h_BCTP)))
+        return h_BCTP.unflatten(3, size).transpose(1, 2).flatten(0, 1)
+
+
+class Block(nn.Module):
+    """One residual block and the attentions that follow it."""
+
+    def __init__(self, channels: int, out_channels: int, params: VideoUNetParams, spatial: bool, operations,
+                 attention, **factory):
+        super().__init__()
+        shape = (out_channels, params.head_channels, operations, attention)
+        self.res = ResBlock(channels, out_channels, params.model_channels * 4, operations, **factory)
+        self.spatial = SpatialAttention(*shape, **factory) if spatial else None
+        self.text = TextAttention(*shape, context_dim=params.context_dim, **factory)
+        self.temporal = TemporalAttention(*shape, **factory)
+
+    def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
+        h = self.res(x_NCHW, step)
+        if self.spatial is not None:
+            h = self.spatial(h, step)
+        return self.temporal(self.text(h, step), step)
+
+
+class VideoUNet(nn.Module):
+    """Predicts eps or v of a noisy clip.
+
+    `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function. For
+    conditions of another kind override `embed`, which all that is no text and no frame goes through.
+    """
+
+    def __init__(self, params: VideoUNetParams, operations, attention, dtype=None, device=None):
+        super().__init__()
+        self.params = params
+        self.dtype = dtype
+        self.gradient_checkpointing = False  # in training: less memory for one more forward pass
+        factory = {"dtype": dtype, "device": device}
+        width, emb = params.model_channels, params.model_channels * 4
+
+        def block(channels: int, out_channels: int, level: int) -> Block:
+            return Block(channels, out_channels, params, level in params.spatial_attention, operations, attention,
+                         **factory)
+
+        def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+            return operations.Conv2d(channels, out_channels, 3, stride=stride, padding=1, **factory)
+
+        self.time_embed = nn.Sequential(operations.Linear(width, emb, **factory), nn.SiLU(),
+                                        operations.Linear(emb, emb, **factory))
+        if params.additional_condition_dim:
+            self.additional_embed = operations.Linear(params.additional_condition_dim, emb, **factory)
+        self.input = conv(params.in_channels, width)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        widths = [mult * width for mult in params.channel_mult]
+        channels, skips = width, []
+        for level, out_channels in enumerate(widths):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList()})
+            for _ in range(params.num_res_blocks):
+                stage["blocks"].append(block(channels, out_channels, level))
+                channels = out_channels
+                skips.append(channels)
+            if level < len(widths) - 1:
+                stage["resample"] = conv(channels, channels, stride=2)
+            self.down.append(stage)
+        deepest = len(widths) - 1
+        self.middle = nn.ModuleList([block(channels, channels, deepest) for _ in range(2)])
+        for level, out_channels in reversed(list(enumerate(widths))):
+            stage = nn.ModuleDict({"blocks": nn.ModuleList()})
+            for _ in range(params.num_res_blocks):
+                stage["blocks"].append(block(channels + skips.pop(), out_channels, level))
+                channels = out_channels
+            if level:
+                stage["resample"] = conv(channels, channels)
+            self.up.append(stage)
+        self.norm = operations.GroupNorm(GROUPS, channels, **factory)
+        self.output = conv(channels, params.channels)
+
+    def embed(self, t_B: Tensor, additional_BD: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embedding [B, E] that steers every residual block: the timestep, and the additional condition if given."""
+        emb_BE = self.time_embed(sinusoids(t_B, self.params.model_channels).to(dtype))
+        if additional_BD is None:
+            return emb_BE
+        if additional_BD.shape[-1] != self.params.additional_condition_dim:
+            raise ValueError(f"The additional condition is {additional_BD.shape[-1]} wide, this network takes "
+                             f"{self.params.additional_condition_dim or 'none'}: train one with "
+                             f"additional_condition_dim {additional_BD.shape[-1]}, or leave the condition away.")
+        return emb_BE + self.additional_embed(additional_BD.to(dtype))
+
+    def forward(self, x_BCTHW: Tensor, t_B: Tensor, text_BLC: Tensor, additional_BD: Tensor | None = None,
+                transformer_options: dict = {}) -> Tensor:
+        """Prediction [B, C, T, H, W] for clips [B, 2 C + 1, T, H, W]: the noisy clip, the given frames (zero where
+        none is given), the mask (1: given). t_B: timesteps 0..999; text_BLC: text tokens."""
+        frames, height, width = x_BCTHW.shape[2:]
+        emb_BE = self.embed(t_B, additional_BD, x_BCTHW.dtype)
+        step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), text_BLC, transformer_options)
+
+        # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
+        multiple = 2 ** (len(self.params.channel_mult) - 1)
+        h = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        if height % multiple or width % multiple:
+            h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        h, skips = self.input(h), []
+        for stage in self.down:
+            for block in stage["blocks"]:
+                h = self._run(block, h, step)
+                skips.append(h)
+            if "resample" in stage:
+                h = stage["resample"](h)
+        for block in self.middle:
+            h = self._run(block, h, step)
+        for stage in self.up:
+            for block in stage["blocks"]:
+                h = self._run(block, torch.cat((h, skips.pop()), dim=1), step)
+            if "resample" in stage:
+                h = stage["resample"](F.interpolate(h, scale_factor=2, mode="nearest"))
+        out_NCHW = self.output(F.silu(self.norm(h)))[:, :, :height, :width]
+        return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
+
+    def _run(self, block: Block, h: Tensor, step: Step) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, step, use_reentrant=False)
+        return block(h, step)
+
+
+def new_network(params: VideoUNetParams, seed: int) -> VideoUNet:
+    """An untrained network on the CPU: the last layer of every branch is zero, so that each begins as the identity
+    and the whole by predicting nothing."""
+    torch.manual_seed(seed)
+    net = VideoUNet(params, nn, torch_attention)
+    for module in net.modules():
+        last = {ResBlock: "temporal_conv", VideoUNet: "output"}.get(type(module))
+        if isinstance(module, Attention):
+            last = "to_out"
+        if last:
+            nn.init.zeros_(getattr(module, last).weight)
+            nn.init.zeros_(getattr(module, last).bias)
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+    return net
