@@ -1,11 +1,11 @@
 """Attention for networks outside ComfyUI, where the host's own function is not there to be injected."""
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_) -> Tensor:
     """Softmax attention over [batch, L, heads * dim] by PyTorch's fused kernel, for training and tests."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return mixed.transpose(1, 2).flatten(-2)

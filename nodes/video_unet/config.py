@@ -38,8 +38,8 @@ class VideoUNetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
         width = TEXT_ENCODERS[self.text_encoder]
         if self.params.context_dim != width:
-            raise ValueError(f"context_dim is {self.params.context_dim}, but the text encoder {self.text_encoder} gives "
-                             f"tokens {width} wide: set context_dim to {width}, or name another text encoder.")
+            raise ValueError(f"context_dim is {self.params.context_dim}, but the text encoder {self.text_encoder} "
+                             f"gives tokens {width} wide: set context_dim to {width}, or name another text encoder.")
         if SPACES[self.space] not in (None, self.params.channels):
             raise ValueError(f"A network in {self.space} has {SPACES[self.space]} channels, not "
                              f"{self.params.channels}: set channels to {SPACES[self.space]}, or space to latent.")
