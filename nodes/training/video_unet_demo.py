@@ -24,8 +24,8 @@ SCALE_FACTOR = 0.18215 * 0.4  # the latents of small bright shapes reach 10 stan
 FRAMES = 16
 CLIPS = 4800
 RETURNING = 0.1               # share of clips that go out and come back; they are learned from both ends only
-PARAMS = VideoUNetParams(channels=4, model_channels=48, channel_mult=(1, 2), num_res_blocks=1, spatial_attention=(1,),
-                         head_channels=24, context_dim=32, additional_condition_dim=0)
+PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num_res_blocks=1, spatial_attention=(1,),
+                         head_channels=16, context_dim=32, additional_condition_dim=0)
 DIFFUSION = DiffusionParams(parameterization="v", linear_start=0.0, linear_end=0.0, zero_snr=False, base_scale=None,
                             spacing="uniform_trailing", guidance_rescale=0.0, shape="cosine")
 TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples

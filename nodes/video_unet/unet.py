@@ -144,7 +144,8 @@ class VideoUNet(nn.Module):
                 stage["blocks"].append(block(channels + skips.pop(), out_channels, level))
                 channels = out_channels
             if level:
-                stage["resample"] = conv(channels, channels)
+                channels = widths[level - 1]
+                stage["resample"] = conv(out_channels, channels)
             self.up.append(stage)
         self.norm = operations.GroupNorm(GROUPS, channels, **factory)
         self.output = conv(channels, params.channels)
