@@ -6,17 +6,19 @@ package can be used with torch alone.
 
 from importlib import import_module
 
-# (family folder, class in its nodes.py), in menu order
+# (folder, class in its nodes.py), in menu order
 NODES = [
     ("dynamicrafter", "LoadDynamiCrafter"),
     ("dynamicrafter", "DynamiCrafterImageToVideo"),
     ("sampling", "DDIMSampler"),
     ("sampling", "DDIMSamplerSelect"),
     ("sampling", "SamplingReport"),
+    ("diagnosis", "DiagnoseModel"),
     ("causal_wan", "LoadCausalWan"),
     ("causal_wan", "CausalWanImageToVideo"),
     ("causal_wan", "PromptTimelineNode"),
-    ("causal_wan", "BlockAutoregressiveSampler"),
+    ("causal_wan.sampling", "BlockAutoregressiveSampler"),
+    ("causal_wan.sampling", "BlockAutoregressiveToFile"),
     ("common", "SaveVideo"),
 ]
 

@@ -56,9 +56,9 @@ def make_loop(network, plan, inputs, **changes):
 
 
 @torch.inference_mode()
-def sample(network, plan, inputs, context=None, held=None, finished=None):
+def sample(network, plan, inputs, context=None, held=None, recall=None):
     """Latents of all generated blocks."""
-    blocks = make_loop(network, plan, inputs).run(context, held, finished)
+    blocks = make_loop(network, plan, inputs).run(context, held, recall)
     return torch.cat([block.latent_BCFHW for block in blocks], dim=2)
 
 

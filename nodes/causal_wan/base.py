@@ -105,15 +105,16 @@ class CausalWanModel(comfy.model_base.BaseModel):
         return out
 
     def extra_conds_shapes(self, **kwargs):
-        """"block_memory" of the conditioning, from our sampler: (bytes of the caches, longest evaluation in frames)."""
+        """What our sampler puts into the conditioning as "block_memory": bytes of the caches, longest evaluation in
+        latent frames, bytes that decoding a block takes."""
         return {"block_memory": kwargs["block_memory"]} if "block_memory" in kwargs else {}
 
     def memory_required(self, input_shape, cond_shapes={}):
         """Bytes for core's memory management: an evaluation takes some frames of the video only, caches come on top."""
         if "block_memory" not in cond_shapes:
             return super().memory_required(input_shape, cond_shapes)
-        nbytes, frames = cond_shapes["block_memory"][0]
-        return super().memory_required([*input_shape[:2], frames, *input_shape[3:]]) + nbytes
+        nbytes, frames, decoding = cond_shapes["block_memory"][0]
+        return max(decoding, super().memory_required([*input_shape[:2], frames, *input_shape[3:]])) + nbytes
 
     def _image_condition(self, noise_BCTHW, latent_BCTHW, mask_BMTHW):
         """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent that the frames were encoded to."""

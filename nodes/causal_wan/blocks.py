@@ -34,11 +34,12 @@ def split_frames(frames: int, block: int, independent_first: bool, short_last: b
     if rest and not short_last:
         blocks = [n for n in range(1, frames - first + 1) if (frames - first) % n == 0]
         lengths = [n for n in (first + whole * block, first + (whole + 1) * block) if n > first]
+        other = "" if (frames - 1 + first) % block else f"or switch independent_first {'off' if first else 'on'}, "
         after = f" after an independent first frame leave {frames - 1}, which" if first else ""
         raise ValueError(
             f"{frames} latent frames{after} do not split into blocks of {block}. Valid blocks for this length: "
             f"{', '.join(map(str, blocks))}. Valid lengths for blocks of {block}: {' or '.join(map(str, lengths))} "
-            "latent frames. Choose one of these, or allow a short last block.")
+            f"latent frames. Choose one of these, {other}or allow it with short_last_block.")
     return (1,) * first + (block,) * whole + ((rest,) if rest else ())
 
 
@@ -185,18 +186,15 @@ class BlockLoop:
         self.absorb(recent_BCFHW[:, :, -count:], plan.context_noise, start - count, "write" if keep_sink else "replace")
 
     def run(self, context_BCPHW: Tensor | None, held_BCKHW: Tensor | None,
-            finished_BCPHW: Tensor | None) -> Iterator[Block]:
+            recall: Callable[[int], Tensor | None] | None) -> Iterator[Block]:
         """Yield the blocks as they are finished.
 
         context_BCPHW: frames to continue from, whole blocks; they are not yielded. held_BCKHW: frames that stand
-        inside the first generated blocks, for models trained so. finished_BCPHW: blocks of an interrupted run of the
-        same plan, which follow the context; they refill the caches exactly and are not yielded.
+        inside the first generated blocks, for models trained so. recall(index): a block that an interrupted run of
+        the same plan has finished, or None; it refills the caches exactly and is yielded like the others.
         """
         plan = self.plan
-        known = [part for part in (context_BCPHW, finished_BCPHW) if part is not None]
         given = plan.leading_blocks(0 if context_BCPHW is None else context_BCPHW.shape[2])
-        known_blocks = plan.leading_blocks(sum(part.shape[2] for part in known))
-        known_BCPHW = torch.cat(known, dim=2) if known else None
         recent_BCFHW, prompt, start = None, 0, 0
         self.keys = self.project(prompt)
         for index, count in enumerate(plan.blocks):
@@ -204,10 +202,12 @@ class BlockLoop:
             if reached > prompt and index >= given:
                 prompt = reached
                 self.switch_prompt(prompt, start, recent_BCFHW)
-            if index < known_blocks:
-                latent = known_BCPHW[:, :, start:start + count]
+            if index < given:
+                latent = context_BCPHW[:, :, start:start + count]
             else:
-                latent = self.denoise(index, start, plan.first_steps if index == given else plan.steps, held_BCKHW)
+                latent = None if recall is None else recall(index)
+                if latent is None:
+                    latent = self.denoise(index, start, plan.first_steps if index == given else plan.steps, held_BCKHW)
                 yield Block(index, start, latent)
             if index + 1 < len(plan.blocks):
                 timestep = 0 if index < given else plan.context_noise

@@ -3,9 +3,7 @@
 from hashlib import sha256
 from pathlib import Path
 
-import comfy.model_management
 import folder_paths
-import latent_preview
 import node_helpers
 from comfy_api.latest import io
 
@@ -13,12 +11,11 @@ from ..common.files import read_checkpoint
 from . import checkpoint as loader
 from .conditioning import MECHANISMS, image_conditions
 from .lora import add_lora
-from .sampler import BlockSettings, prepare
+from .sampling.nodes import Timeline
 from .timeline import PromptTimeline, parse_timeline
 
 DEMO = Path(__file__).parents[1] / "demo" / "causal_wan_demo.safetensors"
 FOLDERS = ("diffusion_models", "checkpoints")
-Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
 
 
 class LoadCausalWan(io.ComfyNode):
@@ -150,82 +147,6 @@ class PromptTimelineNode(io.ComfyNode):
         return io.NodeOutput(PromptTimeline(
             tuple(start for start, _ in entries),
             tuple(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for _, prompt in entries)))
-
-
-class BlockAutoregressiveSampler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="Stillmotion_BlockAutoregressiveSampler",
-            display_name="Block-Autoregressive Sampler",
-            category="Stillmotion/Causal Wan",
-            description="Makes a video block by block, each in a few steps from a cache of those before it: any "
-                        "length in bounded memory, with prompts that change on the way.",
-            inputs=[
-                io.Model.Input("model", tooltip="From Load Causal Wan; LoRAs and other model patches may lie between."),
-                io.Conditioning.Input("positive", tooltip="What to see."),
-                io.Conditioning.Input("negative", tooltip="What to avoid; not used at cfg 1."),
-                io.Latent.Input("latent", tooltip="From Causal Wan Image to Video, or an empty Wan video latent."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Every latent frame draws noise of its own from it, on the CPU: a longer video "
-                                     "begins with the frames of a shorter one, on every machine."),
-                io.String.Input("steps", default="1000, 750, 500, 250",
-                                tooltip="Denoising steps as trained. Self-Forcing, LongLive: 1000, 750, 500, 250."),
-                io.String.Input("first_steps", default="",
-                                tooltip="Steps of the first block, empty: the same. Models with 1 or 2 steps "
-                                        "(Causal-Forcing++) need 1000, 750, 500, 250 here."),
-                io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.01,
-                               tooltip="Shift of the schedule towards noise: 5, CausVid 8."),
-                io.Boolean.Input("warp", default=True,
-                                 tooltip="On: the steps count on the shifted table (Self-Forcing, LongLive). Off: they "
-                                         "are timesteps (CausVid: 1000, 757, 522)."),
-                io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames a block, as trained: 3 or 1."),
-                io.Boolean.Input("independent_first", default=False,
-                                 tooltip="The first latent frame is a block of its own, for models trained so. With a "
-                                         "prefix frame or a still chunk the image decides."),
-                io.Boolean.Input("short_last_block", default=False,
-                                 tooltip="Allow a length that ends inside a block."),
-                io.Int.Input("window", default=-1, min=-1, max=100000,
-                             tooltip="Latent frames that a block sees, sink and itself included; memory grows with it. "
-                                     "-1: all of the video. LongLive: 12."),
-                io.Int.Input("sink", default=0, min=0, max=1000,
-                             tooltip="First latent frames that stay in the window for ever. LongLive: 3."),
-                io.Boolean.Input("endless", default=False,
-                                 tooltip="Keeps the sink near in position, for videos far longer than the model was "
-                                         "trained on."),
-                io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0,
-                               tooltip="Timestep by which finished blocks are told to the model. 0 is as published."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance. 1 for models with few steps; others need twice the time and cache."),
-                io.Boolean.Input("refresh_sink", default=False,
-                                 tooltip="At a prompt switch the oldest frames in the window become the sink, under "
-                                         "the new prompt. Off: the sink stays as it was, as LongLive does."),
-                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
-            ],
-            outputs=[
-                io.Latent.Output(display_name="latent", tooltip="The whole video, for VAE Decode."),
-                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, positive, negative, latent, seed, steps, first_steps, shift, warp, block,
-                independent_first, short_last_block, window, sink, endless, context_noise, cfg, refresh_sink,
-                timeline=None):
-        settings = BlockSettings(
-            steps=steps, first_steps=first_steps, shift=shift, warp=warp, block=block,
-            independent_first=independent_first, short_last=short_last_block, window=window, sink=sink,
-            endless=endless, context_noise=context_noise, cfg=cfg, global_sink=not refresh_sink)
-        run = prepare(model, positive, negative, latent, timeline, seed, settings)
-        callback = latent_preview.prepare_callback(model, run.steps)
-        try:
-            return io.NodeOutput(run.sample(callback), run.summary)
-        except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
-            if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
-                raise
-            raise comfy.model_management.OOM_EXCEPTION(
-                f"Out of memory with {run.summary}. Use a smaller window, size or block, or cfg 1 (half the cache). "
-                f"({error})") from error
 
 
 def _names(folders):

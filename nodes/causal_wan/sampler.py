@@ -1,29 +1,33 @@
-"""The block loop as one of ComfyUI's samplers: its memory management, patches, wrappers, interrupt and previews act.
+"""From settings and ComfyUI's objects to a checked run of the block-autoregressive sampler.
 
-Layouts: B videos, C channels, T latent frames of the video, F those of one evaluation, H, W latent height and width.
+Layouts: B videos, C channels, T latent frames of the video, F those of one block, H, W latent height and width.
 """
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import comfy.model_management
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from .blocks import BlockLoop, Plan, split_frames
-from .cache import KVCache
-from .conditioning import CHUNK, CLAMP, CONCAT, PREFIX, START_KEY, StartFrames
+from .blocks import Plan, split_frames
+from .conditioning import CHUNK, CONCAT, PREFIX, START_KEY, StartFrames, latent_frames
+from .engine import BlockSampler, count_steps, given_blocks, inference_dtype
+from .fingerprint import Fingerprint, digest, model_digests
+from .live import check_vae, decode_bytes
 from .model import PATCH
 from .noise import seeded_noise
+from .resume import BlockFolder
 from .schedule import make_steps
 from .timeline import PromptTimeline, apply_timeline
 
 log = logging.getLogger(__name__)
+FORMAT = 1  # of the stored runs: to be raised when the same settings come to give other numbers
 UNSUPPORTED = ("control", "gligen", "area", "mask", "hooks", "start_percent", "end_percent")
 
 
@@ -80,111 +84,6 @@ def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, s
                 freeze_sink=False)
 
 
-def inference_dtype(model) -> torch.dtype:
-    """The type that a BaseModel computes in, which its keys have too."""
-    return model.manual_cast_dtype or model.get_dtype()
-
-
-class Network:
-    """Evaluates the network of a BaseModel the way that core's samplers do: through what packs put around it."""
-
-    def __init__(self, model, model_options: dict, device):
-        self.model, self.options, self.device, self.dtype = model, model_options, device, inference_dtype(model)
-
-    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, keys, frame_ids: range, cache: KVCache, sink_mode: str,
-             branch: int) -> Tensor:
-        """Flow in float32; branch 0 is the positive one."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        options = {**self.options["transformer_options"], "cond_or_uncond": [branch],
-                   "sigmas": t_BF.amax(1) / 1000}
-        block = {"c_crossattn": keys, "transformer_options": options, "frame_ids": frame_ids, "cache": cache,
-                 "sink_mode": sink_mode}
-        wrapper = self.options.get("model_function_wrapper")
-        if wrapper is None:
-            return self._wrapped(x_BCFHW, t_BF, **block)
-        return wrapper(self._wrapped, {"input": x_BCFHW, "timestep": t_BF, "c": block, "cond_or_uncond": [branch]})
-
-    def _wrapped(self, x_BCFHW, t_BF, c_crossattn, transformer_options, **block):
-        wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, transformer_options)
-        executor = WrapperExecutor.new_class_executor(self._apply, self.model, wrappers)
-        return executor.execute(x_BCFHW, t_BF, None, c_crossattn, None, transformer_options, **block)
-
-    def _apply(self, x_BCFHW, t_BF, c_concat, c_crossattn, control, transformer_options, **block):
-        return self.model.diffusion_model(x_BCFHW.to(self.dtype), t_BF, c_crossattn,
-                                          transformer_options=transformer_options, **block).float()
-
-    def project(self, model_conds: dict, batch: int):
-        """Cross-attention keys of one prompt, for `batch` videos."""
-        def tokens(name):
-            if name not in model_conds:
-                return None
-            cond = model_conds[name].process_cond(batch_size=batch).cond
-            return comfy.model_management.cast_to_device(cond, self.device, self.dtype)
-
-        return self.model.diffusion_model.project_context(tokens("c_crossattn"), tokens("clip_fea"))
-
-
-class BlockSampler(comfy.samplers.Sampler):
-    """Core sampler object over a guider's conditionings "positive", "prompt 1", ..., "negative".
-
-    The first `start.frames` latent frames are given. SIGMAS are not read: the steps belong to `plan`.
-    """
-
-    def __init__(self, plan: Plan, start: StartFrames | None, draw: Callable[[int, int, int], Tensor]):
-        self.plan, self.start, self.draw = plan, start, draw
-
-    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
-               disable_pbar=False):
-        """Called by core's guiders; noise and latent_image [B, C, T, H, W]. Returns the whole video's latent."""
-        plan, model, device = self.plan, guider.inner_model, noise.device
-        batch, _, _, height, width = noise.shape
-        network = Network(model, extra_args["model_options"], device)
-        caches = [KVCache(plan.layout(model.wan_params, height, width), batch, network.dtype, device)
-                  for _ in range(plan.branches)]
-
-        def project(prompt: int):
-            names = ["positive" if prompt == 0 else f"prompt {prompt}", "negative"][:plan.branches]
-            return [network.project(guider.conds[name][0]["model_conds"], batch) for name in names]
-
-        def evaluate(x, t, keys, frame_ids, cache, sink_mode):
-            branch = 0 if cache is caches[0] else 1
-            return network.flow(x, t, keys, frame_ids, cache, sink_mode, branch)
-
-        context = held = None
-        if self.start is not None and self.start.frames:
-            given = latent_image[:, :, :self.start.frames]
-            context, held = (None, given) if self.start.mechanism == CLAMP else (given, None)
-        y = guider.conds["positive"][0]["model_conds"].get("c_concat")
-        loop = BlockLoop(plan=plan, evaluate=evaluate, caches=caches, project=project,
-                         noise=lambda *place: self.draw(*place).to(device),
-                         y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
-                         on_step=self._progress(callback))
-        blocks = [block.latent_BCFHW for block in loop.run(context, held, None)]
-        kept = [] if context is None else [context[:, :, :1] if self.start.still else context]
-        return torch.cat([*kept, *blocks], dim=2)
-
-    def _progress(self, callback):
-        """Counts the steps of all blocks; the preview shows the block that is being made."""
-        plan, first = self.plan, given_blocks(self.plan, self.start)
-        total = count_steps(plan, first)
-
-        def on_step(block: int, step: int, x0_BCFHW: Tensor) -> None:
-            done = step if block == first else len(plan.first_steps) + (block - first - 1) * len(plan.steps) + step
-            if callback:
-                callback(done, x0_BCFHW, x0_BCFHW, total)
-
-        return on_step
-
-
-def given_blocks(plan: Plan, start: StartFrames | None) -> int:
-    """Blocks at the start that go into the cache as they are."""
-    return 0 if start is None or start.mechanism == CLAMP else plan.leading_blocks(start.frames)
-
-
-def count_steps(plan: Plan, given: int) -> int:
-    return len(plan.first_steps) + (len(plan.blocks) - given - 1) * len(plan.steps)
-
-
 def check_latent(model, latent: dict) -> None:
     """Raise ValueError unless MODEL is a causal Wan and LATENT one that it can sample."""
     params = getattr(model.model, "wan_params", None)
@@ -218,66 +117,156 @@ def check_conditionings(model, conds: dict, samples_BCTHW: Tensor) -> None:
         if len(conditioning) != 1:
             raise ValueError(f"The {name} conditioning has {len(conditioning)} entries, this sampler takes 1: "
                              "Conditioning Combine is not supported; use Prompt Timeline for changes over time.")
-        text, values = conditioning[0]
+        _, values = conditioning[0]
         found = [key for key in UNSUPPORTED if values.get(key) is not None]
         if found:
             raise ValueError(f"The {name} conditioning has {', '.join(found)}, which this sampler does not know: take "
                              "it from CLIP Text Encode or Causal Wan Image to Video alone.")
-        noise = samples_BCTHW.new_zeros(1).expand(samples_BCTHW.shape)
-        entries = model.model.extra_conds(**{**values, "noise": noise, "device": noise.device, "cross_attn": text})
-        for key, entry in entries.items():
-            if len(entry.cond) not in (1, len(samples_BCTHW)):
-                raise ValueError(f"The {name} conditioning holds {key} for {len(entry.cond)} videos, the latent a "
+        for key, value in condition_tensors(model, conditioning, samples_BCTHW).items():
+            if len(value) not in (1, len(samples_BCTHW)):
+                raise ValueError(f"The {name} conditioning holds {key} for {len(value)} videos, the latent a "
                                  f"batch of {len(samples_BCTHW)}: give one, or as many as the batch.")
+
+
+def condition_tensors(model, conditioning, samples_BCTHW: Tensor) -> dict[str, Tensor]:
+    """What the network gets of a conditioning, by name."""
+    text, values = conditioning[0]
+    noise = samples_BCTHW.new_zeros(1).expand(samples_BCTHW.shape)
+    entries = model.model.extra_conds(**{**values, "noise": noise, "device": noise.device, "cross_attn": text})
+    return {key: entry.cond for key, entry in entries.items()}
 
 
 class Run(NamedTuple):
     """A checked run, ready to sample."""
 
     guider: comfy.samplers.CFGGuider
-    sampler: BlockSampler
+    plan: Plan
+    start: StartFrames | None
     latent: dict
     seed: int
     steps: int
     summary: str
+    fingerprint: Callable[[], Fingerprint]
 
-    def sample(self, callback: Callable | None = None) -> dict:
-        """LATENT of the whole video. callback(step, x0 of the block, x0, steps) is called after every step."""
-        samples = self.latent["samples"]
-        sigmas = torch.tensor([step.sigma for step in self.sampler.plan.steps] + [0.0])
-        log.info(self.summary)
-        result = self.guider.sample(torch.zeros_like(samples), samples, self.sampler, sigmas, callback=callback,
-                                    seed=self.seed)
+    def sample(self, callback: Callable | None = None, folder: BlockFolder | None = None,
+               show: Callable[[Tensor], None] | None = None) -> dict:
+        """LATENT of the whole video. callback(step, x0 of the block, x0, steps) is called after every step.
+
+        Finished blocks are kept in `folder` and taken from there. show(latent_CFHW) gets the first video of the batch
+        piece by piece, as its blocks are finished.
+        """
+        result = self._sample(callback, folder, show, whole=True)
         rest = {key: value for key, value in self.latent.items() if key != START_KEY}
         return {**rest, "samples": result.to(comfy.model_management.intermediate_device())}
 
+    def stream(self, callback: Callable | None, folder: BlockFolder | None, show: Callable[[Tensor], None]) -> None:
+        """As `sample`, but nothing of the video is held but what the cache needs."""
+        self._sample(callback, folder, show, whole=False)
+
+    def _sample(self, callback, folder, show, whole: bool) -> Tensor:
+        model = self.guider.model_patcher.model
+        samples = self.latent["samples"]
+        if not model.wan_params.i2v:  # the conditioning of the others is checked against the whole length
+            samples = samples[:, :, :max(1, self.start.frames if self.start else 0)]
+
+        def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
+            if folder is not None and index is not None:
+                folder.keep(index, latent_BCFHW)
+            if show is not None:
+                show(model.process_latent_out(latent_BCFHW[:1].float())[0])
+
+        batch, channels, _, height, width = samples.shape
+        sampler = BlockSampler(self.plan, self.start, seeded_noise(self.seed, batch, channels, height, width),
+                               folder.recall if folder else lambda index: None, deliver, whole)
+        log.info(self.summary)
+        sigmas = torch.tensor([step.sigma for step in self.plan.steps] + [0.0])
+        return self.guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback,
+                                  seed=self.seed)
+
 
 def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | None, seed: int,
-            settings: BlockSettings) -> Run:
-    """Check everything that a run needs. ValueErrors say what was given, what is allowed and what to do."""
+            settings: BlockSettings, vae=None, length: int = 0) -> Run:
+    """Check everything that a run needs. ValueErrors say what was given, what is allowed and what to do.
+
+    vae: the one that shows blocks as they come. length: video frames in all where it is not the latent's (0).
+    """
     check_latent(model, latent)
-    samples, start = latent["samples"], latent.get(START_KEY)
-    batch, channels, frames, height, width = samples.shape
+    samples, start, params = latent["samples"], latent.get(START_KEY), model.model.wan_params
+    batch, _, frames, height, width = samples.shape
+    if vae is not None:
+        check_vae(vae, params.out_dim)
     cut = start.frames - 1 if start is not None and start.still else 0
+    if length:
+        frames = longer(length, frames, cut, vae, params)
     prompts, switches = apply_timeline(timeline, positive, frames - cut)
     plan = make_plan(settings, frames, start, tuple(frame + cut for frame in switches))
     given = given_blocks(plan, start)
     if given == len(plan.blocks):
         raise ValueError(f"All {frames} latent frames are given: nothing is left to make. Give a larger length.")
+    check_switches(plan, given, cut)
     conds = {"positive": prompts[0], **{f"prompt {index}": prompt for index, prompt in enumerate(prompts) if index}}
     if plan.branches == 2:
         conds["negative"] = negative
     check_conditionings(model, conds, samples)
-    params = model.model.wan_params
     nbytes = plan.cache_bytes(params, height, width, batch, inference_dtype(model.model).itemsize)
     longest = max(max(plan.blocks), plan.capacity if plan.switches else 0)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({name: [[text, {**values, "block_memory": (nbytes, longest)}] for text, values in cond]
+    patcher, decoding = model, 0
+    if vae is not None:
+        patcher, decoding = model.clone(), decode_bytes(vae, samples.shape)
+        patcher.set_additional_models("stillmotion_vae", [vae.patcher])
+    guider = comfy.samplers.CFGGuider(patcher)
+    memory = (nbytes, longest, decoding)
+    guider.inner_set_conds({name: [[text, {**values, "block_memory": memory}] for text, values in cond]
                             for name, cond in conds.items()})
     guider.set_cfg(settings.cfg)
     steps = count_steps(plan, given)
     summary = (f"{frames - cut} latent frames; {len(plan.blocks) - given} blocks to make in "
                f"{steps} steps; cache {nbytes / 2 ** 20:.1f} MiB for {plan.capacity} latent frames, "
                f"{plan.branches} guidance branch{'es' if plan.branches > 1 else ''}")
-    return Run(guider, BlockSampler(plan, start, seeded_noise(seed, batch, channels, height, width)), latent, seed,
-               steps, summary)
+    return Run(guider, plan, start, latent, seed, steps, summary,
+               lambda: run_fingerprint(model, conds, latent, plan, settings, seed))
+
+
+def longer(length: int, frames: int, cut: int, vae, params) -> int:
+    """Latent frames of `length` video frames, `cut` ones that go before them included."""
+    wanted = latent_frames(length, vae.temporal_compression_decode() or 1, "length") + cut
+    if params.i2v and wanted != frames:
+        raise ValueError(f"length is {length} video frames, {wanted - cut} latent ones, but the conditioning's image "
+                         f"latent (y) was made for {frames - cut}: give Causal Wan Image to Video this length, and "
+                         "here 0.")
+    return wanted
+
+
+def check_switches(plan: Plan, given: int, cut: int) -> None:
+    """Raise ValueError unless every prompt has a block to begin with. Messages count without `cut` frames."""
+    edges = [sum(plan.blocks[:count]) for count in range(given, len(plan.blocks))]
+    begins = [next((edge for edge in edges if edge >= frame), None) for frame in plan.switches]
+    for frame, begin, after in zip(plan.switches, begins, [*begins[1:], -1]):
+        if begin is None or begin == after:
+            starts = ", ".join(str(edge - cut) for edge in edges[:8]) + (", ..." if len(edges) > 8 else "")
+            why = "no block begins at or after it" if begin is None else "the next prompt begins with the same block"
+            raise ValueError(f"The prompt from latent frame {frame - cut} is never used: {why}. A prompt begins with "
+                             f"the next block; the blocks begin at {starts} (the last one at {edges[-1] - cut}).")
+
+
+def run_fingerprint(model, conds: dict, latent: dict, plan: Plan, settings: BlockSettings, seed: int) -> Fingerprint:
+    """Everything that decides the latents of a run."""
+    samples, start = latent["samples"], latent.get(START_KEY)
+    entries = {name: condition_tensors(model, cond, samples) for name, cond in conds.items()}
+    y_BYTHW = entries["positive"].get("c_concat")
+    prompts = {name: digest({key: value for key, value in found.items() if key != "c_concat"})
+               for name, found in entries.items()}
+    steps, first = parse_steps(settings.steps), settings.first_steps.strip()
+    whole = {**asdict(settings), "steps": steps, "first_steps": parse_steps(first) if first else steps,
+             "seed": seed, "format": FORMAT, **model_digests(model),
+             "dtype": str(inference_dtype(model.model)), "attention": digest(optimized_attention),
+             "device": comfy.model_management.get_torch_device_name(model.load_device),
+             "latent size": list(samples.shape[:2] + samples.shape[3:]), "start": list(start or ()),
+             "start latent": digest(samples[:, :, :start.frames if start else 0]), "negative": prompts.get("negative")}
+    blocks, frame = [], 0
+    for count in plan.blocks:
+        prompt = sum(frame >= switch for switch in plan.switches)
+        blocks.append({"frames": count, "prompt": f"{prompt} ({prompts[f'prompt {prompt}' if prompt else 'positive']})",
+                       "y": None if y_BYTHW is None else digest(y_BYTHW[:, :, frame:frame + count])})
+        frame += count
+    return Fingerprint(whole, tuple(blocks))

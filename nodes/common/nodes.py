@@ -71,26 +71,29 @@ class SaveVideo(io.ComfyNode):
         else:
             parts = video.get_components()
         height, width = parts.images.shape[1:3]
-        output = folder_paths.get_output_directory()
-        try:
-            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-                filename_prefix, output, width, height)
-        except OSError as error:
-            raise files.save_error(Path(output, filename_prefix), error) from error
-        path = Path(folder) / f"{name}_{counter:05}_{EXTENSIONS[format]}"
-        names = files.save_video(parts.images, path, parts.frame_rate, format, crf, cls.workflow_tags(), parts.audio)
+        path, subfolder = output_path(filename_prefix, width, height, EXTENSIONS[format])
+        names = files.save_video(parts.images, path, parts.frame_rate, format, crf, workflow_tags(cls.hidden),
+                                 parts.audio)
         if format == "png frames":
             subfolder = str(Path(subfolder) / path.name)
         shown = [ui.SavedResult(n, subfolder, io.FolderType.output) for n in names]
         # the page plays everything "animated" as a video, which a GIF is not
         return io.NodeOutput(video, ui={"images": shown, "animated": (format == "mp4",)})
 
-    @classmethod
-    def workflow_tags(cls) -> dict:
-        """The prompt and the page's workflow, one tag each, as core's savers write them; none if switched off."""
-        if args.disable_metadata:
-            return {}
-        tags = dict(cls.hidden.extra_pnginfo or {})
-        if cls.hidden.prompt is not None:
-            tags["prompt"] = cls.hidden.prompt
-        return tags
+
+def output_path(prefix: str, width: int, height: int, extension: str) -> tuple[Path, str]:
+    """(next free path for `prefix` in the output folder, its subfolder there); OSError says what to do."""
+    output = folder_paths.get_output_directory()
+    with files.saving(Path(output, prefix)):
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    return Path(folder) / f"{name}_{counter:05}_{extension}", subfolder
+
+
+def workflow_tags(hidden) -> dict:
+    """The prompt and the page's workflow, one tag each, as core's savers write them; none if switched off."""
+    if args.disable_metadata:
+        return {}
+    tags = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        tags["prompt"] = hidden.prompt
+    return tags

@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -62,12 +64,47 @@ def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 1
 
     crf 1 (best) .. 51. tags: one container tag a key, values as JSON. audio: ComfyUI's AUDIO, cut at the last frame.
     """
+    buffer = io.BytesIO()
+    with _open_mp4(buffer, fps, crf, tags, audio) as add:
+        for frame in frames:
+            add(frame)
+    return buffer.getvalue()
+
+
+@contextmanager
+def stream_mp4(path: str | Path, fps: float | Fraction, crf: int, tags: dict | None) -> Iterator[Callable]:
+    """For videos longer than memory: yields add(frame), which encodes one more frame into the MP4 `path`.
+
+    Frames and settings as in `encode_mp4`. The file appears when the with block ends; after an error in it, or an
+    OSError in writing, none is left.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = part.open("wb")
+        with file, _open_mp4(file, fps, crf, tags, None) as add:
+            yield partial(_add_saving, path, add)
+        with saving(path):
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _add_saving(path: Path, add: Callable, frame: np.ndarray) -> None:
+    with saving(path):
+        add(frame)
+
+
+@contextmanager
+def _open_mp4(target, fps: float | Fraction, crf: int, tags: dict | None, audio: dict | None) -> Iterator[Callable]:
+    """Yields add(frame), which encodes one more frame into the open file `target`."""
     if not 1 <= crf <= 51:
         raise ValueError(f"crf = {crf} was given; allowed are 1 (best) to 51 (smallest file).")
     rate = frame_rate(fps)
-    buffer = io.BytesIO()
     # use_metadata_tags: without it the MP4 muxer drops every tag that is not in Apple's list
-    with av.open(buffer, "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
+    with av.open(target, "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
         for key, value in (tags or {}).items():
             container.metadata[key] = json.dumps(value)
         stream = container.add_stream("libx264", rate=rate)
@@ -78,17 +115,22 @@ def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 1
         codec.color_primaries = codec.color_trc = BT709
         sound = container.add_stream("aac", rate=int(audio["sample_rate"])) if audio else None
         count = 0
-        for count, frame in enumerate(map(pad_to_even, frames), 1):
-            if count == 1:
+
+        def add(frame: np.ndarray) -> None:
+            nonlocal count
+            frame = pad_to_even(frame)
+            if count == 0:
                 stream.height, stream.width = frame.shape[:2]
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709,
                                        dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(picture))
+            count += 1
+
+        yield add
         container.mux(stream.encode())
         if sound:
             _mux_audio(container, sound, audio, seconds=count / rate)
-    return buffer.getvalue()
 
 
 def _mux_audio(container, sound, audio: dict, seconds: Fraction) -> None:
@@ -136,11 +178,10 @@ def write_file(path: str | Path, data: bytes) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        raise save_error(path, error) from error
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -151,19 +192,27 @@ def write_folder(path: str | Path, files: Iterable[tuple[str, bytes]]) -> list[s
     part = None
     names = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        part.chmod(0o755)  # mkdtemp makes a private folder, but other users may read the results
-        for name, data in files:
-            (part / name).write_bytes(data)
-            names.append(name)
-        part.rename(path)
-    except OSError as error:
-        raise save_error(path, error) from error
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            part.chmod(0o755)  # mkdtemp makes a private folder, but other users may read the results
+            for name, data in files:
+                (part / name).write_bytes(data)
+                names.append(name)
+            part.rename(path)
     finally:
         if part:
             shutil.rmtree(part, ignore_errors=True)
     return names
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Words of advice for an OSError in here."""
+    try:
+        yield
+    except OSError as error:
+        raise save_error(path, error) from error
 
 
 def save_error(path: Path, error: OSError) -> OSError:

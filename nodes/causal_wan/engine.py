@@ -1,0 +1,138 @@
+"""The block loop as one of ComfyUI's samplers: its memory management, patches, wrappers, interrupt and previews act.
+
+Layouts: B videos, C channels, T latent frames of the video, F those of one evaluation, H, W latent height and width.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from .blocks import BlockLoop, Plan
+from .cache import KVCache
+from .conditioning import CLAMP, StartFrames
+
+
+def inference_dtype(model) -> torch.dtype:
+    """The type that a BaseModel computes in, which its keys have too."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+class Network:
+    """Evaluates the network of a BaseModel the way that core's samplers do: through what packs put around it."""
+
+    def __init__(self, model, model_options: dict, device):
+        self.model, self.options, self.device, self.dtype = model, model_options, device, inference_dtype(model)
+
+    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, keys, frame_ids: range, cache: KVCache, sink_mode: str,
+             branch: int) -> Tensor:
+        """Flow in float32; branch 0 is the positive one."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        options = {**self.options["transformer_options"], "cond_or_uncond": [branch],
+                   "sigmas": t_BF.amax(1) / 1000}
+        block = {"c_crossattn": keys, "transformer_options": options, "frame_ids": frame_ids, "cache": cache,
+                 "sink_mode": sink_mode}
+        wrapper = self.options.get("model_function_wrapper")
+        if wrapper is None:
+            return self._wrapped(x_BCFHW, t_BF, **block)
+        return wrapper(self._wrapped, {"input": x_BCFHW, "timestep": t_BF, "c": block, "cond_or_uncond": [branch]})
+
+    def _wrapped(self, x_BCFHW, t_BF, c_crossattn, transformer_options, **block):
+        wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self._apply, self.model, wrappers)
+        return executor.execute(x_BCFHW, t_BF, None, c_crossattn, None, transformer_options, **block)
+
+    def _apply(self, x_BCFHW, t_BF, c_concat, c_crossattn, control, transformer_options, **block):
+        return self.model.diffusion_model(x_BCFHW.to(self.dtype), t_BF, c_crossattn,
+                                          transformer_options=transformer_options, **block).float()
+
+    def project(self, model_conds: dict, batch: int):
+        """Cross-attention keys of one prompt, for `batch` videos."""
+        def tokens(name):
+            if name not in model_conds:
+                return None
+            cond = model_conds[name].process_cond(batch_size=batch).cond
+            return comfy.model_management.cast_to_device(cond, self.device, self.dtype)
+
+        return self.model.diffusion_model.project_context(tokens("c_crossattn"), tokens("clip_fea"))
+
+
+class BlockSampler(comfy.samplers.Sampler):
+    """Core sampler object over a guider's conditionings "positive", "prompt 1", ..., "negative".
+
+    The first `start.frames` latent frames are given. SIGMAS are not read: the steps belong to `plan`. `recall` as in
+    `BlockLoop.run`. deliver(index, latent_BCFHW) gets every part of the video in order, given frames first (index
+    None). With `whole` the result is the video's latent, otherwise the last block alone.
+    """
+
+    def __init__(self, plan: Plan, start: StartFrames | None, draw: Callable[[int, int, int], Tensor],
+                 recall: Callable[[int], Tensor | None], deliver: Callable[[int | None, Tensor], None], whole: bool):
+        self.plan, self.start, self.draw = plan, start, draw
+        self.recall, self.deliver, self.whole = recall, deliver, whole
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):
+        """Called by core's guiders; noise and latent_image [B, C, T, H, W], of which only given frames are read."""
+        plan, model, device = self.plan, guider.inner_model, noise.device
+        batch, _, _, height, width = noise.shape
+        network = Network(model, extra_args["model_options"], device)
+        caches = [KVCache(plan.layout(model.wan_params, height, width), batch, network.dtype, device)
+                  for _ in range(plan.branches)]
+
+        def project(prompt: int):
+            names = ["positive" if prompt == 0 else f"prompt {prompt}", "negative"][:plan.branches]
+            return [network.project(guider.conds[name][0]["model_conds"], batch) for name in names]
+
+        def evaluate(x, t, keys, frame_ids, cache, sink_mode):
+            branch = 0 if cache is caches[0] else 1
+            return network.flow(x, t, keys, frame_ids, cache, sink_mode, branch)
+
+        def recall(index: int):
+            latent = self.recall(index)
+            return None if latent is None else latent.to(device)
+
+        context = held = None
+        if self.start is not None and self.start.frames:
+            given = latent_image[:, :, :self.start.frames]
+            context, held = (None, given) if self.start.mechanism == CLAMP else (given, None)
+        y = guider.conds["positive"][0]["model_conds"].get("c_concat")
+        loop = BlockLoop(plan=plan, evaluate=evaluate, caches=caches, project=project,
+                         noise=lambda *place: self.draw(*place).to(device),
+                         y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
+                         on_step=self._progress(callback))
+        parts = []
+
+        def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
+            self.deliver(index, latent_BCFHW)
+            parts[:] = [*parts, latent_BCFHW] if self.whole else [latent_BCFHW]
+
+        if context is not None:
+            deliver(None, context[:, :, :1] if self.start.still else context)
+        for block in loop.run(context, held, recall):
+            deliver(block.index, block.latent_BCFHW)
+        return torch.cat(parts, dim=2)
+
+    def _progress(self, callback):
+        """Counts the steps of all blocks; the preview shows the block that is being made."""
+        plan, first = self.plan, given_blocks(self.plan, self.start)
+        total = count_steps(plan, first)
+
+        def on_step(block: int, step: int, x0_BCFHW: Tensor) -> None:
+            done = step if block == first else len(plan.first_steps) + (block - first - 1) * len(plan.steps) + step
+            if callback:
+                callback(done, x0_BCFHW, x0_BCFHW, total)
+
+        return on_step
+
+
+def given_blocks(plan: Plan, start: StartFrames | None) -> int:
+    """Blocks at the start that go into the cache as they are."""
+    return 0 if start is None or start.mechanism == CLAMP else plan.leading_blocks(start.frames)
+
+
+def count_steps(plan: Plan, given: int) -> int:
+    return len(plan.first_steps) + (len(plan.blocks) - given - 1) * len(plan.steps)

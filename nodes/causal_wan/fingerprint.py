@@ -1,0 +1,82 @@
+"""Everything that decides a run's result, in a form that can be stored and compared."""
+from __future__ import annotations
+
+from functools import partial
+from hashlib import blake2b
+from types import FunctionType, MethodType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLES = 4096     # numbers of each weight that are looked at: a fine-tune changes nearly all of them
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class Fingerprint(NamedTuple):
+    """`settings` hold for the whole run; `blocks[i]` for block i alone: what a longer run may have otherwise."""
+
+    settings: dict
+    blocks: tuple[dict, ...]
+
+    def history(self, index: int) -> str:
+        """One name for all that decides the blocks 0 .. index."""
+        return digest(self.settings, self.blocks[:index + 1])
+
+
+def digest(*values) -> str:
+    """Short hash of values: tensors by their bytes, containers by their parts, functions and objects by name and state.
+
+    The state of an object are its numbers, words, tensors and containers of these; objects inside it count by their
+    type alone.
+    """
+    found = blake2b(digest_size=8)
+    for value in values:
+        _feed(found, value, state=True)
+    return found.hexdigest()
+
+
+def _feed(found, value, state: bool) -> None:
+    def text(*words):
+        found.update((repr(words) + "\n").encode())
+
+    if isinstance(value, PLAIN):
+        text(value)
+    elif isinstance(value, Tensor):
+        text("tensor", value.dtype, list(value.shape))
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        text("dict", len(value))
+        for key in sorted(value, key=repr):
+            _feed(found, key, state)
+            _feed(found, value[key], state)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        text("items", len(value))
+        for item in sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value:
+            _feed(found, item, state)
+    elif isinstance(value, MethodType):
+        _feed(found, (value.__func__, value.__self__), state)
+    elif isinstance(value, partial):
+        _feed(found, (value.func, value.args, value.keywords), state)
+    elif isinstance(value, FunctionType):
+        text(value.__module__, value.__qualname__)
+        if state:
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            _feed(found, (value.__defaults__, cells), state=False)
+    else:
+        kind = value if isinstance(value, type) else type(value)
+        text(kind.__module__, kind.__qualname__)
+        if state and not isinstance(value, (type, torch.nn.Module)):
+            _feed(found, getattr(value, "__dict__", {}), state=False)
+
+
+def model_digests(patcher) -> dict:
+    """Names for the weights of a MODEL and for all that lies on them: LoRAs, patches, wrappers, overrides."""
+    weights, patches = {}, {}
+    for key, (weight, *added) in patcher.get_key_patches().items():
+        flat = weight[0].detach().flatten()  # with the function that turns it into its type
+        weights[key] = (list(weight[0].shape), flat[::max(1, len(flat) // SAMPLES)])
+        if added:
+            patches[key] = added
+    return {"model": digest(weights),
+            "model patches": digest(patches, patcher.object_patches, patcher.model_options, patcher.wrappers)}

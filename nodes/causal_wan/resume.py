@@ -1,0 +1,89 @@
+"""Finished blocks on disk, so that an interrupted run goes on from them bit for bit."""
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..common.video import saving, write_file
+from .fingerprint import Fingerprint, digest
+
+log = logging.getLogger(__name__)
+
+ENTRY = "stillmotion.block"  # in the header of a block's file
+
+
+class BlockFolder:
+    """The blocks of one run, a .safetensors file each: the latent as the sampler holds it, under what made it.
+
+    Opening it raises ValueError where the blocks in it belong to another run, naming what differs, or are damaged, and
+    OSError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, fingerprint: Fingerprint):
+        self.path, self.fingerprint = path, fingerprint
+        with saving(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self.found = {index for index in range(len(fingerprint.blocks)) if self.file(index).exists()}
+        self._check()
+        if self.found:
+            log.info("%s: %d of %d blocks are finished already.", path, len(self.found), len(fingerprint.blocks))
+
+    def file(self, index: int) -> Path:
+        return self.path / f"block_{index:06}.safetensors"
+
+    def recall(self, index: int) -> Tensor | None:
+        """Latent of a finished block on the CPU, None where there is none."""
+        return self._read(index)[0] if index in self.found else None
+
+    def keep(self, index: int, latent_BCFHW: Tensor) -> None:
+        """Store a finished block unless it is there."""
+        if index in self.found:
+            return
+        latent_BCFHW = latent_BCFHW.cpu().contiguous()
+        entry = {"settings": self.fingerprint.settings, "block": self.fingerprint.blocks[index],
+                 "history": self.fingerprint.history(index), "data": digest(latent_BCFHW)}
+        write_file(self.file(index), safetensors.torch.save({"latent": latent_BCFHW}, {ENTRY: json.dumps(entry)}))
+        self.found.add(index)
+
+    def _read(self, index: int) -> tuple[Tensor, dict]:
+        """(latent, entry); ValueError for a file that is not as it was written."""
+        try:
+            with safetensors.safe_open(self.file(index), framework="pt", device="cpu") as file:
+                latent, entry = file.get_tensor("latent"), json.loads(file.metadata()[ENTRY])
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a whole block file, {error}") from error
+        if digest(latent) != entry["data"]:
+            raise ValueError("its numbers are not those that were written")
+        return latent, entry
+
+    def _check(self) -> None:
+        damaged, expected = [], self.fingerprint
+        for index in sorted(self.found):
+            try:
+                _, entry = self._read(index)
+            except ValueError as error:
+                damaged.append(f"{self.file(index).name} ({error})")
+                continue
+            if entry["history"] != expected.history(index):
+                raise ValueError(
+                    f"The resume folder {self.path} holds blocks of another run. {self._difference(index, entry)} Set "
+                    "it back to go on with that run, or name another folder (or delete this one) to begin anew.")
+        if damaged:
+            raise ValueError(f"Damaged blocks in the resume folder {self.path}: {'; '.join(damaged)}. Delete these "
+                             "files and queue again: they are made anew, the others are kept.")
+
+    def _difference(self, index: int, entry: dict) -> str:
+        """What made block `index` of the folder differ from what would make it now."""
+        for name, stored, now in (("", entry["settings"], self.fingerprint.settings),
+                                  (f" of block {index}", entry["block"], self.fingerprint.blocks[index])):
+            stored, now = json.loads(json.dumps(stored)), json.loads(json.dumps(now))
+            changes = [f"{key}{name} was {stored.get(key, 'not there')}, now it is {now.get(key, 'not there')}"
+                       for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
+            if changes:
+                return f"Changed: {'; '.join(changes)}."
+        return f"Changed: a block before block {index}, whose file is missing."
