@@ -1,0 +1,12 @@
+"""Packages that only some of the pack needs: imported on use, named where they are missing."""
+from importlib import import_module
+from types import ModuleType
+
+
+def import_extra(module: str, package: str, use: str) -> ModuleType:
+    """Import `module` of the optional `package`; ImportError says what it is for (`use`) and how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{use} needs {package}, an optional extra of this pack ({error}). Install it into ComfyUI's "
+                          f"Python: python -m pip install {package}") from error

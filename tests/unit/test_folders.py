@@ -1,0 +1,242 @@
+"""Video folders: what is read, resampled and fitted, and what is skipped or refused."""
+import logging
+import struct
+from random import Random
+
+import av
+import numpy as np
+import pytest
+import torch
+from stillmotion.nodes.common.video import encode_gif, encode_mp4, encode_png
+from stillmotion.nodes.training import data, folders
+from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.folders import VideoFolder, write_shapes
+from stillmotion.nodes.training.frames import count_frames, fit_frames, open_video, pick_frames, read_frames
+from torch.utils.data import DataLoader
+
+
+def counting(frames=16, height=48, width=64):
+    """Frames whose grey level is 10 times their number."""
+    return [np.full((height, width, 3), 10 * i, np.uint8) for i in range(frames)]
+
+
+def levels(video_CTHW):
+    """Number of each frame of a `counting` clip."""
+    return ((video_CTHW.mean((0, 2, 3)) + 1) * 12.75).round().int().tolist()
+
+
+def add(folder, name, content, caption="grey grows brighter"):
+    (folder / "videos").mkdir(exist_ok=True, parents=True)
+    (folder / "captions").mkdir(exist_ok=True)
+    (folder / "videos" / name).write_bytes(content)
+    if caption is not None:
+        (folder / "captions" / f"{name.rpartition('.')[0]}.txt").write_text(caption, encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    add(tmp_path, "a.mp4", encode_mp4(counting(), 8))
+    add(tmp_path, "b.gif", encode_gif(counting(12), 8), "  two\nlines ")
+    return tmp_path
+
+
+def test_clips_and_captions_belong_together_by_name(folder):
+    clips = VideoFolder(folder, frames=8, size=(32, 32))
+    assert [(item["name"], item["caption"]) for item in clips] == [
+        ("a.mp4", "grey grows brighter"), ("b.gif", "two lines")]
+    item = clips[0]
+    assert item["video"].shape == (3, 8, 32, 32) and item["video"].dtype == torch.float32
+    assert levels(item["video"]) == [0, 2, 4, 6, 9, 11, 13, 15]
+    assert levels(clips[1]["video"]) == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert clips.skipped == [] and "2 clips" in clips.summary() and "skipped" not in clips.summary()
+
+
+def test_stride_keeps_the_speed_and_begins_anywhere(folder):
+    clips = VideoFolder(folder, frames=4, size=(32, 32), stride=3)
+    begins = set()
+    for epoch in range(12):
+        clips.set_epoch(epoch)
+        numbers = levels(clips[0]["video"])
+        begins.add(numbers[0])
+        assert np.diff(numbers).tolist() == [3, 3, 3]
+    assert len(begins) > 3 and max(begins) <= 6
+
+
+@pytest.mark.parametrize("count, frames, stride, expected", [
+    (16, 16, 0, list(range(16))), (9, 3, 0, [0, 4, 8]), (7, 1, 0, [0]), (5, 3, 2, [0, 2, 4])])
+def test_picked_frames(count, frames, stride, expected):
+    assert pick_frames(count, frames, stride, Random(0)) == expected
+
+
+def test_nothing_is_stretched():
+    frames = torch.zeros(2, 40, 100, 3, dtype=torch.uint8)
+    frames[:, 10:30, 40:60] = 255  # a square in the middle
+    fitted = fit_frames(frames, (20, 20))
+    bright = fitted[0, ..., 0] > 128
+    assert fitted.shape == (2, 20, 20, 3) and bright.any(0).sum() == bright.any(1).sum() == 10
+    assert fit_frames(frames, (80, 40)).shape == (2, 80, 40, 3)
+    assert fit_frames(frames, (40, 100)) is frames
+
+
+def test_colours_survive_the_file(tmp_path):
+    clip = MovingShapes(1).clip(0)[0]
+    drawn = data.draw_clip(clip, 8)
+    (tmp_path / "clip.mp4").write_bytes(encode_mp4(drawn.numpy(), 8, crf=4))
+    read = read_frames(tmp_path / "clip.mp4", list(range(8)))
+    assert (read.float() - drawn).abs().mean() < 2
+
+
+def test_a_folder_of_numbered_images_is_a_clip(tmp_path):
+    add(tmp_path, "x.gif", encode_gif(counting(2), 8))
+    sequence = tmp_path / "videos" / "sequence"
+    sequence.mkdir()
+    for i, frame in enumerate(counting(12)):
+        (sequence / f"frame_{i}.png").write_bytes(encode_png(frame))  # 10 sorts before 2 as text
+    (sequence / "notes.txt").write_text("not a frame")
+    (tmp_path / "captions" / "sequence.txt").write_text("from pictures")
+    clips = VideoFolder(tmp_path, frames=12, size=(32, 32))
+    assert levels(clips[0]["video"]) == list(range(12)) and clips[0]["caption"] == "from pictures"
+    (sequence / "frame_5.png").write_bytes(encode_png(counting(1, 20, 20)[0]))
+    with pytest.raises(ValueError, match="not one of 1 clips"):
+        clips[0]
+
+
+def test_single_images_are_clips_of_one_frame(tmp_path):
+    add(tmp_path, "still.png", encode_png(counting(8)[7]))
+    assert levels(VideoFolder(tmp_path, frames=1, size=(16, 16))[0]["video"]) == [7]
+    with pytest.raises(ValueError, match="has 1 of the 2 frames needed"):
+        VideoFolder(tmp_path, frames=2)
+
+
+def test_phone_videos_are_read_upright(tmp_path):
+    frames = np.zeros((2, 32, 64, 3), np.uint8)
+    frames[:, :16, :32] = 255  # top left
+    film = bytearray(encode_mp4(frames, 8))
+    matrix = film.index(b"tkhd") + 44
+    film[matrix:matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # 90 degrees clockwise
+    (tmp_path / "phone.mp4").write_bytes(film)
+    read = read_frames(tmp_path / "phone.mp4", [0, 1])
+    assert read.shape == (2, 64, 32, 3) and read[0, :32, 16:].float().mean() > 200  # top right
+
+
+def make_bad(folder):
+    """One of each problem beside the good clips of the fixture."""
+    film = encode_mp4(counting(height=64), 8)
+    add(folder, "cut.mp4", film[:len(film) * 2 // 3])
+    add(folder, "empty.mp4", b"")
+    add(folder, "note.txt", b"a text, no video\n" * 50)
+    add(folder, "silent.mp4", encode_mp4(counting(), 8), None)
+    add(folder, "blank.mp4", encode_mp4(counting(), 8), " \n")
+    add(folder, "short.mp4", encode_mp4(counting(7), 8))
+    add(folder, "latin.mp4", encode_mp4(counting(), 8))
+    (folder / "captions" / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "captions" / "nobody.txt").write_text("no video")
+    return {"cut.mp4": "cut off", "empty.mp4": "cut off, or no video", "note.txt": "no video",
+            "short.mp4": "7 of the 8", "silent.mp4": "no captions/silent.txt", "blank.mp4": "blank.txt is empty",
+            "latin.mp4": "not UTF-8", "captions/nobody.txt": "no video of this name"}
+
+
+def test_bad_clips_are_skipped_counted_and_named(folder, caplog):
+    expected = make_bad(folder)
+    clips = VideoFolder(folder, frames=8)
+    assert [clip.path.name for clip in clips.clips] == ["a.mp4", "b.gif"]
+    found = dict(clips.skipped)
+    assert found.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in found[name], (name, found[name])
+        assert f"- {name}: " in clips.summary() and name in caplog.text
+    assert f"{len(expected)} skipped" in clips.summary()
+
+
+def test_bad_clips_are_refused_all_at_once(folder):
+    expected = make_bad(folder)
+    with pytest.raises(ValueError) as error:
+        VideoFolder(folder, frames=8, problems="refuse")
+    assert f"{len(expected)} refused" in str(error.value)
+    assert all(f"- {name}: " in str(error.value) for name in expected)
+
+
+def test_a_film_cut_behind_its_index_is_found_without_decoding(tmp_path):
+    path = tmp_path / "cut.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 64
+        for frame in np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert count_frames(path) == 8
+    path.write_bytes(path.read_bytes()[:-2000])
+    open_video(path).close()
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        count_frames(path)
+
+
+def test_mixed_sizes_are_fitted_skipped_or_refused(folder):
+    add(folder, "tall.mp4", encode_mp4(counting(height=80), 8))
+    assert len(VideoFolder(folder, frames=8)) == 3
+    clips = VideoFolder(folder, frames=8, sizes="same")
+    assert clips.skipped == [("tall.mp4", "64x80 pixels, most are 64x48")] and len(clips) == 2
+    with pytest.raises(ValueError, match="1 refused:\n- tall.mp4: 64x80"):
+        VideoFolder(folder, frames=8, sizes="same", problems="refuse")
+
+
+def test_a_clip_that_breaks_later_is_replaced_or_refused(folder, caplog):
+    skip, refuse = (VideoFolder(folder, frames=8, problems=problems) for problems in ("skip", "refuse"))
+    path = folder / "videos" / "a.mp4"
+    path.write_bytes(path.read_bytes()[:500])
+    assert skip[0]["name"] == "b.gif" and "a.mp4 is replaced by the next clip" in caplog.text
+    with pytest.raises(ValueError, match="a.mp4: cut off"):
+        refuse[0]
+
+
+def test_max_samples_takes_the_first_good_clips(folder):
+    add(folder, "0.mp4", b"broken")
+    clips = VideoFolder(folder, frames=8, max_samples=1)
+    assert [clip.path.name for clip in clips.clips] == ["a.mp4"]
+    assert [name for name, _ in clips.skipped] == ["0.mp4"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"frames": 0}, "frames = 0"), ({"stride": -1}, "stride = -1"), ({"max_samples": -2}, "max_samples = -2"),
+    ({"size": (64, 4)}, "width = 4"), ({"problems": "ignore"}, "skip, refuse"), ({"sizes": "odd"}, "any, same"),
+    ({"stride": 4}, "a.mp4: too short, it has 16 of the 61 frames")])
+def test_settings_that_cannot_be_are_named(folder, settings, words):
+    with pytest.raises(ValueError, match=words):
+        VideoFolder(folder, **settings)
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match="no folder videos"):
+        VideoFolder(tmp_path)
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(ValueError, match="has no clip to train on"):
+        VideoFolder(tmp_path)
+
+
+def test_workers_read_each_clip_once(tmp_path, caplog):
+    shapes = MovingShapes(7, frames=4)
+    write_shapes(shapes, tmp_path / "shapes")
+    clips = VideoFolder(tmp_path / "shapes", frames=4, mirror=True)
+    with caplog.at_level(logging.ERROR):
+        batches = list(DataLoader(clips, batch_size=3, num_workers=2, multiprocessing_context="fork"))
+    assert [name for batch in batches for name in batch["name"]] == [f"shape_{i:05}.mp4" for i in range(7)]
+    assert torch.equal(torch.cat([batch["video"] for batch in batches]), torch.stack([item["video"] for item in clips]))
+
+
+def test_shapes_on_disk_are_the_drawn_ones(tmp_path):
+    shapes = MovingShapes(3, frames=6)
+    write_shapes(shapes, tmp_path / "shapes")
+    for drawn, read in zip(shapes, VideoFolder(tmp_path / "shapes", frames=6)):
+        assert read["caption"] == drawn["caption"] and (read["video"] - drawn["video"]).abs().mean() < 0.02
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+    with pytest.raises(ValueError, match="there already"):
+        write_shapes(shapes, tmp_path / "shapes")
+
+
+def test_shapes_that_could_not_all_be_written_leave_nothing(tmp_path, monkeypatch):
+    shapes = MovingShapes(3, frames=6)
+    films = iter([b"film"])
+    monkeypatch.setattr(folders, "encode_mp4", lambda *settings, **more: next(films))
+    with pytest.raises(StopIteration):
+        write_shapes(shapes, tmp_path / "shapes")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,127 @@
+"""Latent shards: what is packed is read back, stopped packing goes on, damaged folders are named."""
+import json
+import pickle
+import sys
+
+import pytest
+import torch
+from stillmotion.nodes.training import shards
+from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.shards import LatentShards, pack
+from torch.utils.data import DataLoader
+
+pytest.importorskip("lmdb")
+
+
+def halve(pixels_THWC):
+    """A VAE of its own: [1, 3, T, H / 4, W / 4]."""
+    return torch.nn.functional.avg_pool2d(pixels_THWC.movedim(-1, 1), 4).movedim(1, 0)[None]
+
+
+@pytest.fixture
+def packed(tmp_path):
+    pack(MovingShapes(5, frames=4), tmp_path / "packed", halve, "halve", per_shard=2)
+    return tmp_path / "packed"
+
+
+def test_what_was_packed_is_read_back(packed):
+    shapes, read = MovingShapes(5, frames=4), LatentShards(packed)
+    assert len(read) == 5 and sorted(path.name for path in packed.iterdir()) == [
+        "index.json", "shard_00000", "shard_00001", "shard_00002"]
+    for clip, item in zip(shapes, read):
+        latent = halve((clip["video"].permute(1, 2, 3, 0) + 1) / 2)[0]
+        assert torch.equal(item["latent"], latent.half().float()) and item["latent"].dtype == torch.float32
+        assert torch.allclose(item["reference"], clip["video"][:, 0], atol=1e-6)
+        assert (item["caption"], item["name"]) == (clip["caption"], clip["name"])
+    assert "5 packed clips" in read.summary() and "[3, 4, 16, 16] by halve" in read.summary()
+    assert len(list(LatentShards(packed, max_samples=3))) == 3
+    with pytest.raises(IndexError):
+        read[5]
+
+
+def test_workers_read_each_clip_once(packed):
+    read = LatentShards(packed)
+    assert torch.equal(read[0]["latent"], LatentShards(packed)[0]["latent"])
+    batches = list(DataLoader(read, batch_size=2, num_workers=2, multiprocessing_context="fork"))
+    assert [name for batch in batches for name in batch["name"]] == [f"shape_{i:05}" for i in range(5)]
+    assert torch.equal(torch.cat([batch["latent"] for batch in batches]), torch.stack([i["latent"] for i in read]))
+    assert torch.equal(pickle.loads(pickle.dumps(read))[4]["latent"], read[4]["latent"])
+
+
+def test_packing_that_was_stopped_goes_on(tmp_path, packed):
+    calls = []
+
+    def fails(pixels_THWC):
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return halve(pixels_THWC)
+
+    shapes = MovingShapes(5, frames=4)
+    with pytest.raises(KeyboardInterrupt):
+        pack(shapes, tmp_path / "new", fails, "halve", per_shard=2)
+    with pytest.raises(ValueError, match="not packed to its end: run the same command again"):
+        LatentShards(tmp_path / "new")
+    pack(shapes, tmp_path / "new", fails, "halve", per_shard=2)
+    assert len(calls) == 4 + 3  # the whole first shard was kept
+    assert all(torch.equal(a["latent"], b["latent"]) for a, b in zip(LatentShards(tmp_path / "new"),
+                                                                     LatentShards(packed)))
+    pack(shapes, tmp_path / "new", fails, "halve", per_shard=2)
+    assert len(calls) == 7
+
+
+def test_packing_does_not_mix_with_what_is_there(tmp_path, packed):
+    with pytest.raises(ValueError, match="count 5, now 6"):
+        pack(MovingShapes(6, frames=4), packed, halve, "halve", per_shard=2)
+    with pytest.raises(ValueError, match="'halve', now 'other'"):
+        pack(MovingShapes(5, frames=4), packed, halve, "other", per_shard=2)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        pack(MovingShapes(5, frames=4), tmp_path / "photos", halve, "halve")
+
+
+def test_latents_that_cannot_be_stored_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="shape_00000 is not finite or beyond fp16"):
+        pack(MovingShapes(1), tmp_path / "new", lambda pixels: halve(pixels) * 1e6, "loud")
+    with pytest.raises(ValueError, match="normalised as imagenet"):
+        pack(MovingShapes(1, normalise="imagenet"), tmp_path / "new", halve, "halve")
+    with pytest.raises(ValueError, match="per_shard = 0"):
+        pack(MovingShapes(1), tmp_path / "new", halve, "halve", per_shard=0)
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, packed):
+    with pytest.raises(ValueError, match="no folder of packed latents"):
+        LatentShards(tmp_path)
+    data = packed / "shard_00001" / "data.mdb"
+    whole = data.read_bytes()
+    data.write_bytes(b"not a data base".ljust(len(whole)))
+    assert LatentShards(packed)[1]["name"] == "shape_00001"  # the other shards are not touched
+    with pytest.raises(ValueError, match="shard_00001 cannot be read"):
+        LatentShards(packed)[2]
+    data.write_bytes(whole[:-4096])
+    with pytest.raises(ValueError, match="shard_00001/data.mdb is cut off"):
+        LatentShards(packed)
+    data.unlink()
+    with pytest.raises(ValueError, match="shard_00001/data.mdb is missing"):
+        LatentShards(packed)
+    data.write_bytes(whole)
+    index = json.loads((packed / "index.json").read_text())
+    index["shards"][0]["count"] = 3
+    (packed / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has no clip 2"):
+        LatentShards(packed)[2]
+    (packed / "index.json").write_text(json.dumps({**index, "version": 9}))
+    with pytest.raises(ValueError, match="version 9"):
+        LatentShards(packed)
+    (packed / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        LatentShards(packed)
+
+
+def test_a_missing_lmdb_is_named(packed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ImportError, match="optional extra .* python -m pip install lmdb"):
+        LatentShards(packed)
+    with pytest.raises(ImportError, match="lmdb"):
+        shards.pack(MovingShapes(1), packed, halve, "halve")
