@@ -18,7 +18,8 @@ class SamplingReport:
     """One run; every column has one value a step, in the order taken. x0 is the prediction before clipping.
 
     settings: one line on how it was sampled. limit: |x0| that counts as `beyond`, clipped if `clip_mode` is not off.
-    values: number of latent values a step, the whole batch together. usual: how far a good latent reaches.
+    values: number of latent values a step, the whole batch together. usual: how far a good latent reaches. origin: a
+    sentence on the layer that was the first to return NaN or Inf, where somebody looked (`probe.watch`).
     """
     settings: str
     clip_mode: str
@@ -28,6 +29,7 @@ class SamplingReport:
     timesteps: list[int]
     columns: dict[str, list[float]]
     usual: float = USUAL
+    origin: str = ""
 
     def verdict(self) -> tuple[str, str]:
         """("good" | "doubtful" | "bad", reason and advice)."""
@@ -56,6 +58,8 @@ class SamplingReport:
         text = f"{count} of {self.values} values are NaN or Inf from {where} on. "
         if self.original:
             return text + "The original tables do that at some step counts: choose the fixed tables."
+        if self.origin:
+            return text + self.origin
         return text + "The model itself returned them: load it as bf16 or fp32 instead of fp16, or check the file."
 
     def text(self) -> str:

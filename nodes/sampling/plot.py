@@ -15,7 +15,7 @@ LEVELS = {"good": (38, 145, 86), "doubtful": (205, 135, 20), "bad": ALARM}
 def draw_report(report: SamplingReport) -> Image.Image:
     """RGB picture of WIDTH x HEIGHT pixels."""
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), PAPER)
-    pen = _Pen(image)
+    pen = Pen(image)
     columns, steps = report.columns, len(report.timesteps)
     _headline(pen, report)
     low = min(*columns["x0_min"], *columns["x_min"], -report.limit)
@@ -40,7 +40,9 @@ def draw_report(report: SamplingReport) -> Image.Image:
     return image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
-class _Pen:
+class Pen:
+    """Draws on an image SCALE times as large as its coordinates say."""
+
     def __init__(self, image):
         self.draw = ImageDraw.Draw(image, "RGBA")
 

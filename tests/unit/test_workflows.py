@@ -16,7 +16,7 @@ def read(path):
 
 
 def test_every_api_graph_has_its_template_and_thumbnail():
-    assert NAMES == ["animate", "image_guidance", "interpolate", "ksampler", "loop"]
+    assert NAMES == ["animate", "diagnose", "image_guidance", "interpolate", "ksampler", "loop"]
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
     assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
 

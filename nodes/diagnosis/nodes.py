@@ -1,0 +1,88 @@
+"""Diagnose Video Model."""
+from pathlib import Path
+
+import folder_paths
+import latent_preview
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..diffusion.ddim import CLIP_MODES
+from .plot import draw_diagnosis
+from .run import DEPTHS, Request, diagnose
+
+FOLDERS = ("checkpoints", "diffusion_models")
+
+
+class DiagnoseModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
+        return io.Schema(
+            node_id="Stillmotion_DiagnoseModel",
+            display_name="Diagnose Video Model",
+            category="Stillmotion/sampling",
+            description="Samples a few steps and says whether model, inputs, VAE and result look right: good, doubtful "
+                        "or bad, with the reason and what to try.",
+            inputs=[
+                io.Model.Input("model", tooltip="Any eps or v video model with 1000 timesteps."),
+                io.Conditioning.Input("positive", tooltip="As for the sampler."),
+                io.Conditioning.Input("negative", tooltip="As for the sampler."),
+                io.Latent.Input("latent", tooltip="As for the sampler: the empty latent, or a video latent."),
+                io.Vae.Input("vae", tooltip="Decodes the result; a picture is sent through it and back."),
+                io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                             tooltip="Noise is drawn on the CPU from this number."),
+                io.Int.Input("steps", default=8, min=1, max=1000,
+                             tooltip="Sampling steps, without added noise (eta 0). A few show most faults; 20 show how "
+                                     "good the result can be."),
+                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
+                               tooltip="Guidance strength, as in the sampler."),
+                io.Combo.Input("clip_x0", options=list(CLIP_MODES), default="off",
+                               tooltip="Clipping of the predicted clean latent, as in the sampler."),
+                io.Float.Input("clip_value", default=3.0, min=0.1, max=100.0, step=0.1,
+                               tooltip="Limit for clip_x0, and what counts as out of range."),
+                io.Combo.Input("depth", options=list(DEPTHS), default="detailed",
+                               tooltip="quick: inputs, sampling and result. detailed: also the norms of all "
+                                       "parameters, the VAE's weights and a round trip, and EMA weights."),
+                io.Boolean.Input("compare_clipping", default=False,
+                                 tooltip="Sample once more with clipping off (or static, where clip_x0 is off), and "
+                                         "say what clipping does; in dB where reference is the true clip."),
+                io.Combo.Input("checkpoint", options=["none", *files], default="none",
+                               tooltip="The model's file: its averaged (EMA) weights are held against the raw ones. "
+                                       "none: not looked at."),
+                io.Image.Input("reference", optional=True,
+                               tooltip="The start image, whose brightness and contrast count as usual; or the true "
+                                       "clip, with which the result is then compared in dB."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="All findings, and the sampling report."),
+                io.String.Output(display_name="report", tooltip="The same in words, with the numbers of every step."),
+                io.String.Output(display_name="verdict", tooltip="good, doubtful or bad: the worst finding."),
+                io.Image.Output(display_name="frames", tooltip="The sampled frames; one grey frame where bad inputs "
+                                                               "prevented sampling."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, vae, seed, steps, cfg, clip_x0, clip_value, depth,
+                compare_clipping, checkpoint, reference=None) -> io.NodeOutput:
+        request = Request(seed, steps, cfg, clip_x0, clip_value, depth, compare_clipping, _path(checkpoint))
+        found, frames = diagnose(model, positive, negative, latent, vae, request, reference,
+                                 latent_preview.prepare_callback(model, steps))
+        plot_HWC = np.asarray(draw_diagnosis(found), dtype=np.float32) / 255
+        if frames is None:
+            frames = torch.full((1, 64, 64, 3), 0.5)
+        return io.NodeOutput(torch.from_numpy(plot_HWC)[None], found.text(), found.level, frames,
+                             ui={"diagnosis": [found.data()]})
+
+
+def _path(name):
+    if name == "none":
+        return None
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, name)
+        if path:
+            return Path(path)
+    raise ValueError(f"There is no file {name!r} in models/{' or models/'.join(FOLDERS)}: choose none or a name that "
+                     "the list shows.")

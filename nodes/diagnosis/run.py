@@ -1,0 +1,127 @@
+"""Runs a model for a few steps and gathers what there is to say about it and everything wired to it."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..common.files import read_checkpoint
+from ..diffusion import diagnosis as judge
+from ..diffusion.ddim import Clip
+from ..diffusion.diagnosis import Diagnosis, Finding
+from ..diffusion.probe import finite, tensors, watch
+from ..sampling.sampler import NUM_TIMESTEPS, DDIMSettings, sample_latent
+
+DEPTHS = ("detailed", "quick")
+TEST_COLOUR, TEST_GROUND = (0.88, 0.18, 0.18), 0.48
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at. depth: one of DEPTHS; checkpoint: file whose averaged weights are looked at, if any."""
+    seed: int
+    steps: int
+    cfg: float
+    clip_x0: str
+    clip_value: float
+    depth: str
+    compare_clipping: bool
+    checkpoint: Path | None
+
+    def __post_init__(self):
+        if self.depth not in DEPTHS:
+            raise ValueError(f"depth is '{self.depth}': choose one of {', '.join(DEPTHS)}.")
+
+    def settings(self, clip_x0: str) -> DDIMSettings:
+        """Deterministic DDIM (eta 0), the rest as the model recommends."""
+        return DDIMSettings(self.steps, self.cfg, 0.0, "auto", -1.0, 1.0, 0.0, Clip(clip_x0, self.clip_value, False), 0,
+                            NUM_TIMESTEPS, "fixed")
+
+
+def diagnose(model, positive, negative, latent: dict, vae, request: Request, reference_THWC: Tensor | None,
+             callback: Callable | None = None) -> tuple[Diagnosis, Tensor | None]:
+    """(diagnosis, decoded frames [T, H, W, C] or None where nothing could be sampled).
+
+    reference: the start image, or the true clip, in 0..1. Raises ValueError for inputs that do not fit together;
+    NaN or Inf in them is a finding and ends the diagnosis before sampling.
+    """
+    findings = _look_at_inputs(model, positive, negative, latent)
+    network = model.model.diffusion_model
+    if request.depth == "detailed":
+        findings.append(judge.judge_parameters("parameters", network))
+        findings += _look_at_file(request.checkpoint)
+    if not finite(tensors([latent["samples"], positive, negative])):
+        return Diagnosis(tuple(findings), None), None
+
+    def sample(clip_x0: str):
+        with watch(network) as probe:
+            samples, report = sample_latent(model, positive, negative, latent, request.seed, request.settings(clip_x0),
+                                            callback=callback)
+        report = replace(report, origin=probe.origin.text() if probe.origin else "")
+        return report, vae.decode(samples["samples"])[0].float()
+
+    report, frames_THWC = sample(request.clip_x0)
+    findings.append(Finding("sampling", *report.verdict()))
+    if request.depth == "detailed":
+        findings += _look_at_vae(vae, latent, reference_THWC)
+    findings.append(judge.judge_decoded(frames_THWC, reference_THWC))
+    if _same_clip(frames_THWC, reference_THWC) and finite([frames_THWC]):
+        findings.append(Finding("true clip", "good", f"PSNR {judge.psnr(frames_THWC, reference_THWC):.1f} dB against "
+                                                     "the reference."))
+    if request.compare_clipping:
+        other, other_THWC = sample("off" if request.clip_x0 != "off" else "static")
+        runs = [(report, frames_THWC), (other, other_THWC)]
+        plain, clipped = runs if request.clip_x0 == "off" else runs[::-1]
+        quality = None
+        if _same_clip(frames_THWC, reference_THWC):
+            quality = tuple(judge.psnr(torch.nan_to_num(run[1]), reference_THWC) for run in (plain, clipped))
+        findings.append(judge.judge_clipping(plain[0], clipped[0], quality))
+    return Diagnosis(tuple(findings), report), frames_THWC
+
+
+def _look_at_inputs(model, positive, negative, latent):
+    scaled = model.model.process_latent_in
+    findings = [judge.judge_latent("latent", scaled(latent["samples"]) if latent["samples"].any() else
+                                   latent["samples"])]
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        for tokens, values in conditioning:
+            findings.append(judge.judge_tokens(f"{name} text", tokens))
+            image = values.get("concat_latent_image")
+            if image is not None and name == "positive":
+                findings.append(judge.judge_latent("start image", scaled(image)))
+    return findings
+
+
+def _look_at_file(path):
+    if path is None:
+        return []
+    finding = judge.judge_ema(read_checkpoint(path).tensors)
+    return [finding or Finding("EMA", "good", f"{path.name} holds one set of weights, so there is nothing to compare.")]
+
+
+def _look_at_vae(vae, latent, reference_THWC):
+    """Weights and round trip; without a reference the picture is a red disc on grey."""
+    weights = judge.judge_parameters("VAE weights", vae.first_stage_model)
+    height, width = (edge * vae.spacial_compression_decode() for edge in latent["samples"].shape[-2:])
+    if reference_THWC is None:
+        picture_HWC = _test_picture(height, width)
+    else:
+        first_1CHW = reference_THWC[:1, ..., :3].movedim(-1, 1)
+        picture_HWC = comfy.utils.common_upscale(first_1CHW, width, height, "area", "center")[0].movedim(0, -1)
+    encoded = vae.encode(picture_HWC[None])
+    back = vae.decode(encoded).reshape(-1, *picture_HWC.shape)[0].float().to(picture_HWC.device)
+    return [weights, judge.judge_round_trip(picture_HWC, back)]
+
+
+def _test_picture(height, width):
+    y, x = torch.meshgrid(torch.arange(height) - height / 2, torch.arange(width) - width / 2, indexing="ij")
+    cover_HW1 = (min(height, width) / 4 - (x * x + y * y).sqrt()).clamp(0, 1)[..., None]
+    return cover_HW1 * torch.tensor(TEST_COLOUR) + (1 - cover_HW1) * TEST_GROUND
+
+
+def _same_clip(frames_THWC, reference_THWC):
+    return reference_THWC is not None and reference_THWC.shape == frames_THWC.shape
