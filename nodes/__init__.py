@@ -19,6 +19,8 @@ NODES = [
     ("causal_wan", "PromptTimelineNode"),
     ("causal_wan.sampling", "BlockAutoregressiveSampler"),
     ("causal_wan.sampling", "BlockAutoregressiveToFile"),
+    ("video_unet", "LoadVideoUNet"),
+    ("video_unet", "VideoUNetConditions"),
     ("common", "SaveVideo"),
 ]
 

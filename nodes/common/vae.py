@@ -1,4 +1,6 @@
-"""The Stable-Diffusion autoencoder on video latents: ComfyUI's own VAE with the frame axis folded into the batch."""
+"""Image autoencoders on video latents: ComfyUI's own VAE with the frame axis folded into the batch."""
+
+import copy
 
 import comfy.sd
 import comfy.utils
@@ -17,21 +19,12 @@ def vae_shapes(ddconfig, embed_dim):
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-class VideoVAE(comfy.sd.VAE):
-    """`comfy.sd.VAE` that also takes and gives latents [B, C, T, h, w].
+class FoldedFrames:
+    """Put before a VAE class of images: it also takes and gives latents [B, C, T, h, w].
 
     Encoding N images [N, H, W, C] gives one clip [1, C, N, h, w], the posterior mean; decoding 5-D latents gives
     [B, T, H, W, C] in 0..1, decoding 4-D ones images as ever.
-
-    `state_dict` holds the weights without prefix, `ddconfig` and `embed_dim` come from the official YAML,
-    `dtype` None leaves the choice to ComfyUI.
     """
-
-    def __init__(self, state_dict, ddconfig, embed_dim, dtype=None):
-        super().__init__(sd=state_dict, config={"params": {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}},
-                         dtype=dtype)
-        self.latent_channels = embed_dim
-        self.downscale_ratio = self.upscale_ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
 
     def encode(self, pixel_samples, *args, **kwargs):
         encode = super().encode
@@ -73,6 +66,34 @@ class VideoVAE(comfy.sd.VAE):
         if latents.ndim == 4:
             return decode(latents)
         return decode(latents.movedim(1, 2).flatten(0, 1)).unflatten(0, (len(latents), -1))
+
+
+class VideoVAE(FoldedFrames, comfy.sd.VAE):
+    """The Stable-Diffusion autoencoder of video latents.
+
+    `state_dict` holds the weights without prefix, `ddconfig` and `embed_dim` come from the official YAML,
+    `dtype` None leaves the choice to ComfyUI.
+    """
+
+    def __init__(self, state_dict, ddconfig, embed_dim, dtype=None):
+        super().__init__(sd=state_dict, config={"params": {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}},
+                         dtype=dtype)
+        self.latent_channels = embed_dim
+        self.downscale_ratio = self.upscale_ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
+
+
+def pixel_vae():
+    """For models that work on pixels: core's conversion between 0..1 and -1..1, on clips [B, 3, T, H, W]."""
+    return fold_frames(comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}))
+
+
+def fold_frames(vae):
+    """The same VAE for clips; one that knows frames already (of video, or folded) comes back as it is."""
+    if vae.latent_dim == 3 or isinstance(vae, FoldedFrames):
+        return vae
+    folded = copy.copy(vae)
+    folded.__class__ = type("FoldedVAE", (FoldedFrames, type(vae)), {})
+    return folded
 
 
 def _in_chunks(work, frames, pixels_per_frame):

@@ -6,10 +6,10 @@ Tensor names end in their layout: B clips, H height, W width, C channels, T fram
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.clip import encode_tokens
+from ..common.images import check_finite, check_size, encode_images, fit_image
 
 MODES = ("animate", "interpolate", "loop")
 
@@ -24,18 +24,8 @@ def check_images(image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str) -> N
         raise ValueError(f"Mode {mode} takes one image, but image2 is connected: disconnect it, or choose interpolate "
                          "(with the 512_interp model).")
     for name, images in (("image", image_BHWC), ("image2", image2_BHWC)):
-        if images is not None and not images.isfinite().all():
-            raise ValueError(f"The {name} holds {(~images.isfinite()).sum().item()} NaN or infinite values. Look at "
-                             "the node that made it (a VAE in half precision?).")
-
-
-def check_size(width: int, height: int, multiple: int) -> None:
-    """Raise ValueError, with the nearest good values, for a side that the VAE cannot divide."""
-    for name, side in (("width", width), ("height", height)):
-        if side < multiple or side % multiple:
-            below = max(multiple, side // multiple * multiple)
-            raise ValueError(f"{name} is {side}: it must be a multiple of {multiple}. Nearest: {below} or "
-                             f"{below + multiple}.")
+        if images is not None:
+            check_finite(name, images)
 
 
 def check_counts(frames: int, batch_size: int, images: int, images2: int | None, mode: str) -> int:
@@ -50,25 +40,6 @@ def check_counts(frames: int, batch_size: int, images: int, images2: int | None,
         raise ValueError(f"Batch sizes do not match: image {images}, image2 {images2 or 'none'}, batch_size "
                          f"{batch_size}. Each must be 1 or one common number.")
     return max(given, default=1)
-
-
-def fit_image(image_BHWC: Tensor, width: int, height: int) -> Tensor:
-    """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1."""
-    image_BCHW = image_BHWC[..., :3].movedim(-1, 1).float()
-    old_height, old_width = image_BCHW.shape[2:]
-    if (old_width, old_height) != (width, height):
-        kept_width = min(old_width, max(1, round(old_height * width / height)))
-        kept_height = min(old_height, max(1, round(old_width * height / width)))
-        left, top = (old_width - kept_width) // 2, (old_height - kept_height) // 2
-        image_BCHW = image_BCHW[:, :, top:top + kept_height, left:left + kept_width]
-        image_BCHW = F.interpolate(image_BCHW, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    return image_BCHW.movedim(1, -1)
-
-
-def encode_images(vae, image_BHWC: Tensor) -> Tensor:
-    """Posterior means [B, 4, h, w] of single images; our VAE stacks them over time, core's image VAEs as a batch."""
-    latent = vae.encode(image_BHWC)
-    return latent[0].movedim(1, 0) if latent.ndim == 5 else latent
 
 
 def condition_frames(start_BCHW: Tensor, end_BCHW: Tensor | None, frames: int) -> Tensor:

@@ -1,0 +1,40 @@
+"""A small untrained video U-Net, and what the tests need around it."""
+import torch
+from stillmotion.nodes.common.files import Checkpoint
+from stillmotion.nodes.video_unet import checkpoint as loader
+from stillmotion.nodes.video_unet.config import HEADER, VideoUNetConfig, to_json
+from stillmotion.nodes.video_unet.unet import VideoUNetParams, new_network
+
+
+def make_params(**changes) -> VideoUNetParams:
+    sizes = {"channels": 4, "model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1,
+             "spatial_attention": (1,), "head_channels": 8, "context_dim": 32, "additional_condition_dim": 0}
+    return VideoUNetParams(**sizes | changes)
+
+
+def make_config(params=None, **changes) -> VideoUNetConfig:
+    values = {"params": params or make_params(), "schedule": "cosine", "prediction": "v", "frames": 6, "height": 64,
+              "width": 64, "space": "latent", "scale_factor": 0.5, "spatial_factor": 8, "temporal_factor": 1,
+              "text_encoder": "demo"}
+    return VideoUNetConfig(**values | changes)
+
+
+def random_network(params, seed=1):
+    """As at the start of training, but with all layers at work."""
+    net = new_network(params, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for value in net.parameters():
+        if not value.any():
+            value.data.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    return net
+
+
+def as_checkpoint(net, config) -> Checkpoint:
+    return Checkpoint("test.safetensors", {key: value.clone() for key, value in net.state_dict().items()},
+                      {HEADER: to_json(config)})
+
+
+def make_model(config=None, network=None, **changes):
+    """A MODEL around a small network."""
+    config = config or make_config(**changes)
+    return loader.load(as_checkpoint(network or random_network(config.params), config), "fp32")
