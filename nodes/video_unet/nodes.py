@@ -30,8 +30,8 @@ class LoadVideoUNet(io.ComfyNode):
             inputs=[
                 io.Combo.Input("checkpoint", options=["demo", *_names()],
                                tooltip="A file in models/checkpoints or models/diffusion_models, written by Train "
-                                       "Video Model. demo is the small model that comes with this pack: moving shapes, 16 "
-                                       "frames of 64x64."),
+                                       "Video Model. demo is the small model that comes with this pack: moving "
+                                       "shapes, 16 frames of 64x64."),
                 io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device."),
                 io.Vae.Input("vae", optional=True,
