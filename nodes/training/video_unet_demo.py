@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import read_checkpoint
-from ..diffusion.schedule import DiffusionParams, make_alphas_cumprod
+from ..diffusion.schedule import make_alphas_cumprod
 from ..dynamicrafter import checkpoint as dynamicrafter
+from ..video_unet.checkpoint import save
+from ..video_unet.config import VideoUNetConfig
 from ..video_unet.unet import VideoUNet, VideoUNetParams, new_network
 from . import data, objectives
 from .loop import fit
@@ -26,8 +28,9 @@ CLIPS = 4800
 RETURNING = 0.1               # share of clips that go out and come back; they are learned from both ends only
 PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num_res_blocks=1, spatial_attention=(1,),
                          head_channels=16, context_dim=32, additional_condition_dim=0)
-DIFFUSION = DiffusionParams(parameterization="v", linear_start=0.0, linear_end=0.0, zero_snr=False, base_scale=None,
-                            spacing="uniform_trailing", guidance_rescale=0.0, shape="cosine")
+CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frames=FRAMES, height=64, width=64,
+                         space="latent", scale_factor=SCALE_FACTOR, spatial_factor=8, temporal_factor=1,
+                         text_encoder="demo")
 TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples
 
 
@@ -73,7 +76,7 @@ def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tenso
 def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
           on_save=None) -> nn.Module:
     """The network's moving average after `steps` steps. One text in ten is dropped, for guidance."""
-    alphas = make_alphas_cumprod(DIFFUSION).float()
+    alphas = make_alphas_cumprod(CONFIG.diffusion).float()
 
     def loss_of(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (batch,), generator=generator)
@@ -82,7 +85,7 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         mask = draw_masks(encodings["ends"][pick], FRAMES, generator)
         z = encodings["latents"][pick].float() * SCALE_FACTOR
-        return objectives.video_unet_loss(net, z, mask, text, alphas, DIFFUSION.parameterization, generator, emphasis=5)
+        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5)
 
     return fit(net, loss_of, steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998, save_every=100,
                on_save=on_save)
@@ -91,3 +94,10 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
 def demo_network() -> VideoUNet:
     """The untrained network."""
     return new_network(PARAMS, seed=30)
+
+
+def make_video_unet_demo(folder: Path, target: Path, steps: int = 3000) -> None:
+    """The training in `folder` (what is there is gone on with), then the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    net = train(demo_network(), encode_clips(folder), folder / "video_unet.pt", steps)
+    save(target, net, CONFIG)
