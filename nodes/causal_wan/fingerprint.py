@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAMPLES = 4096     # numbers of each weight that are looked at: a fine-tune changes nearly all of them
+SAMPLES = 1024     # numbers of each weight that are looked at: a fine-tune changes nearly all of them
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 

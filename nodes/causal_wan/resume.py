@@ -70,20 +70,24 @@ class BlockFolder:
                 damaged.append(f"{self.file(index).name} ({error})")
                 continue
             if entry["history"] != expected.history(index):
-                raise ValueError(
-                    f"The resume folder {self.path} holds blocks of another run. {self._difference(index, entry)} Set "
-                    "it back to go on with that run, or name another folder (or delete this one) to begin anew.")
+                raise ValueError(f"The resume folder {self.path} holds blocks of another run. "
+                                 f"{self._difference(index, entry)}")
         if damaged:
             raise ValueError(f"Damaged blocks in the resume folder {self.path}: {'; '.join(damaged)}. Delete these "
                              "files and queue again: they are made anew, the others are kept.")
 
     def _difference(self, index: int, entry: dict) -> str:
-        """What made block `index` of the folder differ from what would make it now."""
-        for name, stored, now in (("", entry["settings"], self.fingerprint.settings),
-                                  (f" of block {index}", entry["block"], self.fingerprint.blocks[index])):
-            stored, now = json.loads(json.dumps(stored)), json.loads(json.dumps(now))
-            changes = [f"{key}{name} was {stored.get(key, 'not there')}, now it is {now.get(key, 'not there')}"
-                       for key in sorted({*stored, *now}) if stored.get(key) != now.get(key)]
-            if changes:
-                return f"Changed: {'; '.join(changes)}."
-        return f"Changed: a block before block {index}, whose file is missing."
+        """What made block `index` of the folder differ from what would make it now, and what to do."""
+        settings = changes(entry["settings"], self.fingerprint.settings)
+        if settings:
+            return f"{settings}. Set it back to go on with that run, or name another folder to begin anew."
+        block = changes(entry["block"], self.fingerprint.blocks[index]) or "an earlier block, whose file is missing"
+        return (f"Of block {index}: {block}. Set it back to go on with that run, delete {self.file(index).name} and "
+                "the files after it to make these blocks anew, or name another folder.")
+
+
+def changes(stored: dict, now: dict) -> str:
+    """The entries that differ, with both values."""
+    stored, now = json.loads(json.dumps(stored)), json.loads(json.dumps(now))
+    return "; ".join(f"{key} was {stored.get(key)}, now it is {now.get(key)}" for key in sorted({*stored, *now})
+                     if stored.get(key) != now.get(key))

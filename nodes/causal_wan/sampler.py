@@ -257,9 +257,11 @@ def run_fingerprint(model, conds: dict, latent: dict, plan: Plan, settings: Bloc
     prompts = {name: digest({key: value for key, value in found.items() if key != "c_concat"})
                for name, found in entries.items()}
     steps, first = parse_steps(settings.steps), settings.first_steps.strip()
-    whole = {**asdict(settings), "steps": steps, "first_steps": parse_steps(first) if first else steps,
-             "seed": seed, "format": FORMAT, **model_digests(model),
-             "dtype": str(inference_dtype(model.model)), "attention": digest(optimized_attention),
+    chosen = {name: value for name, value in asdict(settings).items()
+              if name not in ("block", "independent_first", "short_last")}  # every block tells its length
+    whole = {**chosen, "steps": steps, "first_steps": parse_steps(first) if first else steps, "seed": seed,
+             "format": FORMAT, **model_digests(model), "attention": digest(optimized_attention),
+             "weights": str(model.model.get_dtype()), "dtype": str(inference_dtype(model.model)),
              "device": comfy.model_management.get_torch_device_name(model.load_device),
              "latent size": list(samples.shape[:2] + samples.shape[3:]), "start": list(start or ()),
              "start latent": digest(samples[:, :, :start.frames if start else 0]), "negative": prompts.get("negative")}

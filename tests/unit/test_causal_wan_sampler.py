@@ -7,6 +7,18 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+from causal_wan_run_stub import (
+    HEIGHT,
+    WIDTH,
+    conditioning,
+    distance,
+    draw,
+    latent,
+    sample,
+    settings,
+    tensors,
+    timeline_of,
+)
 from causal_wan_stub import SIZES, load
 from causal_wan_stub import tensors as weak_tensors
 from comfy.cli_args import LatentPreviewMethod, args
@@ -14,69 +26,17 @@ from comfy.patcher_extension import WrappersMP
 from stillmotion.nodes.causal_wan.attention import torch_attention
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
 from stillmotion.nodes.causal_wan.cache import KVCache
-from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, START_KEY, StartFrames
+from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.model import CausalWan
 from stillmotion.nodes.causal_wan.noise import seeded_noise
-from stillmotion.nodes.causal_wan.sampler import BlockSettings, make_plan, parse_steps, prepare
+from stillmotion.nodes.causal_wan.sampler import make_plan, parse_steps, prepare
 from stillmotion.nodes.causal_wan.sampling import nodes
-from stillmotion.nodes.causal_wan.timeline import PromptTimeline
-
-HEIGHT, WIDTH = 4, 6
 
 
 @pytest.fixture(autouse=True)
 def as_in_the_host():
     with torch.inference_mode():
         yield
-
-
-def tensors(kind="t2v"):
-    """Weights large enough for cache, prompt and image to show in the result."""
-    return {key: 3 * value for key, value in weak_tensors(kind).items()}
-
-
-def settings(**changes):
-    chosen = dict(steps="1000, 500", first_steps="", shift=5.0, warp=True, block=2, independent_first=False,
-                  short_last=False, window=-1, sink=0, endless=False, context_noise=0.0, cfg=1.0, global_sink=True)
-    return BlockSettings(**chosen | changes)
-
-
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def conditioning(kind, frames, seed):
-    """A prompt of random tokens; for image to video with y and image tokens."""
-    params, values = SIZES[kind], {}
-    if params.i2v:
-        mask = torch.ones(1, 1, frames, HEIGHT, WIDTH)
-        mask[:, :, :1] = 0
-        values = {"concat_latent_image": draw(20, 1, params.out_dim, frames, HEIGHT, WIDTH), "concat_mask": mask,
-                  "clip_vision_output": SimpleNamespace(penultimate_hidden_states=draw(seed + 100, 1, 5, 20))}
-    return [[draw(seed, 1, 5 + seed, params.text_dim), values]]
-
-
-def latent(kind, frames, batch=1, start=None):
-    shape = (batch, SIZES[kind].out_dim, frames, HEIGHT, WIDTH)
-    if start is None:
-        return {"samples": torch.zeros(shape)}
-    return {"samples": draw(30, *shape), START_KEY: start}
-
-
-def timeline_of(kind, frames, *starts):
-    return PromptTimeline(starts, tuple([[text, {}]] for text in (
-        conditioning(kind, frames, 10 + index)[0][0] for index in range(len(starts))))) if starts else None
-
-
-def sample(kind="t2v", frames=4, batch=1, start=None, switches=(), seed=3, model=None, callback=None, **changes):
-    model = model or load(tensors(kind), weight_dtype="fp32")
-    run = prepare(model, conditioning(kind, frames, 1), conditioning(kind, frames, 2),
-                  latent(kind, frames, batch, start), timeline_of(kind, frames, *switches), seed, settings(**changes))
-    return run.sample(callback)["samples"]
 
 
 def by_hand(kind, frames, batch, start, switches, seed=3, **changes):
@@ -315,6 +275,14 @@ def refused():
         "no tokens": (i2v(drop("clip_vision_output")), "needs image tokens"),
         "no y": (i2v(drop("concat_latent_image")), "masked image latent"),
         "y of another size": (i2v(put(latent=other)), "latent is 6 x 4 x 6, the conditioning .* 4 x 4 x 6"),
+        "switch in the last block": (put(timeline=timeline_of("t2v", 4, 2, 3)),
+                                     "from latent frame 3 is never used: no block .* begin at 0, 2 .the last one at 2"),
+        "two switches in one block": (put(timeline=timeline_of("t2v", 4, 1, 2)), "frame 1 is never used: the next"),
+        "independent first": (put(latent=latent("t2v", 5)), "switch independent_first on, or .* short_last_block"),
+        "no independent first": (change(independent_first=True), "switch independent_first off"),
+        "concat, independent first": (i2v(put(positive=conditioning("i2v", 5, 1),
+                                              latent=latent("i2v", 5, 1, StartFrames(CONCAT, 0, 2, False)))),
+                                      "5 latent frames do not split .* switch independent_first on"),
         "switch too late": (put(timeline=timeline_of("t2v", 4, 2, 4)), "begins at latent frame 4.*0 to 3"),
         "two entries": (put(positive=2 * conditioning("t2v", 4, 1)), "positive conditioning has 2 entries"),
         "region": (put(positive=[[draw(1, 1, 5, 24), {"area": (1, 1, 0, 0)}]]), "has area"),
