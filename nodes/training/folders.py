@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..common.video import encode_mp4
 from . import data
 from .dataset import Clips, MovingShapes
-from .frames import count_frames, fit_frames, frames_needed, pick_frames, read_frames
+from .frames import count_frames, fit_frames, frames_needed, iterate_frames, pick_frames, read_frames
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class VideoFolder(Clips):
             raise ValueError(f"{self.folder}: {self._problems()}\nMend or remove them, or choose to skip them.")
         if not self.clips:
             raise ValueError(f"{self.folder} has no clip to train on. {self._problems()}".rstrip())
-        for name, reason in self.skipped:
-            log.warning("%s: %s is skipped: %s", self.folder, name, reason)
+        if self.skipped:
+            log.warning("%s: %s", self.folder, self._problems())
 
     def _scan(self, same: bool, most: int | None) -> None:
         sizes = {}
@@ -85,7 +86,7 @@ class VideoFolder(Clips):
             usual, _ = Counter(sizes.values()).most_common(1)[0]
             self.skipped += [(path.name, f"{size[1]}x{size[0]} pixels, most are {usual[1]}x{usual[0]}")
                              for path, size in sizes.items() if size != usual]
-            self.clips = [clip for clip in self.clips if sizes[clip.path] == usual][:most]
+            self.clips = [clip for clip in self.clips if sizes[clip.path] == usual][:most or None]
         names = {_stem(path) for path in paths}
         self.skipped += [(f"captions/{path.name}", "there is no video of this name")
                          for path in sorted((self.folder / "captions").glob("*.txt")) if path.stem not in names]
@@ -126,6 +127,21 @@ class VideoFolder(Clips):
                                      "clips.") from error
                 log.warning("%s: %s is replaced by the next clip: %s", self.folder, clip.path.name, error)
         raise ValueError(f"{self.folder}: not one of {len(self)} clips can be read any more.")
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """(name, reason) of the clips whose frames cannot all be decoded; takes as long as playing them fast."""
+        found = []
+        for clip in self.clips:
+            try:
+                for _ in iterate_frames(clip.path, range(clip.frames)):
+                    pass
+            except ValueError as error:
+                found.append((clip.path.name, str(error)))
+        return found
+
+    def contents(self) -> str:
+        digest = sha256("\n".join(f"{clip.path.name} {clip.frames} {clip.caption}" for clip in self.clips).encode())
+        return f"{super().contents()}, {digest.hexdigest()[:16]}"
 
     def summary(self) -> str:
         how = f"every {self.stride}. frame" if self.stride else "evenly in time"

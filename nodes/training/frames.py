@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from random import Random
 
@@ -32,16 +33,35 @@ def open_video(path: Path) -> av.container.InputContainer:
     return container
 
 
-def decode(path: Path, last: int):
-    """Yield the frames [H, W, 3] uint8 of a file, upright, up to number `last`."""
+def decode(path: Path, numbers: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number, frame [H, W, 3] uint8, upright) for these frames of a file; ValueError at what is damaged."""
+    last = max(numbers)
     with open_video(path) as container:
         try:
             for number, frame in enumerate(container.decode(video=0)):
-                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                if number in numbers:
+                    yield number, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 if number == last:
                     return
         except av.error.FFmpegError as error:
             raise ValueError(f"damaged ({error.strerror})") from error
+    raise ValueError(f"damaged, it ends before frame {last}")
+
+
+def iterate_frames(path: Path, numbers: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """As `decode`, of a folder of images too. A video is decoded from its beginning, so cut long ones into clips.
+
+    ValueError also where the frames differ in size.
+    """
+    found = decode(path, numbers)
+    if path.is_dir():
+        images = images_in(path)
+        found = ((number, next(decode(images[number], (0,)))[1]) for number in sorted(numbers))
+    shape = None
+    for number, frame in found:
+        if frame.shape != (shape := shape or frame.shape):
+            raise ValueError("its frames have different sizes")
+        yield number, frame
 
 
 def count_frames(path: Path) -> int:
@@ -64,21 +84,8 @@ def count_frames(path: Path) -> int:
 
 
 def read_frames(path: Path, numbers: list[int]) -> Tensor:
-    """Frames of these ascending numbers as uint8 [T, H, W, 3]; ValueError where they cannot be read or differ in size.
-
-    A video is decoded from its beginning, so cut long ones into clips.
-    """
-    if path.is_dir():
-        images = images_in(path)
-        found = {number: next(decode(images[number], 0)) for number in set(numbers)}
-    else:
-        wanted = set(numbers)
-        found = {number: frame for number, frame in enumerate(decode(path, numbers[-1])) if number in wanted}
-    missing = sorted(set(numbers) - set(found))
-    if missing:
-        raise ValueError(f"damaged, frame {missing[0]} is not to be had")
-    if len({frame.shape for frame in found.values()}) > 1:
-        raise ValueError("its images have different sizes")
+    """Frames of these numbers as uint8 [T, H, W, 3]; ValueError as `iterate_frames`."""
+    found = dict(iterate_frames(path, set(numbers)))
     return torch.from_numpy(np.stack([found[number] for number in numbers]))
 
 

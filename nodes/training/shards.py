@@ -38,8 +38,8 @@ def pack(clips: Clips, folder: str | Path, encode: Callable[[Tensor], Tensor], v
          progress: Callable[[int, int], None] = lambda done, count: None) -> None:
     """Encode `clips` into `folder`, or go on where that was stopped.
 
-    `encode` takes frames [T, H, W, 3] in 0..1 and gives a latent [1, C, T, h, w], as ComfyUI's VAE does; `vae` is the
-    name it goes by in the index. progress(done, count) is called after every clip. ValueError where the folder holds
+    `encode` takes a clip [3, T, H, W] in -1..1 and gives its latent [C, T, h, w]; `vae` is the name of the encoder in
+    the index. progress(done, count) is called after every clip. ValueError where the folder holds
     something else.
     """
     folder, lmdb = Path(folder), import_lmdb()
@@ -47,7 +47,7 @@ def pack(clips: Clips, folder: str | Path, encode: Callable[[Tensor], Tensor], v
         raise ValueError(f"per_shard = {per_shard} was given; give at least 1 clip.")
     if clips.normalise != "-1..1":
         raise ValueError(f"clips normalised as {clips.normalise} were given; a VAE takes them as -1..1.")
-    plan = {"version": VERSION, "vae": vae, "clips": clips.summary(), "count": len(clips), "per_shard": per_shard}
+    plan = {"version": VERSION, "vae": vae, "clips": clips.contents(), "count": len(clips), "per_shard": per_shard}
     if folder.is_dir() and any(folder.iterdir()):
         _check_same(folder, plan)
     else:
@@ -80,7 +80,7 @@ def _check_same(folder: Path, plan: dict) -> None:
 def _rows(number: int, item: dict, encode: Callable[[Tensor], Tensor]) -> dict[bytes, bytes]:
     """The rows of one clip: what is text as JSON, what is numbers as .safetensors."""
     video_CTHW = item["video"]
-    latent = encode((video_CTHW.permute(1, 2, 3, 0) + 1) / 2)[0].float()
+    latent = encode(video_CTHW).float()
     if not torch.isfinite(latent).all() or latent.abs().max() > torch.finfo(torch.float16).max:
         raise ValueError(f"the latent of {item['name']} is not finite or beyond fp16; the VAE does not fit these "
                          "clips or is damaged.")

@@ -194,6 +194,19 @@ def test_max_samples_takes_the_first_good_clips(folder):
     clips = VideoFolder(folder, frames=8, max_samples=1)
     assert [clip.path.name for clip in clips.clips] == ["a.mp4"]
     assert [name for name, _ in clips.skipped] == ["0.mp4"]
+    assert len(VideoFolder(folder, frames=8, max_samples=0, sizes="same")) == 2
+
+
+def test_damage_inside_a_film_is_found_by_decoding_it(folder):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8)
+    add(folder, "noise.mp4", encode_mp4(noise, 8))
+    path = folder / "videos" / "noise.mp4"
+    film = bytearray(path.read_bytes())
+    middle = film.index(b"mdat") + (len(film) - film.index(b"mdat")) // 2
+    film[middle:middle + 4000] = bytes(4000)
+    path.write_bytes(film)
+    (name, reason), = VideoFolder(folder, frames=8).damaged()
+    assert name == "noise.mp4" and "damaged" in reason
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -7,15 +7,16 @@ import pytest
 import torch
 from stillmotion.nodes.training import shards
 from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.folders import VideoFolder, write_shapes
 from stillmotion.nodes.training.shards import LatentShards, pack
 from torch.utils.data import DataLoader
 
 pytest.importorskip("lmdb")
 
 
-def halve(pixels_THWC):
-    """A VAE of its own: [1, 3, T, H / 4, W / 4]."""
-    return torch.nn.functional.avg_pool2d(pixels_THWC.movedim(-1, 1), 4).movedim(1, 0)[None]
+def halve(video_CTHW):
+    """A VAE of its own: [3, T, H / 4, W / 4]."""
+    return torch.nn.functional.avg_pool2d(video_CTHW, 4)
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_what_was_packed_is_read_back(packed):
     assert len(read) == 5 and sorted(path.name for path in packed.iterdir()) == [
         "index.json", "shard_00000", "shard_00001", "shard_00002"]
     for clip, item in zip(shapes, read):
-        latent = halve((clip["video"].permute(1, 2, 3, 0) + 1) / 2)[0]
+        latent = halve(clip["video"])
         assert torch.equal(item["latent"], latent.half().float()) and item["latent"].dtype == torch.float32
         assert torch.allclose(item["reference"], clip["video"][:, 0], atol=1e-6)
         assert (item["caption"], item["name"]) == (clip["caption"], clip["name"])
@@ -51,11 +52,11 @@ def test_workers_read_each_clip_once(packed):
 def test_packing_that_was_stopped_goes_on(tmp_path, packed):
     calls = []
 
-    def fails(pixels_THWC):
+    def fails(video):
         calls.append(0)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return halve(pixels_THWC)
+        return halve(video)
 
     shapes = MovingShapes(5, frames=4)
     with pytest.raises(KeyboardInterrupt):
@@ -75,6 +76,11 @@ def test_packing_does_not_mix_with_what_is_there(tmp_path, packed):
         pack(MovingShapes(6, frames=4), packed, halve, "halve", per_shard=2)
     with pytest.raises(ValueError, match="'halve', now 'other'"):
         pack(MovingShapes(5, frames=4), packed, halve, "other", per_shard=2)
+    write_shapes(MovingShapes(2, frames=4), tmp_path / "shapes")
+    pack(VideoFolder(tmp_path / "shapes", frames=4), tmp_path / "films", halve, "halve")
+    (tmp_path / "shapes" / "captions" / "shape_00001.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="begun with clips '2 clips from shapes"):
+        pack(VideoFolder(tmp_path / "shapes", frames=4), tmp_path / "films", halve, "halve")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(ValueError, match="holds other files"):
@@ -83,7 +89,7 @@ def test_packing_does_not_mix_with_what_is_there(tmp_path, packed):
 
 def test_latents_that_cannot_be_stored_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shape_00000 is not finite or beyond fp16"):
-        pack(MovingShapes(1), tmp_path / "new", lambda pixels: halve(pixels) * 1e6, "loud")
+        pack(MovingShapes(1), tmp_path / "new", lambda video: halve(video) * 1e6, "loud")
     with pytest.raises(ValueError, match="normalised as imagenet"):
         pack(MovingShapes(1, normalise="imagenet"), tmp_path / "new", halve, "halve")
     with pytest.raises(ValueError, match="per_shard = 0"):

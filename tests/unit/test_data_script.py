@@ -1,0 +1,49 @@
+"""workflows/data.py: what it writes, prints and returns."""
+import argparse
+import os
+
+import data as script
+import pytest
+from stillmotion.nodes.training.folders import VideoFolder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script in this Python, where the pack is there already; (exit code or message, printed text)."""
+    monkeypatch.setattr(script.host, "reexec", lambda comfyui: os.environ["STILLMOTION_COMFYUI"])
+    monkeypatch.setattr(script.inprocess, "import_pack", lambda comfyui: None)
+
+    def call(*arguments):
+        monkeypatch.setattr(script.sys, "argv", ["data.py", *map(str, arguments)])
+        try:
+            code = script.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_shapes_are_written_and_found_whole(run, tmp_path):
+    code, text = run("shapes", tmp_path / "shapes", "--count", 3, "--num_frames", 4, "--frame_size", 32)
+    assert not code and "3 clips of moving shapes" in text
+    assert len(VideoFolder(tmp_path / "shapes", frames=4, size=(32, 32))) == 3
+    code, text = run("check", tmp_path / "shapes", "--num_frames", 4)
+    assert code == 0 and "3 clips" in text and "skipped" not in text
+    code, _ = run("shapes", tmp_path / "shapes")
+    assert code.startswith("error: ") and "there already" in code
+
+
+def test_check_names_what_is_wrong(run, tmp_path):
+    run("shapes", tmp_path / "shapes", "--count", 2, "--num_frames", 4)
+    (tmp_path / "shapes" / "captions" / "shape_00001.txt").unlink()
+    code, text = run("check", tmp_path / "shapes", "--num_frames", 4)
+    assert code == 1 and "1 skipped:\n- shape_00001.mp4: no caption" in text
+    code, _ = run("check", tmp_path / "shapes")
+    assert "too short, it has 4 of the 16 frames" in code
+
+
+def test_sizes_are_written_as_users_write_them():
+    assert script.size("64") == (64, 64) and script.size("512x320") == (320, 512)
+    with pytest.raises(argparse.ArgumentTypeError, match="'big' is no size"):
+        script.size("big")

@@ -1,0 +1,22 @@
+"""The pack in the running Python, for scripts that need its engine but no server."""
+
+import importlib.util
+import sys
+
+import host
+
+
+def import_pack(comfyui, cpu=None):
+    """Make ComfyUI importable and the pack importable as `stillmotion`; to be called once, in the host's Python.
+
+    cpu None: the GPU where there is one.
+    """
+    sys.path.insert(0, str(comfyui))
+    from comfy.cli_args import args
+    import torch
+
+    args.cpu = not torch.cuda.is_available() if cpu is None else cpu
+    spec = importlib.util.spec_from_file_location(
+        "stillmotion", host.PACK / "__init__.py", submodule_search_locations=[str(host.PACK)])
+    sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
