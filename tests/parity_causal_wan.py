@@ -2,17 +2,32 @@
 from pathlib import Path
 
 
+def official_switches(blocks: tuple[int, ...], frames: list[int]) -> tuple[int, ...]:
+    """First frames of the blocks at which the official loop changes the prompt: once a block, and never after the last
+    one. (The pack takes the newest of several prompts that begin within one block.)"""
+    starts = [sum(blocks[:index]) for index in range(len(blocks))]
+    found = []
+    for frame in frames:
+        later = [start for start in starts if start >= frame and (not found or start > found[-1])]
+        if not later:
+            break
+        found.append(later[0])
+    return tuple(found)
+
+
 def make_plan(case: dict):
-    """The settings of a case as the pack states them."""
+    """The settings of a case as the pack states them; a setting that is missing or null is the official default."""
     from stillmotion.nodes.causal_wan.blocks import Plan, split_frames
     from stillmotion.nodes.causal_wan.schedule import make_steps
-    steps = make_steps(case["steps"], case["shift"], warp=True)
-    given, block = case["init"], case["block"]
+    stated = {name: value for name, value in case.items() if value is not None}
+    steps = make_steps(stated["steps"], stated.get("shift", 5.0), warp=True)
+    given, block = int(stated.get("init", 0)), stated["block"]
     blocks = split_frames(given, block, given % block == 1, False) if given else ()
-    blocks += split_frames(case["frames"] - given, block, False, False)
-    return Plan(blocks=blocks, steps=steps, first_steps=steps, context_noise=float(case["ctx"]),
-                window=case["local"], sink=case["sink"], endless=False, switches=tuple(case["switch"] or ()),
-                global_sink=case.get("global_sink", True), cfg=1.0, freeze_sink=True)
+    blocks += split_frames(stated["frames"] - given, block, False, False)
+    return Plan(blocks=blocks, steps=steps, first_steps=steps, context_noise=float(stated.get("ctx", 0)),
+                window=stated.get("local", -1), sink=stated.get("sink", 0), endless=False,
+                switches=official_switches(blocks, stated.get("switch", [])),
+                global_sink=stated.get("global_sink", True), cfg=1.0, freeze_sink=True)
 
 
 def recorded_noise(plan, given: dict):
@@ -41,7 +56,8 @@ def run_case(folder: Path, case: dict) -> dict:
     expected = {name: recorded.pop(name) for name in results}
     loaded = checkpoint.load(read_checkpoint(folder / "model.safetensors"), "auto", "fp32")
     network, plan = loaded.model.diffusion_model, make_plan(case)
-    context = recorded["initial_latent"].transpose(1, 2) if case["init"] else None
+    context = recorded["initial_latent"].transpose(1, 2) if case.get("init") else None
+    given = 0 if context is None else context.shape[2]
     batch, (height, width) = recorded["noise"].shape[0], recorded["noise"].shape[3:]
     cache = KVCache(plan.layout(network.params, height, width), batch, torch.float32, "cpu")
     flows = []
@@ -57,7 +73,7 @@ def run_case(folder: Path, case: dict) -> dict:
                          noise=recorded_noise(plan, recorded), y_BYFHW=recorded.get("y"), on_step=lambda *_: None)
         latents = [block.latent_BCFHW for block in loop.run(context, None, None)]
         ours = {"latents": torch.cat(([] if context is None else [context]) + latents, dim=2).transpose(1, 2),
-                "first_flow": flows[0 if context is None else 1].transpose(1, 2),
+                "first_flow": flows[plan.leading_blocks(given)].transpose(1, 2),
                 "denoising_timesteps": torch.tensor([step.timestep for step in plan.steps]),
-                "sigmas": make_sigmas(case["shift"])}
+                "sigmas": make_sigmas(case.get("shift") or 5.0)}
     return {name: (ours[name], tensor) for name, tensor in sorted(expected.items())}

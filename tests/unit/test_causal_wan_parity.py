@@ -5,7 +5,9 @@ import lzma
 import shutil
 
 import parity
+import parity_causal_wan
 import pytest
+from safetensors.torch import load_file, save_file
 
 CASES = parity.TESTS / "cases"
 
@@ -39,3 +41,32 @@ def test_other_settings_are_noticed(case_folder, changes):
     """The recorded run tells the loop's settings apart, so that meeting it means something."""
     errors = parity.run_case(case_folder("w_switch", **changes))
     assert errors["latents"] > parity.RUN
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"switch": None, "local": None, "sink": None, "ctx": None, "shift": None, "init": None, "global_sink": None}, {}),
+    ({"init": 1, "frames": 7}, {"blocks": (1, 3, 3)}),
+    ({"init": 4, "frames": 10}, {"blocks": (1, 3, 3, 3)}),
+    ({"init": 3}, {"blocks": (3, 3, 3)}),
+    ({"init": 1, "block": 1, "frames": 3}, {"blocks": (1, 1, 1)}),
+    ({"switch": [2, 3]}, {"switches": (3, 6)}),           # a prompt a block, as the official loop has it
+    ({"switch": [4, 8]}, {"switches": (6,)}),             # no block begins at 8 or later
+    ({"local": 6, "sink": 3, "global_sink": False}, {"window": 6, "sink": 3, "global_sink": False}),
+], ids=str)
+def test_settings_of_a_case(changes, expected):
+    case = {"block": 3, "frames": 9, "steps": [1000, 500]}
+    plan = parity_causal_wan.make_plan(case | changes)
+    usual = {"blocks": (3, 3, 3), "switches": (), "window": -1, "sink": 0, "global_sink": True, "context_noise": 0.0}
+    assert {name: getattr(plan, name) for name in usual} == usual | expected
+    assert [round(step.timestep) for step in plan.steps] == [1000, 833]
+
+
+def test_several_given_blocks(case_folder):
+    """Two blocks of a recorded run given instead of made: the third is the same."""
+    folder = case_folder("w_t2v_seed", init=5)
+    path = folder / "expected.safetensors"
+    recorded = load_file(path)
+    recorded |= {"initial_latent": recorded["latents"][:, :5], "noise": recorded["noise"][:, 4:],
+                 "step_noise": recorded["step_noise"][3:]}
+    save_file({name: tensor.clone() for name, tensor in recorded.items()}, path)
+    assert parity.run_case(folder)["latents"] < parity.RUN
