@@ -62,15 +62,19 @@ def sample(network, plan, inputs, context=None, held=None, recall=None):
     return torch.cat([block.latent_BCFHW for block in blocks], dim=2)
 
 
-def visible_frames(plan):
-    """Mask [F, F]: a frame sees the sink and the window that ends with its block."""
+def visible_frames(plan, origin=0, joined=0):
+    """Mask [F, F]: a frame sees the sink and the window that ends with its block.
+
+    After a prompt switch nothing before `origin` counts, and all frames from there to `joined` see each other.
+    """
     mask, end = torch.zeros(plan.frames, plan.frames, dtype=torch.bool), 0
     for count in plan.blocks:
         start, end = end, end + count
         mask[start:end, :end] = True
         if plan.window != -1:
-            mask[start:end, plan.sink:max(plan.sink, end - (plan.window - plan.sink))] = False
-    return mask
+            mask[start:end, origin + plan.sink:max(origin + plan.sink, end - (plan.window - plan.sink))] = False
+    mask[:joined, origin:joined] = True
+    return mask[origin:, origin:]
 
 
 @torch.inference_mode()
@@ -86,15 +90,21 @@ def sample_video(network, plan, inputs, row, context, held):
         count = max(0, end - start)
         return x if not count else torch.cat((held[row, :, start:end], x[:, :, count:]), dim=2), count
 
-    texts = [inputs["texts"][0], inputs["texts"][-1]][:plan.branches]
-    keys = [network.project_context(text[row], None if image is None else image[row])
-            for text, image in zip(texts, inputs["images"])]
+    def project(prompt):
+        texts = [inputs["texts"][prompt], inputs["texts"][-1]][:plan.branches]
+        return [network.project_context(text[row], None if image is None else image[row])
+                for text, image in zip(texts, inputs["images"])]
+
+    prompt, keys, mask, origin = 0, project(0), visible_frames(plan), 0
     video = inputs["noise"](0, 0, 0)[row] if context is None else context[row]
     given = start = video.shape[2]
     labels = [0.0] * given
     for index in range(plan.leading_blocks(given), len(plan.blocks)):
         count = plan.blocks[index]
         end = start + count
+        if sum(start >= frame for frame in plan.switches) > prompt:  # the sink goes to the new prompt as well
+            prompt, origin = prompt + 1, max(0, start - plan.capacity)
+            keys, mask, labels = project(prompt), visible_frames(plan, origin, start), [plan.context_noise] * start
         steps = plan.first_steps if start == given else plan.steps
         x = inputs["noise"](start, count, 0)[row]
         for number, (timestep, sigma) in enumerate(steps):
@@ -103,8 +113,9 @@ def sample_video(network, plan, inputs, row, context, held):
             if inputs["y"] is not None:
                 whole = torch.cat((whole, inputs["y"][row, :, :end]), dim=1)
             t = torch.tensor([labels + [0.0] * fixed + [timestep] * (count - fixed)])
-            flows = [network(whole, t, key, range(end), mask_FF=visible_frames(plan)[:end, :end])[:, :, start:]
-                     for key in keys]
+            seen = end - origin
+            flows = [network(whole[:, :, origin:], t[:, origin:], key, range(origin, end),
+                             mask_FF=mask[:seen, :seen])[:, :, start - origin:] for key in keys]
             flow = flows[0] if plan.cfg == 1 else flows[1] + plan.cfg * (flows[0] - flows[1])
             x0, _ = hold(x - sigma * flow, start)
             if number + 1 < len(steps):

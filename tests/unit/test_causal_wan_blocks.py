@@ -79,6 +79,14 @@ def test_x0_is_subtracted_in_float64():
     ((2, 2, 2, 2), {"window": 5, "sink": 2, "cfg": 2.0}, {"batch": 2}),
     ((1, 3, 3, 3), {"window": 4, "sink": 1}, {"context": 1, "i2v": True}),
     ((2, 2, 2, 2), {"window": 3}, {}),
+    ((2, 2, 2), {"cfg": 2.0}, {"i2v": True, "batch": 2}),
+    ((3, 3, 3), {"window": 6, "sink": 3}, {"context": 3, "i2v": True, "batch": 2}),
+    ((2, 2, 2, 2), {"window": 4, "sink": 1, "cfg": 2.0}, {"held": 1, "batch": 2}),
+    ((2, 2, 2, 2), {"switches": (3,), "cfg": 2.0}, {"batch": 2}),
+    ((2, 2, 2, 2), {"switches": (2, 5), "context_noise": 30.0}, {"context": 2, "i2v": True}),
+    ((2, 2, 2, 2, 2), {"switches": (4,), "window": 4, "sink": 2}, {}),
+    ((2,) * 7, {"switches": (7,), "window": 6, "sink": 2, "global_sink": False, "cfg": 1.5}, {"batch": 2}),
+    ((1,) + (3,) * 5, {"switches": (6, 9), "window": 7, "sink": 1, "global_sink": False}, {"context": 1, "i2v": True}),
 ], ids=str)
 def test_a_run_equals_an_unbatched_uncached_one(blocks, settings, mechanism):
     plan = make_plan(blocks, **settings)
