@@ -25,18 +25,18 @@ class Fingerprint(NamedTuple):
 
 
 def digest(*values) -> str:
-    """Short hash of values: tensors by their bytes, containers by their parts, functions and objects by name and state.
+    """Short hash of values: tensors by their bytes, containers by their parts, the rest by name.
 
-    The state of an object are its numbers, words, tensors and containers of these; objects inside it count by their
-    type alone.
+    Functions count with the numbers, words and tensors that they enclose, LoRAs with their weights. What else lies in
+    functions and objects may change during a run, so it is not looked at.
     """
     found = blake2b(digest_size=8)
     for value in values:
-        _feed(found, value, state=True)
+        _feed(found, value)
     return found.hexdigest()
 
 
-def _feed(found, value, state: bool) -> None:
+def _feed(found, value) -> None:
     def text(*words):
         found.update((repr(words) + "\n").encode())
 
@@ -48,26 +48,24 @@ def _feed(found, value, state: bool) -> None:
     elif isinstance(value, dict):
         text("dict", len(value))
         for key in sorted(value, key=repr):
-            _feed(found, key, state)
-            _feed(found, value[key], state)
+            _feed(found, key)
+            _feed(found, value[key])
     elif isinstance(value, (list, tuple, set, frozenset)):
         text("items", len(value))
         for item in sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value:
-            _feed(found, item, state)
+            _feed(found, item)
     elif isinstance(value, MethodType):
-        _feed(found, (value.__func__, value.__self__), state)
+        _feed(found, (value.__func__, value.__self__))
     elif isinstance(value, partial):
-        _feed(found, (value.func, value.args, value.keywords), state)
+        _feed(found, (value.func, value.args, value.keywords))
     elif isinstance(value, FunctionType):
         text(value.__module__, value.__qualname__)
-        if state:
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            _feed(found, (value.__defaults__, cells), state=False)
+        held = [*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())]
+        _feed(found, [part for part in held if isinstance(part, (*PLAIN, Tensor))])
     else:
         kind = value if isinstance(value, type) else type(value)
         text(kind.__module__, kind.__qualname__)
-        if state and not isinstance(value, (type, torch.nn.Module)):
-            _feed(found, getattr(value, "__dict__", {}), state=False)
+        _feed(found, getattr(value, "weights", None))
 
 
 def model_digests(patcher) -> dict:
