@@ -94,7 +94,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     network = model.diffusion_model
     text = towers.text_config(clip_config(config.text_arch)) if _has(tensors, TEXT) else None
     vision = towers.vision_config(clip_config(config.vision_arch)) if _has(tensors, VISION) else None
-    file_key = _names_of_file(tensors)
+    file_key = checkpoint_keys(tensors)
     expected = {file_key(key): value.shape for key, value in network.state_dict().items()}
     _check("network (U-Net and image projector)", tensors, (UNET, RESAMPLER), expected)
     if _has(tensors, VAE):
@@ -109,6 +109,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
                             assign=True)
     model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    model.source_file = checkpoint.path  # a training writes its result into a copy of it
     vae = text_tower = vision_tower = None
     if _has(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
@@ -195,7 +196,7 @@ def _prefixed(prefix, shapes):
     return {prefix + key: shape for key, shape in shapes.items()}
 
 
-def _names_of_file(tensors):
+def checkpoint_keys(tensors):
     """Function from a key of our network to the file's: the image projector beside it, older names of 256."""
     old_names = _has(tensors, f"{UNET}framestride_embed.")
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..common.clip import IMAGE_MEAN, IMAGE_STD, squash
 from ..diffusion.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
-from ..dynamicrafter.attention import torch_attention
 from ..dynamicrafter.resampler import ResamplerParams
 from ..dynamicrafter.unet import UNetParams, VideoUNet
 from . import data, objectives
 from .loop import fit
+from .trainer.dynamicrafter import fresh_network
 
 FRAMES = 16
 FIXED_CLIPS = 4800          # clips whose encodings are cached
@@ -235,14 +235,7 @@ def demo_unet() -> VideoUNet:
     """The untrained network, its last layers zero so that every block begins as the identity."""
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in UNET.items()
              if name in UNetParams.__dataclass_fields__}
-    torch.manual_seed(3)
-    unet = VideoUNet(UNetParams(**sizes, resampler=ResamplerParams(**RESAMPLER)), nn, torch_attention)
-    nn.init.normal_(unet.image_proj_model.latents, std=RESAMPLER["dim"] ** -0.5)
-    for name, parameter in unet.named_parameters():
-        if any(part in name for part in ("proj_out.", "conv4.3.", "out_layers.3.", "fps_embedding.2.")) \
-                and "image_proj_model" not in name or name.startswith("out.2."):
-            nn.init.zeros_(parameter)
-    return unet
+    return fresh_network(UNetParams(**sizes, resampler=ResamplerParams(**RESAMPLER)), seed=3)
 
 
 def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, batch: int = 8, lr: float = 1e-3,

@@ -109,8 +109,8 @@ def make_processes(precision: str = "no", device: torch.device | str = "cpu") ->
         return OneProcess(device)
     if find_spec("accelerate") is None:
         raise ImportError("Mixed precision and several processes need accelerate, which is not installed: "
-                          "pip install stillmotion[training] (or accelerate alone), or train with mixed precision no "
-                          "in one process.")
+                          "pip install accelerate (the extra `train` of this pack), or choose mixed precision no "
+                          "and one process.")
     import accelerate
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # of an earlier training in this process, perhaps of another precision
