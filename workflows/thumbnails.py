@@ -1,6 +1,6 @@
 """Make the templates' pictures anew: every workflow is run with the demo model, four frames of its video are kept.
 
-    python workflows/thumbnails.py
+    python workflows/thumbnails.py [NAME ...]      only these workflows
 """
 
 import json
@@ -29,7 +29,6 @@ def main():
     comfyui = host.reexec()
     import av
     from client import Client
-    from graph import find_node
     from launch import Server
     with Server(host.Host(Path(sys.executable), comfyui), threads=1) as server, tempfile.TemporaryDirectory() as folder:
         client = Client(server.url, server)
@@ -37,7 +36,10 @@ def main():
             client.upload(image.read_bytes(), image.name)
         for api in sorted((host.WORKFLOWS / "api").glob("*.json")):
             job = json.loads(api.read_text())
-            video, = client.run(job)[find_node(job, "Stillmotion_SaveVideo")]["images"]
+            savers = [i for i, node in job.items() if node["class_type"] == "Stillmotion_SaveVideo"]
+            if not savers or sys.argv[1:] and api.stem not in sys.argv[1:]:
+                continue
+            video, = client.run(job)[savers[0]]["images"]
             client.download(video, Path(folder) / "video.mp4")
             with av.open(str(Path(folder) / "video.mp4")) as container:
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

@@ -1,0 +1,103 @@
+"""What the families' quality measurements share: cases run on a server, saved videos read back, figures and pictures.
+
+A family is a module `quality_<family>` with
+    GRAPHS                                  names of the shipped API graphs that it runs
+    BARS                                    figure -> least value
+    make_cases(data, graphs, seed, pairs)   list of dicts with at least graph, image (number), prompt, seed
+    truth(case, data)                       the true frames [T, H, W, 3] uint8
+    stills(case, truth)                     pictures that the graph gets
+    fill(graph, case, images)               the shipped graph with the case's prompt, seed and picture names
+    measure(case, frames, truth, data)      what is found in the saved video, a dict for JSON
+    summary(rows)                           figures of all cases
+    verdict(row)                            (words for the contact sheet, whether it is good)
+"""
+import io
+import json
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+PACK = TESTS.parent
+DEMO = PACK / "nodes" / "demo"
+
+
+def load_data():
+    """The module with the drawing code and the palette; a file of its own, so that no server is needed."""
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("shapes_data", PACK / "nodes" / "training" / "data.py")
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_graphs(names) -> dict[str, dict]:
+    return {name: json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text()) for name in names}
+
+
+def only(graph: dict, class_type: str) -> dict:
+    """Inputs of the graph's one node of this class."""
+    found = [node["inputs"] for node in graph.values() if node["class_type"] == class_type]
+    if len(found) != 1:
+        raise ValueError(f"the graph has {len(found)} nodes {class_type}, not 1")
+    return found[0]
+
+
+def read_video(path: Path):
+    """All frames of a video file, [T,H,W,3] uint8."""
+    import av
+    import numpy as np
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def run_case(client, family, graph: dict, case: dict, data, folder: Path):
+    """Frames decoded from the MP4 that the server saved for this case, and the true frames."""
+    from PIL import Image
+    truth = family.truth(case, data)
+    names = []
+    for i, frame in enumerate(family.stills(case, truth)):
+        still = io.BytesIO()
+        Image.fromarray(frame).save(still, "PNG")
+        names.append(client.upload(still.getvalue(), f"{case['graph']}_{case['image']:03}_{i}.png"))
+    outputs = client.run(family.fill(json.loads(json.dumps(graph)), case, names))
+    saved, = [entry for node in outputs.values() for entry in node.get("images", [])
+              if entry["filename"].endswith(".mp4")]
+    client.download(saved, folder / "result.mp4")
+    return read_video(folder / "result.mp4"), truth
+
+
+def share(rows: list[dict], test) -> float:
+    return sum(map(test, rows)) / len(rows)
+
+
+def by_held_out(rows: list[dict], name: str) -> dict[str, float]:
+    """The share of rows where `name` holds, apart for what training has seen and what it has not."""
+    figures = {}
+    for kind in ("combination", "phrasing", None):
+        figure = f"{name}_held_out_{kind}" if kind else f"{name}_seen"
+        figures[figure] = share([r for r in rows if r["held_out"] == kind], lambda r: r[name])
+    return figures
+
+
+def judge(figures: dict, bars: dict) -> dict:
+    """Rounded figures, the bars that they miss, and whether there are none."""
+    figures = {k: round(v, 3) for k, v in figures.items()}
+    missed = [name for name, bar in bars.items() if figures[name] < bar]
+    return figures | {"missed": missed, "passed": not missed}
+
+
+def contact_sheet(shown: list[tuple], verdict, path: Path, columns: int = 8, scale: int = 2) -> None:
+    """Picture of (row, frames) results: one a line, `columns` frames of each, the prompt and verdict above."""
+    from PIL import Image, ImageDraw
+    side, gap, text = shown[0][1].shape[1] * scale, 4, 18
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, len(shown) * (side + text + gap) + gap), (32, 32, 36))
+    draw = ImageDraw.Draw(sheet)
+    for line, (row, frames) in enumerate(shown):
+        top = gap + line * (side + text + gap)
+        words, good = verdict(row)
+        draw.text((gap, top + 2), words, fill=(225, 225, 225) if good else (255, 110, 90), font_size=13)
+        for column in range(columns):
+            frame = frames[column * (len(frames) - 1) // (columns - 1)]
+            picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (gap + column * (side + gap), top + text))
+    sheet.save(path)
