@@ -3,7 +3,7 @@ import torch
 from stillmotion.nodes.common.files import Checkpoint
 from stillmotion.nodes.video_unet import checkpoint as loader
 from stillmotion.nodes.video_unet.config import HEADER, VideoUNetConfig, to_json
-from stillmotion.nodes.video_unet.unet import VideoUNetParams, new_network
+from stillmotion.nodes.video_unet.unet import VideoUNet, VideoUNetParams, new_network
 
 
 def make_params(**changes) -> VideoUNetParams:
@@ -38,3 +38,17 @@ def make_model(config=None, network=None, **changes):
     """A MODEL around a small network."""
     config = config or make_config(**changes)
     return loader.load(as_checkpoint(network or random_network(config.params), config), "fp32")
+
+
+class LoudnessUNet(VideoUNet):
+    """Conditions of another kind: loudness over time [B, S], read by an encoder of its own."""
+
+    def __init__(self, params, operations, attention, dtype=None, device=None):
+        super().__init__(params, operations, attention, dtype, device)
+        self.listen = operations.Conv1d(1, params.model_channels * 4, 5, padding=2, dtype=dtype, device=device)
+
+    def embed(self, t_B, additional_BD, dtype):
+        emb_BE = super().embed(t_B, None, dtype)
+        if additional_BD is None:
+            return emb_BE
+        return emb_BE + self.listen(additional_BD[:, None].to(dtype)).mean(-1)

@@ -41,10 +41,11 @@ def read_checkpoint(path):
     if head[:4] == b"PK\x03\x04":
         # torch.load takes a file named .safetensors for what its name says, unless it gets the open file.
         return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=not path.endswith(".safetensors"))), {})
-    if head[:1] == b"\x80":
-        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
+    # Before the next: the length of a header can begin with the byte that begins a pickle.
     if head[8:9] == b"{":
         return _read_safetensors(path)
+    if head[:1] == b"\x80":
+        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
     raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Give {FORMATS}.")
 
 

@@ -62,6 +62,16 @@ def test_safetensors_under_any_name(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="the list of mapped files is Linux's")
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path):
+    for length in range(8):  # the header's length is a multiple of 8: one of these notes makes it end in 0x80
+        for note in ("x" * (32 * length + extra) for extra in range(0, 32, 8)):
+            save_file(WEIGHTS, tmp_path / "a.safetensors", metadata={"note": note})
+            with open(tmp_path / "a.safetensors", "rb") as file:
+                if file.read(1) == b"\x80":
+                    return same(files.read_checkpoint(tmp_path / "a.safetensors").tensors)
+    raise AssertionError("no note gave such a header")
+
+
 def test_big_files_are_mapped_not_read(tmp_path):
     torch.save(WEIGHTS, tmp_path / "a.ckpt")
     save_file(WEIGHTS, tmp_path / "a.safetensors")
