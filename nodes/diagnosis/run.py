@@ -65,9 +65,12 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
         return report, vae.decode(samples["samples"])[0].float()
 
     report, frames_THWC = sample(request.clip_x0)
+    if reference_THWC is not None:
+        reference_THWC = _fit(reference_THWC, *frames_THWC.shape[1:3])
     findings.append(Finding("sampling", *report.verdict()))
     if request.depth == "detailed":
-        findings += _look_at_vae(vae, latent, reference_THWC)
+        findings += _look_at_vae(vae, _test_picture(*frames_THWC.shape[1:3]) if reference_THWC is None
+                                 else reference_THWC[0])
     findings.append(judge.judge_decoded(frames_THWC, reference_THWC))
     if _same_clip(frames_THWC, reference_THWC) and finite([frames_THWC]):
         findings.append(Finding("true clip", "good", f"PSNR {judge.psnr(frames_THWC, reference_THWC):.1f} dB against "
@@ -103,21 +106,22 @@ def _look_at_file(path):
     return [finding or Finding("EMA", "good", f"{path.name} holds one set of weights, so there is nothing to compare.")]
 
 
-def _look_at_vae(vae, latent, reference_THWC):
-    """Weights and round trip; without a reference the picture is a red disc on grey."""
+def _look_at_vae(vae, picture_HWC):
+    """Weights and round trip."""
     weights = judge.judge_parameters("VAE weights", vae.first_stage_model)
-    height, width = (edge * vae.spacial_compression_decode() for edge in latent["samples"].shape[-2:])
-    if reference_THWC is None:
-        picture_HWC = _test_picture(height, width)
-    else:
-        first_1CHW = reference_THWC[:1, ..., :3].movedim(-1, 1)
-        picture_HWC = comfy.utils.common_upscale(first_1CHW, width, height, "area", "center")[0].movedim(0, -1)
     encoded = vae.encode(picture_HWC[None])
     back = vae.decode(encoded).reshape(-1, *picture_HWC.shape)[0].float().to(picture_HWC.device)
     return [weights, judge.judge_round_trip(picture_HWC, back)]
 
 
+def _fit(images_THWC, height, width):
+    """Scaled, and cropped rather than stretched."""
+    images_TCHW = images_THWC[..., :3].movedim(-1, 1)
+    return comfy.utils.common_upscale(images_TCHW, width, height, "area", "center").movedim(1, -1)
+
+
 def _test_picture(height, width):
+    """A red disc on grey."""
     y, x = torch.meshgrid(torch.arange(height) - height / 2, torch.arange(width) - width / 2, indexing="ij")
     cover_HW1 = (min(height, width) / 4 - (x * x + y * y).sqrt()).clamp(0, 1)[..., None]
     return cover_HW1 * torch.tensor(TEST_COLOUR) + (1 - cover_HW1) * TEST_GROUND

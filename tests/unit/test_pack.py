@@ -91,7 +91,7 @@ def test_import_directions(path):
         assert ours <= {"diffusion"}
 
 
-@pytest.mark.parametrize("name", ["host", "launch", "client", "graph", "run"])
+@pytest.mark.parametrize("name", ["host", "launch", "client", "graph", "run", "diagnose"])
 def test_what_runs_before_the_host_exists_needs_the_standard_library_alone(name):
     outside = {module.split(".")[0] for module in imports(PACK / "workflows" / f"{name}.py")}
     siblings = {path.stem for path in (PACK / "workflows").glob("*.py")}

@@ -1,0 +1,257 @@
+"""Make videos from prompts with a video U-Net, with a ComfyUI that is set up on first use.
+
+    python workflows/generate.py --prompts "a red circle moves left on a white background"
+    python workflows/generate.py --checkpoint mine.safetensors --prompts A B --save_gif --save_frames --visualize
+    python workflows/generate.py --checkpoint mine.safetensors      asks for prompts; an empty line ends
+
+Runs the shipped graph workflows/api/video_unet_text_to_video.json; an option that is not given leaves it as is. Each
+prompt gives PROMPT.mp4 in the output folder, with --save_gif PROMPT.gif, with --save_frames PNG files in PROMPT/;
+--visualize draws all of them on one sheet, preview.png.
+"""
+
+import argparse
+import http.client
+import io
+import json
+import re
+import signal
+import sys
+import urllib.error
+import urllib.parse
+from pathlib import Path
+
+import host
+
+host.check_python()
+
+import client  # noqa: E402
+import graph  # noqa: E402
+import pipeline  # noqa: E402
+from run import Progress  # noqa: E402
+
+LOADER = "Stillmotion_LoadVideoUNet"
+CONDITIONS = "Stillmotion_VideoUNetConditions"
+HEADER = "stillmotion.video_unet"
+FORMATS = {"mp4": "", "gif": "-gif", "png frames": "-frames"}  # ending of the saving node's id
+SHOWN = 8  # frames of a video on the preview sheet
+
+
+def parse(arguments):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--checkpoint", help="a video U-Net file, or a name in ComfyUI's models/checkpoints (default: demo)")
+    p.add_argument("--prompts", nargs="+", default=[], metavar="PROMPT", help="default: ask for them")
+    p.add_argument("--negative_prompt", help="what to keep out of the video")
+    p.add_argument("--output", "--output_dir", type=Path, default=Path("results/generate"),
+                   help="folder for the videos (default: results/generate)")
+    p.add_argument("--save_gif", action="store_true", help="save a GIF beside each MP4")
+    p.add_argument("--save_frames", action="store_true", help="save single frames as PNG files")
+    p.add_argument("--visualize", action="store_true", help="draw all videos on one sheet, preview.png")
+    p.add_argument("--seed", type=int, help="of the noise (default: the graph's)")
+    p.add_argument("--steps", type=int, help="sampling steps, 1 to 1000 (default: the graph's)")
+    p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: the graph's)")
+    p.add_argument("--eta", type=float, help="0 is deterministic, 1 adds fresh noise at each step")
+    p.add_argument("--num_frames", type=int, help="length in frames (default: as the model was trained)")
+    p.add_argument("--width", type=int, help="default: as the model was trained")
+    p.add_argument("--height", type=int, help="default: as the model was trained")
+    p.add_argument("--fps", type=float, help="frames per second of the saved files (default: 8)")
+    p.add_argument("--clip", help="a CLIP-L file in models/text_encoders, for models trained with it")
+    p.add_argument("--vae", help="a file in models/vae, for models trained with another VAE than the demo's")
+    p.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
+    p.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
+    p.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
+    p.add_argument("--server", metavar="URL", help="use the ComfyUI that runs at this address")
+    options = p.parse_args(arguments)
+    problem = check(options)
+    if problem:
+        p.error(problem)
+    return options
+
+
+def check(options):
+    """What is wrong with the options, or None; found before anything is set up or started."""
+    for name in ("steps", "num_frames", "fps", "width", "height"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            return f"--{name} is {value}: it must be above 0"
+    if options.steps and options.steps > 1000:
+        return f"--steps is {options.steps}: the model has 1000 timesteps, so at most 1000"
+    if any(not prompt.strip() for prompt in options.prompts):
+        return "--prompts holds an empty prompt: say what to see, or leave --prompts out to be asked"
+    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
+    if options.server and ignored:
+        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
+    if options.models and not options.models.is_dir():
+        return f"--models: there is no folder {options.models}"
+    return None
+
+
+def ask(stream):
+    """Prompts from a stream, one a line, until an empty line or its end."""
+    while True:
+        if stream.isatty():
+            print("prompt (an empty line ends): ", end="", flush=True)
+        line = stream.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def file_stem(number, prompt):
+    """A file name for the prompt: its words, and its number so that no two are one."""
+    return f"{number:02}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:60]}".rstrip("_")
+
+
+def read_config(pipe):
+    """The configuration in the header of the chosen checkpoint; None for a file that is no video U-Net."""
+    query = urllib.parse.urlencode({"filename": pipe.checkpoint})
+    try:
+        found = pipe.client.json(f"/view_metadata/checkpoints?{query}") or {}
+    except urllib.error.HTTPError:  # not a .safetensors file, or one without a header of its own
+        return None
+    return json.loads(found[HEADER]) if HEADER in found else None
+
+
+def adapt(job, config, clip, vae):
+    """Wire the text encoder and the VAE that the model was trained with into a graph made for the demo's."""
+    loader, towers = graph.find_node(job, LOADER), graph.find_node(job, pipeline.LOADER)
+
+    def rewire(old, new):
+        for node in job.values():
+            for name, value in node["inputs"].items():
+                if value == old:
+                    node["inputs"][name] = new
+
+    if config["text_encoder"] == "clip_l" and not clip:
+        raise host.HostError("this model was trained with the text encoder CLIP-L: name its file in "
+                             "models/text_encoders with --clip.")
+    if clip:
+        job["clip"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip, "type": "stable_diffusion"}}
+        rewire([towers, 1], ["clip", 0])
+    if config["space"] == "pixels":
+        job[loader]["inputs"].pop("vae", None)
+        rewire([towers, 3], [loader, 1])
+    elif vae:
+        rewire([towers, 3], [loader, 1])
+        job["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": vae}}
+        job[loader]["inputs"]["vae"] = ["vae", 0]
+
+
+def prepare(pipe, options):
+    """(graph, ids of its saving nodes by format) with everything but the prompt."""
+    job = json.loads((host.WORKFLOWS / "api" / "video_unet_text_to_video.json").read_text())
+    if pipe.checkpoint != "demo":
+        config = read_config(pipe)
+        if config is None:
+            raise host.HostError(f"{pipe.checkpoint} is no video U-Net of this pack: its header has no {HEADER}. Give "
+                                 "a .safetensors file written by Train Video Model or workflows/train.py.")
+        adapt(job, config, options.clip, options.vae)
+
+    def edit(node_id, **values):
+        graph.set_inputs(job, None, pipe.schemas, node_id, **values)
+
+    conditions, saver = graph.find_node(job, CONDITIONS), graph.find_node(job, pipeline.SAVER)
+    edit(graph.find_node(job, LOADER), checkpoint=pipe.checkpoint)
+    edit(conditions, width=options.width, height=options.height, frames=options.num_frames)
+    edit(job[conditions]["inputs"]["negative"][0], text=options.negative_prompt)
+    edit(graph.find_node(job, pipeline.SAMPLER), seed=options.seed, steps=options.steps, cfg=options.guidance_scale,
+         eta=options.eta)
+    edit(saver, fps=options.fps, format="mp4")
+    wanted = ["mp4"] + ["gif"] * options.save_gif + ["png frames"] * (options.save_frames or options.visualize)
+    savers = {kind: saver + FORMATS[kind] for kind in wanted}
+    for kind, node in savers.items():
+        job[node] = {"class_type": pipeline.SAVER, "inputs": {**job[saver]["inputs"], "format": kind}}
+    return job, savers
+
+
+def generate(pipe, options, prompts):
+    """Make and save the video of every prompt; one that fails does not stop the others. Returns (rows of the preview
+    sheet, how many failed)."""
+    job, savers = prepare(pipe, options)
+    text = job[graph.find_node(job, CONDITIONS)]["inputs"]["positive"][0]
+    rows, failed = [], 0
+    for number, prompt in enumerate(prompts, 1):
+        graph.set_inputs(job, None, pipe.schemas, text, text=prompt)
+        progress = Progress()
+        try:
+            outputs = pipe.client.run(job, None, lambda node, value, maximum: progress(
+                pipe.schemas[job[node]["class_type"]]["display_name"], value, maximum))
+        except client.JobError as error:
+            failed += 1
+            print(f"error: {prompt!r}: {error}", file=sys.stderr, flush=True)
+            continue
+        finally:
+            progress.close()
+        target = options.output / file_stem(number, prompt)
+        for kind, node in savers.items():
+            entries = outputs[node]["images"]
+            if kind == "png frames":
+                if options.visualize:
+                    rows.append((prompt, shown_frames(pipe, entries)))
+                if options.save_frames:
+                    for entry in entries:
+                        save(pipe, entry, target / entry["filename"])
+                    print(f"saved {target.resolve()}", flush=True)
+            else:
+                save(pipe, entries[0], target.with_name(f"{target.name}.{kind}"))
+                print(f"saved {target.resolve()}.{kind}", flush=True)
+    return rows, failed
+
+
+def save(pipe, entry, path):
+    try:
+        pipe.client.download(entry, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.") from None
+
+
+def shown_frames(pipe, entries):
+    """The bytes of a few PNG files, evenly chosen from the first to the last."""
+    count = min(SHOWN, len(entries))
+    chosen = [entries[i * (len(entries) - 1) // max(1, count - 1)] for i in range(count)]
+    found = []
+    for entry in chosen:
+        with pipe.client.view(entry) as answer:
+            found.append(answer.read())
+    return found
+
+
+def draw_sheet(rows, path, edge=128, gap=4, line=20):
+    """One row a video: the prompt, and its frames below."""
+    from PIL import Image, ImageDraw, ImageFont
+    sheet = Image.new("RGB", (SHOWN * (edge + gap) + gap, len(rows) * (edge + line + gap) + gap), (32, 32, 36))
+    pen = ImageDraw.Draw(sheet)
+    for i, (prompt, frames) in enumerate(rows):
+        top = gap + i * (edge + line + gap)
+        pen.text((gap, top), prompt, (230, 230, 230), ImageFont.load_default(13))
+        for j, data in enumerate(frames):
+            frame = Image.open(io.BytesIO(data)).convert("RGB")
+            frame = frame.resize((edge, max(1, min(edge, edge * frame.height // frame.width))))
+            sheet.paste(frame, (gap + j * (edge + gap), top + line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path.with_suffix(".part"), "PNG")
+    path.with_suffix(".part").replace(path)
+
+
+def main():
+    options = parse(sys.argv[1:])
+    if options.visualize:
+        host.reexec(options.comfyui)  # drawing needs Pillow, which is there
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped ends the server too
+    try:
+        with pipeline.Pipeline("demo", options.checkpoint, options.device or "auto", options.comfyui, options.server,
+                               options.models) as pipe:
+            rows, failed = generate(pipe, options, options.prompts or ask(sys.stdin))
+        if rows:
+            draw_sheet(rows, options.output / "preview.png")
+            print(f"saved {(options.output / 'preview.png').resolve()}")
+        if failed:
+            sys.exit(f"error: {failed} videos failed")
+    except (host.HostError, client.ServerGone) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the job was cancelled", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
