@@ -87,6 +87,10 @@ class RollingCache:
         self.kept, self.joined = [None] * layers, [None] * layers
         self.start, self.window, self.sink, self.tokens = 0, window, sink, frame_tokens
 
+    def rotation(self, *given):
+        from stillmotion.nodes.causal_wan.rope import make_rotation
+        return make_rotation(*given)
+
     def place(self, start, count, sink_mode):
         if start != self.start:  # the block before is finished
             self.start, self.kept = start, list(self.joined)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rope import Rotation, rotate
+from .rope import Rotation, make_rotation, rotate
 
 SINK_MODES = ("write", "keep", "replace")
 
@@ -90,6 +90,7 @@ class KVCache:
     def __init__(self, layout: CacheLayout, batch: int, dtype: torch.dtype, device):
         self.layout = layout
         self.sink_start = 0
+        self.turned: tuple[range, Rotation] | None = None  # of the latest evaluation; all steps of a block share it
 
         def allocate(frames: int) -> list[Tensor]:
             shape = (batch, frames * layout.frame_tokens, layout.width)
@@ -101,6 +102,12 @@ class KVCache:
 
     def tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *(self.sink_keys or [])]
+
+    def rotation(self, frame_ids: range, height: int, width: int, head_dim: int, device) -> Rotation:
+        """`make_rotation`, kept for the next evaluation of the same frames."""
+        if self.turned is None or self.turned[0] != frame_ids:
+            self.turned = frame_ids, make_rotation(frame_ids, height, width, head_dim, device)
+        return self.turned[1]
 
     def place(self, start: int, count: int, sink_mode: str) -> Placement:
         """Plan the evaluation of the frames start .. start + count - 1 (see `write_segments`)."""

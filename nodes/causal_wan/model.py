@@ -115,17 +115,19 @@ class CausalWan(nn.Module):
                              f"{PATCH[2]} and {PATCH[1]}. Choose another video size.")
         head_dim, device, dtype = params.dim // params.num_heads, x_BCFHW.device, x_BCFHW.dtype
         placement = sink_rotation = mask_LL = None
-        if cache is not None:
+        if cache is None:
+            rotation = make_rotation(frame_ids, rows, columns, head_dim, device)
+            if mask_FF is not None:
+                mask_LL = mask_FF.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
+        else:
+            rotation = cache.rotation(frame_ids, rows, columns, head_dim, device)
             placement = cache.place(frame_ids[0], frames, sink_mode)
             if placement.sink_start is not None:
                 sink_ids = range(placement.sink_start, placement.sink_start + cache.layout.sink)
                 sink_rotation = make_rotation(sink_ids, rows, columns, head_dim, device)
-        elif mask_FF is not None:
-            mask_LL = mask_FF.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
 
         time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(dtype))
-        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)),
-                    make_rotation(frame_ids, rows, columns, head_dim, device), context, mask_LL, cache, placement,
+        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), rotation, context, mask_LL, cache, placement,
                     sink_rotation, transformer_options)
         x_BLC = self.patch_embedding(x_BCFHW).flatten(2).transpose(1, 2)
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
