@@ -1,0 +1,1 @@
+"""Nodes for the data sets of clips, and for measuring a video against a true one."""

@@ -1,0 +1,123 @@
+"""How close a video comes to the true one: PSNR, SSIM and motion error, by scikit-image."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.extras import import_extra
+
+SAME = 100.0           # dB of two equal frames
+SSIM_WINDOW = 11       # pixels, of the Gaussian window of the paper
+FLOW_EDGE = 128        # motion is measured on pictures no larger than this
+FLOW_RADIUS = 7        # pixels
+MOVING = 0.1           # pixels a frame: what is slower stands still
+STRUCTURE = 0.05       # of the range of brightness: where it varies less, motion cannot be seen
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Measures by clip and frame, arrays [clips, T]; of motion [clips, T - 1], from each frame to the next."""
+
+    psnr: np.ndarray    # dB
+    ssim: np.ndarray    # 1 is equal
+    motion: np.ndarray  # pixels a frame
+
+    def mean(self) -> tuple[float, float, float | None]:
+        """PSNR, SSIM and motion error over everything; no motion in clips of one frame."""
+        return float(self.psnr.mean()), float(self.ssim.mean()), float(self.motion.mean()) if self.motion.size else None
+
+    def table(self) -> str:
+        """The means, those of every clip where there are several, and those of every frame, as text."""
+        def row(name: str, psnr: float, ssim: float, motion: float | None) -> str:
+            return f"{name:<10}{psnr:>10.2f}{ssim:>10.4f}{'' if motion is None else f'{motion:.3f}':>14}"
+
+        lines = [f"{'':<10}{'PSNR dB':>10}{'SSIM':>10}{'motion error':>14}", row("mean", *self.mean())]
+        if len(self.psnr) > 1:
+            lines += [row(f"clip {i + 1}", *Scores(self.psnr[i], self.ssim[i], self.motion[i]).mean())
+                      for i in range(len(self.psnr))]
+        motion = [None, *self.motion.mean(0)]
+        lines += [row(f"frame {i + 1}", self.psnr[:, i].mean(), self.ssim[:, i].mean(), motion[i])
+                  for i in range(self.psnr.shape[1])]
+        return "\n".join([*lines, "", "Motion error: pixels a frame between the movements in both videos, where "
+                                      "something moves in one of them."])
+
+
+def compare(result_NHWC: Tensor, truth_NHWC: Tensor, clip_frames: int = 0) -> Scores:
+    """Measure a video, RGB in 0..1, against the true one; `clip_frames` above 0: clips of that length in a row.
+
+    PSNR; SSIM with the Gaussian window of Wang et al. (2004); motion error: the mean distance between the optical flow
+    (iterative Lucas-Kanade, Le Besnerais and Champagnat 2005) of both videos from a frame to the next, over the places
+    with structure where either moves. ValueError where the videos do not fit each other.
+    """
+    result, truth = (images_NHWC[..., :3].float().cpu().clamp(0, 1) for images_NHWC in (result_NHWC, truth_NHWC))
+    if result.shape != truth.shape:
+        raise ValueError(f"the result has {_words(result)}, the truth {_words(truth)}; both must be the same. Cut the "
+                         "longer one with Image From Batch, or resize one of them.")
+    if min(truth.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"the frames are {truth.shape[2]}x{truth.shape[1]}; SSIM needs {SSIM_WINDOW} pixels or more.")
+    if not torch.isfinite(result).all() or not torch.isfinite(truth).all():
+        raise ValueError("there are NaN or infinite pixels; find their cause with Sampling Report.")
+    length = clip_frames or len(truth)
+    if clip_frames < 0 or len(truth) % length:
+        raise ValueError(f"clip_frames = {clip_frames} was given for {len(truth)} frames; allowed is 0 (one clip), or "
+                         "a number that divides them.")
+    metrics = import_extra("skimage.metrics", "scikit-image", "Evaluate Video")
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(result, truth)]
+    psnr = [SAME if np.array_equal(a, b) else min(SAME, metrics.peak_signal_noise_ratio(b, a, data_range=1))
+            for a, b in pairs]
+    ssim = [metrics.structural_similarity(b, a, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
+                                          use_sample_covariance=False) for a, b in pairs]
+    motion = [_motion_errors(a, b) for a, b in zip(result.split(length), truth.split(length))]
+    return Scores(np.array(psnr).reshape(-1, length), np.array(ssim).reshape(-1, length),
+                  np.array(motion).reshape(len(motion), length - 1))
+
+
+def _words(images_NHWC: Tensor) -> str:
+    return f"{images_NHWC.shape[0]} frames of {images_NHWC.shape[2]}x{images_NHWC.shape[1]}"
+
+
+def _motion_errors(result_THWC: Tensor, truth_THWC: Tensor) -> list[float]:
+    axis_3, low, range_ = _brightness(truth_THWC)
+    height, width = truth_THWC.shape[1:3]
+    scale = min(1.0, FLOW_EDGE / max(height, width))
+    videos = []
+    for video_THWC in (result_THWC, truth_THWC):
+        grey_T1HW = ((video_THWC @ axis_3 - low) / range_)[:, None]
+        if scale < 1:
+            grey_T1HW = F.interpolate(grey_T1HW, (round(height * scale), round(width * scale)), mode="bilinear",
+                                      antialias=True)
+        videos.append(_flow(grey_T1HW[:, 0].numpy(), scale))
+    errors = []
+    for (flow_2HW, visible_HW), (true_flow_2HW, truly_visible_HW) in zip(*videos):
+        places_HW = (visible_HW & (np.hypot(*flow_2HW) >= MOVING)) | (
+            truly_visible_HW & (np.hypot(*true_flow_2HW) >= MOVING))
+        distance_HW = np.hypot(*(flow_2HW - true_flow_2HW))
+        errors.append(float(distance_HW[places_HW].mean()) if places_HW.any() else 0.0)
+    return errors
+
+
+def _flow(grey_THW: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(flow [2, H, W] in pixels of the whole picture, where it can be seen [H, W]) from each frame to the next."""
+    registration = import_extra("skimage.registration", "scikit-image", "Evaluate Video")
+    from scipy.ndimage import uniform_filter  # scikit-image brings it
+    window = 2 * FLOW_RADIUS + 1
+    for here_HW, next_HW in zip(grey_THW, grey_THW[1:]):
+        spread_HW = uniform_filter(here_HW ** 2, window) - uniform_filter(here_HW, window) ** 2
+        yield registration.optical_flow_ilk(here_HW, next_HW, radius=FLOW_RADIUS) / scale, spread_HW >= STRUCTURE ** 2
+
+
+def _brightness(truth_THWC: Tensor) -> tuple[Tensor, float, float]:
+    """(colour axis [3], lowest value, range): the axis along which the true colours differ most.
+
+    Plain brightness would not see a blue shape before a grey ground.
+    """
+    pixels_N3 = truth_THWC.reshape(-1, 3).double()
+    centred = pixels_N3 - pixels_N3.mean(0)
+    axis_3 = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1].float()
+    grey = truth_THWC @ axis_3
+    return axis_3, grey.min().item(), max((grey.max() - grey.min()).item(), 1e-3)
