@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from functools import partial
 from hashlib import blake2b
+from itertools import accumulate
 from types import FunctionType, MethodType
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ class Fingerprint(NamedTuple):
     settings: dict
     blocks: tuple[dict, ...]
 
-    def history(self, index: int) -> str:
-        """One name for all that decides the blocks 0 .. index."""
-        return digest(self.settings, self.blocks[:index + 1])
+    def histories(self) -> list[str]:
+        """For every block a name of all that decides the video up to its end."""
+        return list(accumulate(self.blocks, digest, initial=digest(self.settings)))[1:]
 
 
 def digest(*values) -> str:

@@ -25,7 +25,7 @@ class BlockFolder:
     """
 
     def __init__(self, path: Path, fingerprint: Fingerprint):
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint, self.histories = path, fingerprint, fingerprint.histories()
         with saving(path):
             path.mkdir(parents=True, exist_ok=True)
         self.found = {index for index in range(len(fingerprint.blocks)) if self.file(index).exists()}
@@ -46,7 +46,7 @@ class BlockFolder:
             return
         latent_BCFHW = latent_BCFHW.cpu().contiguous()
         entry = {"settings": self.fingerprint.settings, "block": self.fingerprint.blocks[index],
-                 "history": self.fingerprint.history(index), "data": digest(latent_BCFHW)}
+                 "history": self.histories[index], "data": digest(latent_BCFHW)}
         write_file(self.file(index), safetensors.torch.save({"latent": latent_BCFHW}, {ENTRY: json.dumps(entry)}))
         self.found.add(index)
 
@@ -55,21 +55,22 @@ class BlockFolder:
         try:
             with safetensors.safe_open(self.file(index), framework="pt", device="cpu") as file:
                 latent, entry = file.get_tensor("latent"), json.loads(file.metadata()[ENTRY])
+                written = entry["data"]
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a whole block file, {error}") from error
-        if digest(latent) != entry["data"]:
+        if digest(latent) != written:
             raise ValueError("its numbers are not those that were written")
         return latent, entry
 
     def _check(self) -> None:
-        damaged, expected = [], self.fingerprint
+        damaged = []
         for index in sorted(self.found):
             try:
                 _, entry = self._read(index)
             except ValueError as error:
                 damaged.append(f"{self.file(index).name} ({error})")
                 continue
-            if entry["history"] != expected.history(index):
+            if entry["history"] != self.histories[index]:
                 raise ValueError(f"The resume folder {self.path} holds blocks of another run. "
                                  f"{self._difference(index, entry)}")
         if damaged:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -81,13 +81,14 @@ def stream_mp4(path: str | Path, fps: float | Fraction, crf: int, tags: dict | N
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
-        with saving(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("wb")
-        with file, _open_mp4(file, fps, crf, tags, None) as add:
+        with ExitStack() as stack:
+            with saving(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                add = stack.enter_context(_open_mp4(stack.enter_context(part.open("wb")), fps, crf, tags, None))
             yield partial(_add_saving, path, add)
-        with saving(path):
-            os.replace(part, path)
+            with saving(path):
+                stack.close()
+                os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

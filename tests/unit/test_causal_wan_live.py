@@ -14,11 +14,13 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from causal_wan_run_stub import HEIGHT, WIDTH, conditioning, draw, latent, make_run, sample, tensors
+from causal_wan_run_stub import HEIGHT, WIDTH, conditioning, draw, latent, make_run, sample, settings, tensors
 from causal_wan_stub import load
 from PIL import Image
 from stillmotion.nodes.causal_wan import nodes as loaders
+from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, StartFrames
 from stillmotion.nodes.causal_wan.live import LiveDecoder, check_vae, decode_bytes, moving_picture
+from stillmotion.nodes.causal_wan.sampler import prepare
 from stillmotion.nodes.causal_wan.sampling import nodes
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.video import encode_mp4, frames_uint8
@@ -224,6 +226,31 @@ def test_the_video_may_be_longer_than_the_latent(to_file):
     assert np.abs(found.astype(int) - expected).mean() < 0.1
 
 
+@pytest.mark.parametrize("start", [StartFrames(CHUNK, 2, 2, True), StartFrames(CLAMP, 1, 2, False),
+                                   StartFrames(CHUNK, 4, 2, False)], ids=str)
+def test_a_short_latent_begins_a_longer_video(start):
+    model, texts = load(tensors(), weight_dtype="fp32"), [conditioning("t2v", 8, seed) for seed in (1, 2)]
+    long = latent("t2v", 8, start=start)
+    short = {**long, "samples": long["samples"][:, :, :max(1, start.frames)]}
+    cut = 1 if start.still else 0
+    parts = []
+    run = prepare(model, *texts, short, None, 3, settings(window=4, sink=1), wan_vae(), 1 + 4 * (7 - cut))
+    run.stream(None, None, parts.append)
+    whole = prepare(model, *texts, long, None, 3, settings(window=4, sink=1)).sample()["samples"][0]
+    assert torch.equal(torch.cat(parts, dim=1), whole) and whole.shape[1] == 8 - cut
+
+
+@pytest.mark.parametrize("place", ["os.replace", "stillmotion.nodes.common.video.pad_to_even"])
+def test_a_full_disk_leaves_no_file_and_gives_advice(place, to_file, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(OSError, match="clip_00001_.mp4: No space left.*Free space on the disk"):
+        to_file()
+    assert files(tmp_path) == []
+
+
 def test_an_interrupted_file_leaves_nothing_and_is_made_whole_from_the_stored_blocks(to_file, tmp_path):
     _, whole = to_file()
     model, calls = load(tensors(), weight_dtype="fp32"), []
@@ -272,8 +299,8 @@ def test_nothing_of_a_long_video_is_held():
     def show(part_CFHW):
         nonlocal count
         count += len(decoder.decode(part_CFHW)) // 4
-        if count % 10 == 9:
+        if count in (9, 29):
             held.append(held_bytes())
 
     run.stream(None, None, show)
-    assert count == 29 and len(held) == 3 and held[0] == held[1] == held[2]
+    assert count == 29 and len(held) == 2 and held[0] == held[1]
