@@ -75,15 +75,19 @@ def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tenso
 
 def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
           on_save=None) -> nn.Module:
-    """The network's moving average after `steps` steps. One text in ten is dropped, for guidance."""
+    """The network's moving average after `steps` steps.
+
+    One text in ten is dropped, for guidance; every second one where several frames are given, which tell all by
+    themselves.
+    """
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
 
     def loss_of(generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (batch,), generator=generator)
         form = torch.randint(0, data.HELD_OUT_FORM, (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < 0.1
-        text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         mask = draw_masks(encodings["ends"][pick], FRAMES, generator)
+        dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.5, 0.1)
+        text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         z = encodings["latents"][pick].float() * SCALE_FACTOR
         return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5)
 
