@@ -1,11 +1,13 @@
 """How well a built-in demo model follows image and prompt, measured on saved files.
 
-    python tests/demo_quality.py [--family dynamicrafter|causal_wan] [--seed N] [--cases N] [--output FOLDER]
+    python tests/demo_quality.py [--family dynamicrafter|causal_wan|video_unet] [--seed N] [--cases N]
+                                  [--output FOLDER]
 
 Runs the shipped API graphs on a server with images and prompts that training never saw, decodes the saved MP4s and
 tracks the shapes in them. Each image is asked for all four directions; per image one pair is a held-out combination
-of shape, colour and direction, and one uses the held-out phrasing. Writes figures.json and contact_sheet.png to the
-folder (default: results/demo_quality), prints the figures as JSON in the last line, and exits 1 if a bar is missed.
+of shape, colour and direction, and one uses the held-out phrasing (video_unet: of every four prompts). Writes
+figures.json and contact_sheet.png to the folder (default: results/demo_quality), prints the figures as JSON in the
+last line, and exits 1 if a bar is missed.
 """
 import argparse
 import contextlib
@@ -22,7 +24,7 @@ sys.path[:0] = [str(PACK / "workflows"), str(TESTS)]
 
 import host  # noqa: E402
 
-FAMILIES = ("dynamicrafter", "causal_wan")  # a module quality_<family> each, see quality_common
+FAMILIES = ("dynamicrafter", "causal_wan", "video_unet")  # a module quality_<family> each, see quality_common
 SHOWN_IMAGES = 3
 
 

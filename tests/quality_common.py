@@ -5,7 +5,7 @@ A family is a module `quality_<family>` with
     BARS                                    figure -> least value
     make_cases(data, graphs, seed, pairs)   list of dicts with at least graph, image (number), prompt, seed
     truth(case, data)                       the true frames [T, H, W, 3] uint8
-    stills(case, truth)                     pictures that the graph gets
+    stills(case, truth)                     pictures that the graph gets; one with a time axis is uploaded as an MP4
     fill(graph, case, images)               the shipped graph with the case's prompt, seed and picture names
     measure(case, frames, truth, data)      what is found in the saved video, a dict for JSON
     summary(rows)                           figures of all cases
@@ -50,15 +50,28 @@ def read_video(path: Path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def picture_file(picture, name: str) -> tuple[bytes, str]:
+    """A picture [H, W, 3] as PNG, or a clip [T, H, W, 3] as MP4 of hardly any loss, with the file's name."""
+    import av
+    from PIL import Image
+    file = io.BytesIO()
+    if picture.ndim == 3:
+        Image.fromarray(picture).save(file, "PNG")
+        return file.getvalue(), f"{name}.png"
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[1:3], "yuv444p"
+        for frame in picture:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue(), f"{name}.mp4"
+
+
 def run_case(client, family, graph: dict, case: dict, data, folder: Path):
     """Frames decoded from the MP4 that the server saved for this case, and the true frames."""
-    from PIL import Image
     truth = family.truth(case, data)
-    names = []
-    for i, frame in enumerate(family.stills(case, truth)):
-        still = io.BytesIO()
-        Image.fromarray(frame).save(still, "PNG")
-        names.append(client.upload(still.getvalue(), f"{case['graph']}_{case['image']:03}_{i}.png"))
+    names = [client.upload(*picture_file(picture, f"{case['graph']}_{case['image']:03}_{i}"))
+             for i, picture in enumerate(family.stills(case, truth))]
     outputs = client.run(family.fill(json.loads(json.dumps(graph)), case, names))
     saved, = [entry for node in outputs.values() for entry in node.get("images", [])
               if entry["filename"].endswith(".mp4")]

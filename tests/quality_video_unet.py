@@ -1,0 +1,81 @@
+"""How well the video U-Net demo follows a prompt alone, and how well it predicts what happens next in a clip."""
+from random import Random
+
+from quality_common import by_held_out, only, share
+
+GRAPHS = ("video_unet_text_to_video", "video_unet_predict")
+TEXT, PREDICT = GRAPHS
+BARS = {"direction_right": 0.90, "prediction_psnr_mean": 24.0}
+KINDS = ("combination", "phrasing", None, None)  # what of a prompt training never saw
+
+
+def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
+    """`pairs` prompts, and as many clips of which the first frames are given (without a prompt, as shipped); a quarter
+    of each are held-out combinations of shape, colour and direction, a quarter of the prompts held-out phrasings."""
+    rng, cases = Random(seed), []
+    for i in range(pairs):
+        held_out = KINDS[i % len(KINDS)]
+        form = data.HELD_OUT_FORM if held_out == "phrasing" else rng.randrange(data.HELD_OUT_FORM)
+        clip = data.random_clip(rng, held_out=held_out == "combination")
+        case = {"image": i, "clip": clip, "held_out": held_out, "prompt": clip.caption(form)}
+        cases.append(case | {"graph": TEXT, "seed": rng.randrange(2**31)})
+        cases.append(case | {"graph": PREDICT, "prompt": "", "seed": rng.randrange(2**31)})
+    return cases
+
+
+def truth(case: dict, data):
+    return data.draw_clip(case["clip"]).numpy()
+
+
+def stills(case: dict, truth):
+    """The whole clip as one file: the graph cuts its first frames out."""
+    return [truth] if case["graph"] == PREDICT else []
+
+
+def fill(graph: dict, case: dict, images: list[str]) -> dict:
+    wanted = only(graph, "Stillmotion_VideoUNetConditions")
+    graph[wanted["positive"][0]]["inputs"]["text"] = case["prompt"]
+    only(graph, "Stillmotion_DDIMSampler")["seed"] = case["seed"]
+    if images:
+        only(graph, "LoadVideo")["file"], = images
+        case["given"] = only(graph, "ImageFromBatch")["length"]
+    return graph
+
+
+def measure(case: dict, frames, truth, data) -> dict:
+    """What the tracker says about a video, and how near predicted frames are to those that followed."""
+    from tracking import psnr, track
+    clip, found = case["clip"], track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS)
+    row = {"graph": case["graph"], "image": case["image"], "held_out": case["held_out"], "prompt": case["prompt"],
+           "frames": len(frames), "found": [found.colour, found.direction, found.background],
+           "motion": [round(m, 2) for m in found.motion], "direction_right": found.direction == clip.direction,
+           "colour_right": found.colour == clip.colour, "background_right": found.background == clip.background}
+    if case["graph"] == PREDICT:
+        given = case["given"]
+        errors = [psnr(a, b) for a, b in zip(frames[given:], truth[given:], strict=True)]
+        row |= {"predicted": len(errors), "psnr": sum(errors) / len(errors), "psnr_last": errors[-1]}
+    return row
+
+
+def summary(rows: list[dict]) -> dict:
+    """The figures that are held against the bars, and those that explain them."""
+    text, predicted = ([r for r in rows if r["graph"] == graph] for graph in GRAPHS)
+    return {
+        "pairs": len(text), "frames": text[0]["frames"], "frames_predicted": predicted[0]["predicted"],
+        "direction_right": share(text, lambda r: r["direction_right"]),
+        "colour_right": share(text, lambda r: r["colour_right"]),
+        "background_right": share(text, lambda r: r["background_right"]),
+        "all_right": share(text, lambda r: r["direction_right"] and r["colour_right"] and r["background_right"]),
+        "motion_pixels_mean": sum(max(map(abs, r["motion"])) for r in text) / len(text),
+        "prediction_psnr_mean": sum(r["psnr"] for r in predicted) / len(predicted),
+        "prediction_psnr_min": min(r["psnr"] for r in predicted),
+        "prediction_psnr_last_frame": sum(r["psnr_last"] for r in predicted) / len(predicted),
+        "prediction_direction_right": share(predicted, lambda r: r["direction_right"]),
+        **by_held_out(text, "direction_right")}
+
+
+def verdict(row: dict) -> tuple[str, bool]:
+    found = " ".join(map(str, row["found"]))
+    if row["graph"] == PREDICT:
+        return f"first frames given, {row['predicted']} predicted: {row['psnr']:.1f} dB   [{found}]", row["psnr"] >= 24
+    return f"{row['prompt']}   [{found}]", row["direction_right"] and row["colour_right"]
