@@ -41,7 +41,7 @@ def load_model(options):
     import torch
     from comfy import model_management
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.causal_wan.attention import torch_attention
+    from stillmotion.nodes.diffusion.attention import torch_attention
     from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 

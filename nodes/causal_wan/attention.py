@@ -9,19 +9,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache, Placement
 from .rope import Rotation, rotate
 
 EPS = 1e-6
-
-
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_) -> Tensor:
-    """Softmax attention over [B, L, heads * dim] by PyTorch's fused kernel, for training and tests."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
 
 
 class ContextKeys(NamedTuple):

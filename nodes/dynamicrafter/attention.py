@@ -13,12 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_) -> Tensor:
-    """Softmax attention over [batch, L, heads * dim] by PyTorch's fused kernel, for training and tests."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
-
-
 class ContextKeys(NamedTuple):
     """Keys and values of one cross-attention layer; they do not change during a sampling run."""
 

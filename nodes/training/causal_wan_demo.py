@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..causal_wan.attention import torch_attention
+from ..diffusion.attention import torch_attention
 from ..causal_wan.blocks import BlockLoop, Plan
 from ..causal_wan.cache import KVCache
 from ..causal_wan.model import CausalWan, WanParams

@@ -9,7 +9,7 @@ import torch
 from causal_wan_stub import HEADER, NETWORK, SIZES, load, prefixed, same, tensors, weights_of
 from safetensors.torch import save_file
 from stillmotion.nodes.causal_wan import checkpoint as loader
-from stillmotion.nodes.causal_wan.attention import torch_attention
+from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 

@@ -23,7 +23,7 @@ from causal_wan_stub import SIZES, load
 from causal_wan_stub import tensors as weak_tensors
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.patcher_extension import WrappersMP
-from stillmotion.nodes.causal_wan.attention import torch_attention
+from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames

@@ -14,7 +14,7 @@ from stillmotion.nodes.common import clip as towers
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 from stillmotion.nodes.common.vae import vae_shapes
 from stillmotion.nodes.dynamicrafter import checkpoint as loader
-from stillmotion.nodes.dynamicrafter.attention import torch_attention
+from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.dynamicrafter.config import parse, published
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet
 

@@ -8,7 +8,7 @@ import torch
 from stillmotion.nodes.diffusion.ddim import Clip
 from stillmotion.nodes.diffusion.schedule import DiffusionParams
 from stillmotion.nodes.dynamicrafter import base
-from stillmotion.nodes.dynamicrafter.attention import torch_attention
+from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.dynamicrafter.resampler import ResamplerParams
 from stillmotion.nodes.dynamicrafter.unet import UNetParams, VideoUNet, frame_tokens
 from stillmotion.nodes.sampling.sampler import DDIMSettings, sample_latent

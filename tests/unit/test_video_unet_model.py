@@ -302,7 +302,7 @@ def test_the_nodes_load_a_file_and_make_its_conditions(model_file):
     assert folded.args[1].encode(torch.rand(2, 4, 4, 3)).ndim == 5
     with pytest.raises(ValueError, match="ModelPatcher|not a video U-Net"):
         VideoUNetConditions.execute(type("Other", (), {"model": object()})(), text(), text(), "none", 0, 0, 0, 1)
-    with pytest.raises(ValueError, match="Choose one of: demo, mine.safetensors"):
+    with pytest.raises(ValueError, match="Choose one of: demo.*mine.safetensors"):
         LoadVideoUNet.execute("yours.safetensors", "fp32")
 
 
