@@ -15,9 +15,9 @@ EXAMPLES = Path(__file__).parents[2] / "workflows" / "examples"
 
 
 def offer_examples() -> None:
-    """Put the templates' small example pictures into the input folder: Load Image can take pictures from there only."""
+    """Put the templates' small example files into the input folder: Load Image and Load Video take from there only."""
     folder = Path(folder_paths.get_input_directory())
-    for example in EXAMPLES.glob("stillmotion_*.png"):
+    for example in EXAMPLES.glob("stillmotion_*"):
         if not (folder / example.name).exists():
             try:
                 shutil.copyfile(example, folder / example.name)

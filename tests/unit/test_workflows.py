@@ -16,7 +16,8 @@ def read(path):
 
 
 def test_every_api_graph_has_its_template_and_thumbnail():
-    assert NAMES == ["animate", "diagnose", "image_guidance", "interpolate", "ksampler", "loop"]
+    assert {"animate", "causal_continue", "causal_image_to_video", "causal_long_video", "causal_resume",
+            "causal_text_to_video", "diagnose", "image_guidance", "interpolate", "ksampler", "loop"} <= set(NAMES)
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
     assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
 
@@ -34,23 +35,47 @@ def test_template_and_api_graph_are_wired_alike(name):
                      if isinstance(value, list)}
 
 
+# the first loader of a workflow, and what its note must name: real files and where they go
+REAL_FILES = {
+    "Stillmotion_LoadVideoUNet": ("Train Video Model", "models/checkpoints"),
+    "Stillmotion_LoadDynamiCrafter": ("DynamiCrafter_512", "models/checkpoints"),
+    "Stillmotion_LoadCausalWan": ("Self-Forcing", "LongLive", "models/diffusion_models", "umt5_xxl", "wan_2.1_vae")}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_templates_start_with_the_demo_and_name_a_real_checkpoint(name):
     ui = read(f"{name}.json")
-    loader, = [n for n in ui["nodes"] if n["type"] == "Stillmotion_LoadDynamiCrafter"]
+    loaders = [n for n in ui["nodes"] if n["type"] in REAL_FILES]
     note, = [n for n in ui["nodes"] if n["type"] == "MarkdownNote"]
-    assert loader["widgets_values"][0] == "demo"
-    wanted = "DynamiCrafter_512_Interp" if name in ("interpolate", "loop") else "DynamiCrafter_512"
-    assert wanted in note["widgets_values"][0] and "models/checkpoints" in note["widgets_values"][0]
+    assert loaders and all(loader["widgets_values"][0].startswith("demo") for loader in loaders)
+    missing = [word for word in REAL_FILES[loaders[0]["type"]] if word not in note["widgets_values"][0]]
+    assert missing == []
+    if name in ("interpolate", "loop"):
+        assert "DynamiCrafter_512_Interp" in note["widgets_values"][0]
 
 
-def test_pictures_of_the_workflows_are_put_into_the_input_folder_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_template_and_api_graph_have_the_same_values(name):
+    ui, api = read(f"{name}.json"), read(f"api/{name}.json")
+    for node in ui["nodes"]:
+        if str(node["id"]) in api:
+            given = [v for v in api[str(node["id"])]["inputs"].values() if not isinstance(v, list)]
+            assert [value for value in given if value not in node.get("widgets_values", [])] == [], node["type"]
+
+
+def test_a_run_that_is_gone_on_with_keeps_its_seed():
+    sampler, = [n for n in read("causal_resume.json")["nodes"]
+                if n["type"] == "Stillmotion_BlockAutoregressiveSampler"]
+    assert "fixed" in sampler["widgets_values"] and "randomize" not in sampler["widgets_values"]
+
+
+def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
     (tmp_path / "stillmotion_end.png").write_bytes(b"the user's own")
     offer_examples()
-    pictures = {n["inputs"]["image"] for name in NAMES for n in read(f"api/{name}.json").values()
-                if n["class_type"] == "LoadImage"}
-    assert pictures == {path.name for path in tmp_path.iterdir()}
+    files = {n["inputs"]["image" if n["class_type"] == "LoadImage" else "file"] for name in NAMES
+             for n in read(f"api/{name}.json").values() if n["class_type"] in ("LoadImage", "LoadVideo")}
+    assert files == {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
 
 
