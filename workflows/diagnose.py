@@ -4,11 +4,13 @@
     python workflows/diagnose.py 512 --image cat.png --prompt "a cat walks"
     python workflows/diagnose.py --checkpoint mine.safetensors --steps 20
     python workflows/diagnose.py --quick                           inputs, sampling and result only
-    python workflows/diagnose.py --clip_x0 static --compare        with and without clipped x0
+    python workflows/diagnose.py --clipping                        what clipping of predicted x0 does to a video U-Net
+                                                                   that was trained for minutes only
     python workflows/diagnose.py --json > diagnosis.json           for other programs
 
-Runs the shipped graph workflows/api/diagnose.json. Prints the findings and the numbers of every step, saves the plot,
-and exits 1 where the verdict is bad. Presets and ComfyUI as for run.py.
+Runs the shipped graph workflows/api/diagnose.json, for a video U-Net clipping.json: it predicts a clip from its first
+frames. Prints the findings and the numbers of every step, saves the plot, and exits 1 where the verdict is bad. Presets
+and ComfyUI as for run.py.
 """
 
 import argparse
@@ -22,11 +24,13 @@ import host
 host.check_python()
 
 import client  # noqa: E402
+import generate  # noqa: E402
 import graph  # noqa: E402
 import pipeline  # noqa: E402
 
 DIAGNOSE = "Stillmotion_DiagnoseModel"
-EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
+EXAMPLES = host.WORKFLOWS / "examples"
+EXAMPLE_IMAGE, EXAMPLE_CLIP = EXAMPLES / "stillmotion_start.png", EXAMPLES / "stillmotion_past.mp4"
 
 
 def parse(arguments):
@@ -34,6 +38,7 @@ def parse(arguments):
     p.add_argument("preset", nargs="?", default="demo", choices=list(pipeline.PRESETS), help="default: demo")
     p.add_argument("--checkpoint", help="a checkpoint file, or a name in ComfyUI's models/checkpoints")
     p.add_argument("--image", type=Path, help="the start image (default: an example)")
+    p.add_argument("--video", type=Path, help="for a video U-Net: the clip to predict (default: an example)")
     p.add_argument("--prompt", help="what happens in the video")
     p.add_argument("--seed", type=int, help="default: 123")
     p.add_argument("--steps", type=int, help="sampling steps, 1 to 1000 (default: 8)")
@@ -41,9 +46,12 @@ def parse(arguments):
     p.add_argument("--clip_x0", choices=("off", "static", "dynamic"), help="clipping of predicted x0 (default: off)")
     p.add_argument("--clip_value", type=float, help="limit for --clip_x0, and what counts as out of range (default: 3)")
     p.add_argument("--compare", action="store_true", help="sample with and without clipping and compare")
+    p.add_argument("--clipping", action="store_true", help="the same with a video U-Net (default: an early one)")
     p.add_argument("--quick", action="store_true", help="only inputs, sampling and result: no parameters, VAE and EMA")
     p.add_argument("--json", action="store_true", help="print the diagnosis as JSON and save nothing")
     p.add_argument("--output", type=Path, default=Path("results/diagnosis.png"), help="default: results/diagnosis.png")
+    p.add_argument("--clip", help="a CLIP-L file in models/text_encoders, for a video U-Net trained with it")
+    p.add_argument("--vae", help="a file in models/vae, for a video U-Net trained with another VAE than the demo's")
     p.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
     p.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     p.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
@@ -61,10 +69,14 @@ def check(options):
         return f"--steps is {options.steps}: choose 1 to 1000"
     if options.clip_value is not None and not 0.1 <= options.clip_value <= 100:
         return f"--clip_value is {options.clip_value}: choose 0.1 to 100 (3 suits image latents)"
-    if options.image and not options.image.is_file():
-        return f"--image: there is no file {options.image}"
-    if options.image and options.prompt is None:
-        return "--image needs a --prompt that says what happens"
+    for name in ("image", "video"):
+        file = getattr(options, name)
+        if file and not file.is_file():
+            return f"--{name}: there is no file {file}"
+        if file and options.prompt is None:
+            return f"--{name} needs a --prompt that says what happens"
+    if options.clipping and (options.image or options.preset != "demo"):
+        return "--clipping predicts a clip with a video U-Net: leave out the preset and --image; --video names a clip"
     if options.models and not options.models.is_dir():
         return f"--models: there is no folder {options.models}"
     ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
@@ -74,23 +86,55 @@ def check(options):
 
 
 def fill(pipe, options):
-    """The shipped graph with what the options say."""
-    job = json.loads((host.WORKFLOWS / "api" / "diagnose.json").read_text())
+    """The shipped graph for this model with what the options say."""
+    config = None if pipe.checkpoint == "demo" else generate.read_config(pipe)
+    job = video_unet_graph(pipe, options, config) if options.clipping or config else image_graph(pipe, options)
     preset = pipeline.PRESETS[options.preset]
+    graph.set_inputs(
+        job, None, pipe.schemas, graph.find_node(job, DIAGNOSE), seed=options.seed, steps=options.steps,
+        clip_x0=options.clip_x0, clip_value=options.clip_value,
+        cfg=preset.get("guidance_scale") if options.guidance_scale is None else options.guidance_scale,
+        depth="quick" if options.quick else None, compare_clipping=options.compare or options.clipping,
+        checkpoint=None if pipe.checkpoint == "demo" else pipe.checkpoint)
+    return job
+
+
+def image_graph(pipe, options):
+    """DynamiCrafter on an image."""
+    if options.video:
+        raise host.HostError("--video is for a video U-Net; DynamiCrafter starts from one --image.")
+    job = json.loads((host.WORKFLOWS / "api" / "diagnose.json").read_text())
+    preset, conditions = pipeline.PRESETS[options.preset], graph.find_node(job, pipeline.IMAGE_TO_VIDEO)
 
     def edit(node_id, **values):
         graph.set_inputs(job, None, pipe.schemas, node_id, **values)
 
-    conditioning, node = graph.find_node(job, pipeline.IMAGE_TO_VIDEO), graph.find_node(job, DIAGNOSE)
     edit(graph.find_node(job, pipeline.LOADER), checkpoint=pipe.checkpoint)
-    edit(graph.find_node(job, "LoadImage"), image=pipe.client.upload(*pipeline.file_of(options.image or EXAMPLE)))
-    edit(job[conditioning]["inputs"]["positive"][0], text=options.prompt)
-    edit(conditioning, width=preset.get("width"), height=preset.get("height"), fs=preset.get("frame_stride"))
-    edit(node, seed=options.seed, steps=options.steps, clip_x0=options.clip_x0, clip_value=options.clip_value,
-         cfg=preset.get("guidance_scale") if options.guidance_scale is None else options.guidance_scale,
-         depth="quick" if options.quick else None, compare_clipping=options.compare or None,
-         checkpoint=None if pipe.checkpoint == "demo" else pipe.checkpoint)
+    edit(graph.find_node(job, "LoadImage"), image=upload(pipe, options.image or EXAMPLE_IMAGE))
+    edit(job[conditions]["inputs"]["positive"][0], text=options.prompt)
+    edit(conditions, width=preset.get("width"), height=preset.get("height"), fs=preset.get("frame_stride"))
     return job
+
+
+def video_unet_graph(pipe, options, config):
+    """A video U-Net on the first frames of a clip. config: of its checkpoint, None for the one that the graph names."""
+    if options.image:
+        raise host.HostError(f"{pipe.checkpoint} is a video U-Net: it predicts a clip, so give --video, not --image.")
+    job = json.loads((host.WORKFLOWS / "api" / "clipping.json").read_text())
+    graph.set_inputs(job, None, pipe.schemas, graph.find_node(job, "LoadVideo"),
+                     file=upload(pipe, options.video or EXAMPLE_CLIP))
+    text = job[graph.find_node(job, generate.CONDITIONS)]["inputs"]["positive"][0]
+    graph.set_inputs(job, None, pipe.schemas, text, text=options.prompt)
+    if config:
+        generate.adapt(job, config, options.clip, options.vae)
+        graph.set_inputs(job, None, pipe.schemas, graph.find_node(job, generate.LOADER), checkpoint=pipe.checkpoint)
+    elif pipe.checkpoint != "demo":
+        raise host.HostError(f"{pipe.checkpoint} is no video U-Net of this pack, which --clipping needs.")
+    return job
+
+
+def upload(pipe, path):
+    return pipe.client.upload(*pipeline.file_of(path))
 
 
 def main():

@@ -1,6 +1,6 @@
 """Train a built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU.
 
-    python workflows/train_demo.py [--family dynamicrafter|causal_wan|video_unet] [--folder FOLDER] [--threads N]
+    python workflows/train_demo.py [--family dynamicrafter|causal_wan|video_unet|early] [--folder FOLDER] [--threads N]
                                    [--output FILE]
 
 The state of every stage is kept in the folder: a run that was stopped goes on where it was.
@@ -17,7 +17,8 @@ host.check_python()
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("dynamicrafter", "causal_wan", "video_unet"), default="dynamicrafter")
+    families = ("dynamicrafter", "causal_wan", "video_unet", "early")
+    parser.add_argument("--family", choices=families, default="dynamicrafter")
     parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")
@@ -31,10 +32,12 @@ def main():
     torch.set_num_threads(options.threads)
     from stillmotion.nodes.training.causal_wan_demo import make_causal_wan_demo
     from stillmotion.nodes.training.demo import make_demo
+    from stillmotion.nodes.training.early_demo import make_early_demo
     from stillmotion.nodes.training.video_unet_demo import make_video_unet_demo
     make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo,
-            "video_unet": make_video_unet_demo}[options.family]
-    make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{options.family}_demo.safetensors")
+            "video_unet": make_video_unet_demo, "early": make_early_demo}[options.family]
+    name = "video_unet_early" if options.family == "early" else f"{options.family}_demo"
+    make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

@@ -206,15 +206,18 @@ def judge_clipping(plain: SamplingReport, clipped: SamplingReport, quality: tupl
     """The same run without and with clipped x0. quality: PSNR in dB of both against the true frames, if known."""
     counts = ", ".join(f"{count:g}" for count in clipped.columns["beyond"])
     reach = [max(-run.columns["x_min"][-1], run.columns["x_max"][-1]) for run in (plain, clipped)]
+    needed = plain.verdict()[0] == "bad" != clipped.verdict()[0]
     found = (f"final latent +-{reach[0]:.1f} without and +-{reach[1]:.1f} with clipping ({clipped.clip_mode}, "
              f"{clipped.limit:g}); of {clipped.values} values clipped at each step: {counts}")
     if quality is None:
-        return Finding("clipping", "good", f"{found}. Connect the true clip as reference to see what it does in dB.")
-    gain = quality[1] - quality[0]
-    found = f"PSNR {quality[0]:.1f} dB without, {quality[1]:.1f} dB with clipping ({gain:+.1f} dB); {found}"
-    if gain >= GAIN:
-        return Finding("clipping", "doubtful", f"{found}. Clipping hides a fault: keep it on (static, 3)"
-                                               ", and look for mis-scaled inputs or train the model longer.")
+        found += ". Connect the true clip as reference to see what it does in dB"
+    else:
+        gain = quality[1] - quality[0]
+        needed = needed or gain >= GAIN
+        found = f"PSNR {quality[0]:.1f} dB without, {quality[1]:.1f} dB with clipping ({gain:+.1f} dB); {found}"
+    if needed:
+        return Finding("clipping", "doubtful", f"{found}. Clipping hides a fault: keep it on (static, 3), and look for "
+                                               "mis-scaled inputs or train the model longer.")
     return Finding("clipping", "good", f"{found}. This run does not need it.")
 
 

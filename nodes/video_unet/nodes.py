@@ -14,7 +14,7 @@ from . import checkpoint as loader
 from .base import VideoUNetModel
 from .conditioning import GIVEN, clip_conditions
 
-DEMO = Path(__file__).parents[1] / "demo" / "video_unet_demo.safetensors"
+DEMOS = {"demo": "video_unet_demo.safetensors", "demo, early in training": "video_unet_early.safetensors"}
 FOLDERS = ("checkpoints", "diffusion_models")
 
 
@@ -28,10 +28,11 @@ class LoadVideoUNet(io.ComfyNode):
             description="Loads a video U-Net that this pack trained: text to video, image to video, video prediction "
                         "and interpolation in one small model.",
             inputs=[
-                io.Combo.Input("checkpoint", options=["demo", *_names()],
+                io.Combo.Input("checkpoint", options=[*DEMOS, *_names()],
                                tooltip="A file in models/checkpoints or models/diffusion_models, written by Train "
                                        "Video Model. demo is the small model that comes with this pack: moving "
-                                       "shapes, 16 frames of 64x64."),
+                                       "shapes, 16 frames of 64x64. demo, early in training: a tiny one after "
+                                       "1200 steps, to see what clipping of x0 does."),
                 io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device."),
                 io.Vae.Input("vae", optional=True,
@@ -124,11 +125,11 @@ def _names():
 
 
 def _path(name):
-    if name == "demo":
-        return DEMO
+    if name in DEMOS:
+        return Path(__file__).parents[1] / "demo" / DEMOS[name]
     for folder in FOLDERS:
         path = folder_paths.get_full_path(folder, name)
         if path:
             return Path(path)
     raise ValueError(f"There is no checkpoint {name!r} in models/checkpoints or models/diffusion_models. Choose one "
-                     f"of: {', '.join(['demo', *_names()])}.")
+                     f"of: {', '.join([*DEMOS, *_names()])}.")

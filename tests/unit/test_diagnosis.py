@@ -12,6 +12,7 @@ from stillmotion.nodes.diagnosis import nodes
 from stillmotion.nodes.diagnosis.plot import draw_diagnosis
 from stillmotion.nodes.diagnosis.run import Request, diagnose
 from stillmotion.nodes.diffusion import diagnosis as judge
+from stillmotion.nodes.diffusion.report import COLUMNS, SamplingReport
 from torch import nn
 
 NAN = float("nan")
@@ -107,6 +108,21 @@ def test_the_round_trip(noise, level):
     original = picture(0.5, 0.2)[0]
     back = original + noise * torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
     assert judge.judge_round_trip(original, back).level == level
+
+
+def sampled(reach, clip_mode):
+    columns = {name: [0.0] for name in COLUMNS} | {"x_min": [-reach], "x_max": [reach], "x_std": [1.0], "beyond": [9.0]}
+    return SamplingReport("settings", clip_mode, 3.0, 4096, False, [999], columns)
+
+
+@pytest.mark.parametrize("reach, quality, level", [
+    (2.5, (20.0, 21.0), "good"), (2.5, (10.0, 13.0), "doubtful"), (15000.0, (3.3, 5.1), "doubtful"),
+    (15000.0, None, "doubtful"), (2.5, None, "good"),
+])
+def test_what_clipping_does(reach, quality, level):
+    found = judge.judge_clipping(sampled(reach, "off"), sampled(2.9, "static"), quality)
+    assert found.level == level and "each step: 9." in found.text
+    assert ("dB with clipping" if quality else "Connect the true clip") in found.text
 
 
 def test_psnr():
