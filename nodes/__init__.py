@@ -21,6 +21,7 @@ NODES = [
     ("causal_wan.sampling", "BlockAutoregressiveToFile"),
     ("video_unet", "LoadVideoUNet"),
     ("video_unet", "VideoUNetConditions"),
+    ("training.trainer", "TrainVideoModel"),
     ("training.data_sets", "VideoFolderNode"),
     ("training.data_sets", "MovingShapesNode"),
     ("training.data_sets", "LatentShardsNode"),

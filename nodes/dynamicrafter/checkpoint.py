@@ -73,6 +73,14 @@ class Loaded(NamedTuple):
     vae: Any
 
 
+class Source(NamedTuple):
+    """A loaded file, and the hints that it was loaded with."""
+
+    path: str
+    variant: str
+    yaml_path: str | None
+
+
 def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedding_directory=None):
     """Turn a `files.Checkpoint` into ComfyUI's MODEL, CLIP, CLIP_VISION and VAE; `checkpoint.tensors` is emptied.
 
@@ -109,7 +117,8 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
                             assign=True)
     model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
-    model.source_file = checkpoint.path  # a training writes its result into a copy of it
+    # Where it comes from: a training writes its result into a copy of the file.
+    model.source = Source(checkpoint.path, variant, yaml_path)
     vae = text_tower = vision_tower = None
     if _has(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,

@@ -1,6 +1,7 @@
 """The training loop: one function, resumable to the bit, the same for every network."""
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -36,8 +37,8 @@ def fit(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, steps: 
     stopped and started again takes the same path, and two processes take that of one which accumulates twice as much.
 
     State goes to `checkpoint`, the loss curve to the .jsonl beside it. In the first process `on_save(step,
-    averaged_net)` is called after every save and `on_step(step, loss, seconds)` after every step; whatever it raises
-    stops the run, saved first.
+    averaged_net)` is called after every save and `on_step(step, loss, seconds)` after every step. Whatever `on_step` or
+    `loss_of` raises ends the run, with what was learned since the last save kept.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = processes.prepare(torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0))
@@ -67,13 +68,22 @@ def fit(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, steps: 
             log.write(json.dumps(entry) + "\n")
         return entry
 
+    @contextlib.contextmanager
+    def kept(step: int):
+        try:
+            yield
+        except BaseException:
+            if recent:
+                save(step)
+            raise
+
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
         losses = []
         for i in range(accumulation):
             number = (step * accumulation + i) * processes.count + processes.rank
-            with processes.autocast():
+            with kept(step), processes.autocast():
                 loss = loss_of(generator.manual_seed(seed * SEED_STRIDE + number))
             processes.backward(loss / accumulation if accumulation > 1 else loss)
             losses.append(loss.detach())
@@ -92,12 +102,8 @@ def fit(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, steps: 
             logging.info("%s step %d / %d: loss %.5f, %.0f s", checkpoint.stem, step + 1, steps, entry["loss"],
                          entry["seconds"])
         if on_step:
-            try:
+            with kept(step + 1):
                 on_step(step + 1, loss, time.monotonic() - started)
-            except BaseException:  # interrupted: what was learned since the last save is kept
-                if not due:
-                    save(step + 1)
-                raise
         if due and on_save:
             on_save(step + 1, averaged.module)
     return averaged.module

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+
+from ..common.extras import import_extra
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -107,11 +108,7 @@ def make_processes(precision: str = "no", device: torch.device | str = "cpu") ->
         raise ValueError("Mixed precision fp16 needs a GPU: choose bf16 or no.")
     if precision == "no" and not launched():
         return OneProcess(device)
-    if find_spec("accelerate") is None:
-        raise ImportError("Mixed precision and several processes need accelerate, which is not installed: "
-                          "pip install accelerate (the extra `train` of this pack), or choose mixed precision no "
-                          "and one process.")
-    import accelerate
+    accelerate = import_extra("accelerate", "accelerate", "Training in mixed precision or several processes")
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # of an earlier training in this process, perhaps of another precision
     return Accelerated(accelerate.Accelerator(mixed_precision=precision, cpu=cpu))

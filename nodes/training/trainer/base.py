@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import torch
@@ -23,7 +24,8 @@ class Family:
     """
 
     net: nn.Module
-    blocks: tuple[type[nn.Module], ...] = ()   # classes whose activations gradient checkpointing computes again
+    folder = "checkpoints"                      # of ComfyUI's models, where the loader looks
+    blocks: tuple[type[nn.Module], ...] = ()    # classes whose activations gradient checkpointing computes again
     encoders: Encoders
 
     def encode(self, item: dict) -> Encoded:
@@ -45,6 +47,10 @@ class Family:
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """Write a file that the family's loader takes, `metadata` in its header."""
+        raise NotImplementedError
+
+    def load(self, path: Path) -> Any:
+        """The file as MODEL."""
         raise NotImplementedError
 
     def empty_text(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...causal_wan import checkpoint
 from ...causal_wan.attention import WanBlock
 from ...causal_wan.base import MASK_CHANNELS
 from ...causal_wan.blocks import BlockLoop, Plan, split_frames
@@ -15,6 +16,7 @@ from ...causal_wan.cache import KVCache
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
 from ...causal_wan.schedule import make_steps
+from ...common.files import read_checkpoint
 from ...diffusion.attention import torch_attention
 from .. import objectives
 from .base import Family, chosen, clip_latent, first_image, plain_weights
@@ -26,7 +28,7 @@ STEPS = (1000, 750, 500, 250)   # of a sample
 
 
 class CausalWanTraining(Family):
-    blocks = (WanBlock,)
+    folder, blocks = "diffusion_models", (WanBlock,)
 
     def __init__(self, net: CausalWan, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders = net, encoders
@@ -106,6 +108,9 @@ class CausalWanTraining(Family):
         unfinished = path.with_suffix(".tmp")
         save_file(weights, unfinished, metadata={"format": "pt", "config": json.dumps(config), **metadata})
         unfinished.replace(path)
+
+    def load(self, path: Path):
+        return checkpoint.load(read_checkpoint(path))
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> CausalWanTraining:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...common.files import read_checkpoint
 from ...diffusion.attention import torch_attention
 from ...diffusion.schedule import make_alphas_cumprod, make_scale_arr
-from ...dynamicrafter.checkpoint import checkpoint_keys
+from ...dynamicrafter import checkpoint
 from ...dynamicrafter.attention import SpatialTransformer, TemporalTransformer
 from ...dynamicrafter.resampler import Resampler
 from ...dynamicrafter.unet import ResBlock, TemporalConv, UNetParams, VideoUNet
@@ -29,7 +29,7 @@ class DynamiCrafterTraining(Family):
 
     def __init__(self, net: VideoUNet, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders, self.emphasis = net, encoders, settings.emphasis
-        self.source, self.diffusion = model.model.source_file, model.model.diffusion_params
+        self.source, self.diffusion = model.model.source, model.model.diffusion_params
         self.scale_factor = model.model.latent_format.scale_factor
         self.alphas, self.scale_arr = make_alphas_cumprod(self.diffusion), make_scale_arr(self.diffusion.base_scale)
         if encoders.vae is None or encoders.clip_vision is None:
@@ -81,8 +81,8 @@ class DynamiCrafterTraining(Family):
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """The checkpoint that the model was loaded from, with the new weights in it, in the file's own type."""
-        source = read_checkpoint(self.source)
-        file_key = checkpoint_keys(source.tensors)
+        source = read_checkpoint(self.source.path)
+        file_key = checkpoint.checkpoint_keys(source.tensors)
         tensors = {key: value for key, value in source.tensors.items() if not key.startswith("model_ema.")}
         for key, value in net.state_dict().items():
             old = tensors[file_key(key)]
@@ -91,6 +91,9 @@ class DynamiCrafterTraining(Family):
         save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished,
                   metadata={"format": "pt", **source.metadata, **metadata})
         unfinished.replace(path)
+
+    def load(self, path: Path):
+        return checkpoint.load(read_checkpoint(path), self.source.variant, yaml_path=self.source.yaml_path).model
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> DynamiCrafterTraining:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.clip import encode_tokens
-from ...common.vae import VideoVAE
+from ...common.vae import fold_frames
 from ..dataset import Clips
 
 CACHE_BYTES = 2 * 2 ** 30  # of encoded clips and captions kept in memory; the others are encoded again in each epoch
@@ -42,18 +42,13 @@ class Encoders:
         """Posterior mean [C, T, h, w], not scaled, of a clip in -1..1; without a VAE the clip itself."""
         if self.vae is None:
             return video_CTHW
-        latent = as_node(self.vae.encode, (video_CTHW.permute(1, 2, 3, 0) + 1) / 2)
-        return latent[0] if latent.ndim == 5 else latent.movedim(0, 1)
+        return as_node(fold_frames(self.vae).encode, (video_CTHW.permute(1, 2, 3, 0) + 1) / 2)[0]
 
     def pixels(self, latent_BCTHW: Tensor) -> Tensor:
         """The clips [B, T, H, W, 3] in 0..1 that latents stand for."""
         if self.vae is None:
             return (latent_BCTHW.float().cpu().movedim(1, -1) / 2 + 0.5).clamp(0, 1)
-        if self.vae.latent_dim == 2 and not isinstance(self.vae, VideoVAE):  # core's, for images
-            frames = as_node(self.vae.decode, latent_BCTHW.movedim(2, 1).flatten(0, 1).cpu())
-        else:
-            frames = as_node(self.vae.decode, latent_BCTHW.cpu())
-        return frames.reshape(len(latent_BCTHW), -1, *frames.shape[-3:]).clamp(0, 1)
+        return as_node(fold_frames(self.vae).decode, latent_BCTHW.cpu()).clamp(0, 1)
 
     def text(self, caption: str) -> Tensor:
         """Tokens [L, C]: as many as the empty caption has, so that captions stack."""
@@ -137,6 +132,7 @@ class Batches:
 
     def _read_epoch(self, first: int, end: int) -> Iterator[list[dict]]:
         if isinstance(self.dataset, Clips):
-            self.dataset.set_epoch(first // self.per_epoch)
+            with torch.inference_mode():  # the host may have made the data set so, and its epoch is a tensor
+                self.dataset.set_epoch(first // self.per_epoch)
         batches = [self.picks(number) for number in range(first, end, self.stride)]
         yield from DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=list)

@@ -18,7 +18,7 @@ from ..loop import SEED_STRIDE, fit
 from ..parallel import OneProcess
 from .base import Family
 from .config import TrainConfig
-from .curves import Curves, draw_curves, draw_sheet, read_curves
+from .curves import draw_curves, draw_sheet, read_curves
 from .encoding import Batches, Encoded, resized
 from .families import checkpoint_blocks
 from .trackers import Track, open_trackers
@@ -27,19 +27,18 @@ SAMPLES = 4         # clips of a sheet
 LIVE_POINTS = 300   # of the loss curve that is shown while training
 # Settings that may be others when a training goes on; all else decides its path.
 FREE = {"resume", "output", "save_every", "sample_every", "checkpoint_every", "wandb", "tensorboard", "num_workers",
-        "device", "steps", "num_epochs", "gradient_checkpointing"}
+        "device", "steps", "num_epochs", "ema_decay", "gradient_checkpointing"}
 
 
 @dataclass
 class Progress:
-    """What is shown of a training while it runs; `sheet` is the last picture of samples."""
+    """What is shown of a training while it runs."""
 
     step: int
     steps: int
     loss: float
-    seconds: float                    # since the start, without pauses
-    curves: Curves
-    sheet: Image.Image | None = None
+    seconds: float                            # since the start, without pauses
+    draw: Callable[[str], Image.Image]
 
     @property
     def text(self) -> str:
@@ -47,14 +46,8 @@ class Progress:
         return f"step {self.step} of {self.steps}, loss {self.loss:.4f}, {duration(left)} left"
 
     def picture(self) -> Image.Image:
-        """Loss curve, and the samples below it."""
-        plot = draw_curves(self.curves, self.text)
-        if self.sheet is None:
-            return plot
-        whole = Image.new("RGB", (max(plot.width, self.sheet.width), plot.height + self.sheet.height), "white")
-        whole.paste(plot, (0, 0))
-        whole.paste(self.sheet, (0, plot.height))
-        return whole
+        """Loss curve, and the last samples below it."""
+        return self.draw(self.text)
 
 
 def duration(seconds: float) -> str:
@@ -169,8 +162,16 @@ class Training:
         self.pending.append(loss)
         if step % max(1, self.steps // LIVE_POINTS) == 0 or not self.live:
             self.live.append((step, loss))
-        logged = read_curves(self.folder)
-        self.on_progress(Progress(step, self.steps, loss, seconds, logged._replace(loss=self.live), self.sheet))
+        self.on_progress(Progress(step, self.steps, loss, seconds, self._picture))
+
+    def _picture(self, headline: str) -> Image.Image:
+        plot = draw_curves(read_curves(self.folder)._replace(loss=self.live), headline)
+        if self.sheet is None:
+            return plot
+        whole = Image.new("RGB", (max(plot.width, self.sheet.width), plot.height + self.sheet.height), "white")
+        whole.paste(plot, (0, 0))
+        whole.paste(self.sheet, (0, plot.height))
+        return whole
 
     def _on_save(self, step: int, averaged: nn.Module) -> None:
         """Measure the averaged weights, log it, keep the best and every so-manieth of them."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ...common.files import read_checkpoint
 from ...diffusion.schedule import make_alphas_cumprod
 from ...video_unet import checkpoint
 from ...video_unet.config import TEXT_ENCODERS, VideoUNetConfig
@@ -68,6 +69,9 @@ class VideoUNetTraining(Family):
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         checkpoint.save(path, net, self.config, metadata)
+
+    def load(self, path: Path):
+        return checkpoint.load(read_checkpoint(path))
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTraining:

@@ -1,0 +1,116 @@
+"""Train Video Model as ComfyUI runs it: in inference mode, with its models left as they were."""
+
+import json
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from safetensors import safe_open
+from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
+from stillmotion.nodes.dynamicrafter.nodes import DEMO
+from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.trainer.nodes import TrainVideoModel
+
+SETTINGS = {"name": "tiny", "resume": False, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "model_channels": 16,
+            "train": "all", "caption_dropout": 0.1, "motion_weight": 1.0, "seed": 0, "sample_every": 3,
+            "mixed_precision": "no", "gradient_checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        return dynamicrafter.load(read_checkpoint(DEMO), weight_dtype="fp32")
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints",
+                        ([str(tmp_path / "checkpoints")], {".safetensors"}))
+    return tmp_path
+
+
+def run(demo, data_set=None, **changes):
+    """The node in inference mode, where its data set was made too."""
+    with torch.inference_mode():
+        return TrainVideoModel.execute(data_set or MovingShapes(10, frames=4, size=(16, 16), mirror=True), demo.clip,
+                                       **{**SETTINGS, **changes})
+
+
+def weights_of(model):
+    return {key: value.clone() for key, value in model.model.state_dict().items()}
+
+
+def test_a_new_model_in_inference_mode(demo, folders):
+    shown = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append((total, value, preview)))
+    try:
+        with torch.inference_mode():
+            model, curves, name = run(demo, vae=demo.vae).args
+            assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert name == "tiny_00001.safetensors" and curves.shape[-1] == 3
+    assert [value for total, value, _ in shown if total == 3][-3:] == [1, 2, 3]
+    assert any(preview for _, _, preview in shown)
+    with safe_open(folders / "checkpoints" / name, "pt") as file:
+        header = file.metadata()
+    about = json.loads(header["stillmotion.training"])
+    assert about["step"] == 3 and about["settings"]["batch_size"] == 2
+    assert json.loads(header["stillmotion.video_unet"])["params"]["model_channels"] == 16
+    assert model.model.video_unet.frames == 4 and model.model.video_unet.height == 16
+    found = {path.name for path in (folders / "output" / "training" / "tiny_00001").iterdir()}
+    assert {"state_1.pt", "best.safetensors", "curves.png", "metrics.jsonl", "samples", "settings.json"} <= found
+
+
+def test_pixels_and_the_models_of_the_host_stay_as_they_are(demo):
+    clip = {key: value.clone() for key, value in demo.clip.cond_stage_model.state_dict().items()}
+    first = run(demo).args[0]
+    assert first.model.video_unet.space == "pixels"
+    before = weights_of(first)
+    second, _, name = run(demo, model=first, steps=1).args
+    assert name == "tiny_00002.safetensors"
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(first).items())
+    assert all(torch.equal(value, clip[key]) for key, value in demo.clip.cond_stage_model.state_dict().items())
+    assert second.model.video_unet == first.model.video_unet
+
+
+def test_cancelled_it_saves_and_goes_on_where_it_was(demo, folders):
+    whole = weights_of(run(demo, name="whole").args[0])
+
+    def cancel(value, total, preview, **_):
+        if (total, value) == (3, 1):
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(cancel)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(demo)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    state = torch.load(folders / "output" / "training" / "tiny_00001" / "state_1.pt", weights_only=True)
+    assert state["step"] == 1
+    resumed, _, name = run(demo, resume=True).args
+    assert name == "tiny_00001.safetensors"
+    assert all(torch.equal(value, whole[key]) for key, value in weights_of(resumed).items())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"name": "a/b"}, "plain file name"), ({"resume": True}, "no run to go on with"),
+    ({"train": "half"}, "choose one of all"), ({"train": "projector_temporal"}, "family dynamicrafter"),
+    ({"mixed_precision": "fp8"}, "choose one of no"), ({"batch_size": 0}, "above 0"),
+])
+def test_bad_input(demo, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(demo, **changes)
+
+
+def test_encoders_that_do_not_belong_to_the_model(demo):
+    with pytest.raises(ValueError, match="connect vae and clip_vision"):
+        run(demo, model=demo.model, vae=demo.vae)
+    pixels = run(demo, steps=1).args[0]
+    with pytest.raises(ValueError, match="disconnect the VAE"):
+        run(demo, model=pixels, vae=demo.vae)
