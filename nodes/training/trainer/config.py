@@ -106,6 +106,7 @@ class TrainConfig:
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
         self._check_family()
+        self.size()
         wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
         if wrong:
             raise ValueError(f"stages has {wrong[0]!r}: give SIZE:STEPS, as 32:2000, or 512x320:2000.")

@@ -1,0 +1,25 @@
+"""Three steps of a small training, started by a launcher or alone: `two_processes.py OUT ACCUMULATION`."""
+
+import sys
+from pathlib import Path
+
+import conftest  # noqa: F401  the pack, importable without a server
+import torch
+from stillmotion.nodes.training.loop import fit
+from stillmotion.nodes.training.parallel import make_processes
+
+out, accumulation = Path(sys.argv[1]), int(sys.argv[2])
+processes = make_processes()
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+
+
+def loss_of(generator):
+    x = torch.randn(2, 4, generator=generator)
+    return (net(x) - x.prod(1, keepdim=True)).square().mean()
+
+
+fit(net, loss_of, steps=3, lr=0.01, checkpoint=out.with_suffix(".state"), warmup=0, accumulation=accumulation,
+    processes=processes)
+if processes.rank == 0:
+    torch.save({**net.state_dict(), **({"count": processes.count} if processes.count > 1 else {})}, out)

@@ -1,0 +1,309 @@
+"""workflows/train.py and what it is made of: settings, batches, resume, several processes, 2-D weights."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.loop import fit
+from stillmotion.nodes.training.parallel import make_processes
+from stillmotion.nodes.training.trainer.base import Family
+from stillmotion.nodes.training.trainer.config import TrainConfig, add_flags, make_config
+from stillmotion.nodes.training.trainer.encoding import Batches
+from stillmotion.nodes.training.trainer.families import checkpoint_blocks
+from stillmotion.nodes.training.trainer.inflate import inflate, sd_names
+from stillmotion.nodes.training.trainer.run import Training
+from stillmotion.nodes.training.trainer.trackers import open_trackers
+from stillmotion.nodes.video_unet.unet import Block, VideoUNetParams, new_network
+
+PARAMS = VideoUNetParams(channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, spatial_attention=(1,),
+                         head_channels=16, context_dim=8, additional_condition_dim=0)
+TWO = Path(__file__).parents[1] / "two_processes.py"
+
+
+def flags(line):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return vars(parser.parse_args(line.split()))
+
+
+def test_a_flag_wins_over_the_yaml_only_where_it_is_given(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("batch_size: 8\nlearning_rate: 3e-4\nwandb: true\nframe_size: 32\nchannel_mult: [1, 2]\n")
+    assert flags("") == {}
+    config = make_config(path, flags(""))
+    assert (config.batch_size, config.learning_rate, config.wandb, config.size()) == (8, 3e-4, True, (32, 32))
+    assert config.num_frames == TrainConfig().num_frames and config.channel_mult == [1, 2]
+    config = make_config(path, flags("--batch_size 4 --no_wandb"))  # 4 is the default too, and was given
+    assert (config.batch_size, config.learning_rate, config.wandb) == (4, 3e-4, False)
+
+
+def test_the_flags_of_the_document_are_there():
+    line = ("--data_dir d --batch_size 1 --num_epochs 2 --learning_rate 1e-3 --num_frames 8 --frame_size 32 "
+            "--model_channels 32 --max_samples 5 --no_wandb")
+    config = make_config(None, flags(line))
+    assert (config.data_dir, config.num_epochs, config.model_channels, config.max_samples) == ("d", 2, 32, 5)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("bach_size: 3", "bach_size does not fit.*Settings: family"), ("batch_size: many", "batch_size does not fit"),
+    ("- 1", "holds no settings"), ("a: [", "cannot be read as YAML"), ("batch_size: 0", "batch_size is 0"),
+    ("family: sora", "choose one of video_unet"), ("family: causal_wan", "needs a checkpoint"),
+    ("train: projector_temporal", "is for family dynamicrafter"), ("from_scratch: true", "none was given"),
+    ("frame_size: 64by64", "WIDTHxHEIGHT"), ("stages: ['32']", "SIZE:STEPS"), ("stages: ['32:5']", "the full size"),
+    ("ema_decay: 1", "from 0 to"), ("output: model.ckpt", "must end in .safetensors"), ("seed: -1", "0 or more"),
+])
+def test_bad_settings(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=words):
+        make_config(path, {})
+
+
+def test_trackers_are_named_where_they_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        open_trackers(TrainConfig(wandb=True), tmp_path)
+    assert open_trackers(TrainConfig(), tmp_path) == []
+
+
+def test_accelerate_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert make_processes("no").count == 1
+    with pytest.raises(ImportError, match="pip install accelerate"):
+        make_processes("bf16")
+    with pytest.raises(ValueError, match="choose one of no, bf16, fp16"):
+        make_processes("fp8")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        make_processes("fp16")
+
+
+def index_of(item):
+    return {"index": torch.tensor(int(item["name"][-5:]))}
+
+
+def test_every_epoch_visits_every_clip_whoever_reads():
+    def batches(**settings):
+        return Batches(MovingShapes(5, frames=1, size=(16, 16)), [0, 1, 2, 4], index_of, size=3, seed=7, **settings)
+
+    alone = batches()
+    seen = [alone(number)["index"].tolist() for number in range(6)]
+    assert all(set(seen[n] + seen[n + 1]) == {0, 1, 2, 4} for n in (0, 2, 4)) and seen[0] != seen[2]
+    assert batches()(3)["index"].tolist() == seen[3]  # as after a resume
+    other = batches(stride=2)
+    varied = Batches(MovingShapes(5, frames=1, size=(16, 16), mirror=True), [0, 1, 2, 4], index_of, size=3, seed=7)
+    assert [other(number)["index"].tolist() for number in (1, 3, 5)] == seen[1::2]
+    assert [varied(number)["index"].tolist() for number in range(6)] == seen and not varied.cache
+
+
+class Toy(Family):
+    """A straight line through clips that are numbers."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(4, 1)
+        self.encoders = self
+
+    def encode(self, item):
+        return {"x": torch.tensor([float(ord(letter)) / 100 for letter in item["caption"][:4]])}
+
+    def loss(self, net, batch, generator, dropout):
+        noise = 0.1 * torch.randn(batch["x"].shape, generator=generator)
+        return (net(batch["x"] + noise) - batch["x"].sum(1, keepdim=True)).square().mean()
+
+    def sample(self, net, batch, seed):
+        return {"toy": (batch["x"].view(-1, 1, 1, 2, 2), 0)}
+
+    def truth(self, batch):
+        return batch["x"].view(-1, 1, 1, 2, 2)
+
+    def pixels(self, latent):
+        return latent.movedim(1, -1).expand(*latent.shape[:1], 1, 2, 2, 3).clamp(0, 1)
+
+    def export(self, path, net, metadata):
+        save_file(net.state_dict(), path, metadata=metadata)
+
+
+class Stopped(Exception):
+    pass
+
+
+def train_toy(folder, stop_at=None, **settings):
+    """(weights, losses by step)"""
+    losses = {}
+
+    def on_progress(progress):
+        losses[progress.step] = progress.loss
+        if progress.step == stop_at:
+            raise Stopped
+
+    config = TrainConfig(**{"steps": 30, "batch_size": 2, "save_every": 10, "sample_every": 10, "learning_rate": 0.05,
+                            "warmup": 0, "ema_decay": 0.5, **settings})
+    training = Training(Toy(), MovingShapes(20, frames=1, size=(16, 16)), config, folder / "m.safetensors",
+                        folder / "m", on_progress=on_progress)
+    try:
+        training.run()
+    except Stopped:
+        return None, losses
+    return load_file(folder / "m.safetensors"), losses
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path):
+    weights, losses = train_toy(tmp_path / "whole")
+    _, before = train_toy(tmp_path / "stopped", stop_at=17)
+    resumed, after = train_toy(tmp_path / "stopped", resume=True)
+    assert list(before) == list(range(1, 18)) and list(after) == list(range(18, 31))
+    assert {**before, **after} == losses
+    assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+
+
+def test_what_a_training_leaves(tmp_path):
+    _, losses = train_toy(tmp_path, checkpoint_every=20)
+    folder = tmp_path / "m"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert rows[0]["loss"] == pytest.approx(sum(losses[i] for i in range(1, 11)) / 10)
+    assert rows[2]["validation"] < rows[0]["validation"] and rows[0]["psnr"] == 100
+    assert (folder / "step_0000020.safetensors").exists() and (folder / "samples" / "step_0000030.png").exists()
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        best = json.loads(file.metadata()["stillmotion.training"])
+    assert best["step"] == min(rows, key=lambda row: row["validation"])["step"]
+
+
+def test_a_run_is_neither_overwritten_nor_gone_on_with_by_other_settings(tmp_path):
+    train_toy(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train_toy(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="batch_size 2, now 4"):
+        train_toy(tmp_path, steps=2, batch_size=4, resume=True)
+    with pytest.raises(ValueError, match="no run to go on with"):
+        train_toy(tmp_path / "other", resume=True)
+    train_toy(tmp_path, steps=4, resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        train_toy(tmp_path, learning_rate=1e30, clip_norm=1e30)
+
+
+def test_stages_go_from_low_to_high_resolution(tmp_path):
+    sizes = []
+
+    class Sized(Toy):
+        def encode(self, item):
+            sizes.append(tuple(item["video"].shape[1:]))
+            return super().encode(item)
+
+    config = TrainConfig(stages=["16:3", "32:2"], frame_size="32", num_frames=2, batch_size=2)
+    config.check()
+    Training(Sized(), MovingShapes(4, frames=2, size=(32, 32)), config, tmp_path / "m.safetensors",
+             tmp_path / "m").run()
+    changes = [size for size, before in zip(sizes, [None, *sizes]) if size != before]
+    assert changes == [(2, 16, 16), (2, 32, 32)]
+    steps = [json.loads((tmp_path / "m" / f"state_{n}.jsonl").read_text())["step"] for n in (1, 2)]
+    assert steps == [3, 2]
+
+
+def launch(tmp_path, name, *launcher, accumulation):
+    """Weights after three steps of tests/two_processes.py."""
+    out = tmp_path / f"{name}.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launcher, str(TWO), str(out), str(accumulation)], env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_two_processes_make_the_steps_of_one(tmp_path):
+    pytest.importorskip("accelerate")
+    alone = launch(tmp_path, "alone", accumulation=4)
+    two = {
+        "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()),
+        "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()),
+    }
+    for name, launcher in two.items():
+        found = launch(tmp_path, name, *launcher, accumulation=2)
+        assert found["count"] == 2
+        for key, value in alone.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=f"{name}: {key}")
+
+
+def unet_loss(net, generator):
+    x = torch.randn(1, 9, 3, 4, 4, generator=generator)
+    return net(x, torch.tensor([500]), torch.ones(1, 5, 8)).square().mean()
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_stays_in_the_average():
+    def gradients(checkpointed):
+        net = new_network(PARAMS, seed=1)
+        torch.nn.init.normal_(net.output.weight, generator=torch.Generator().manual_seed(2))
+        if checkpointed:
+            checkpoint_blocks(net, (Block,))
+        unet_loss(net, torch.Generator().manual_seed(0)).backward()
+        return net, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    net, plain = gradients(False)
+    again, computed = gradients(True)
+    assert plain.keys() == computed.keys() and all(torch.equal(plain[name], computed[name]) for name in plain)
+    assert again.state_dict().keys() == net.state_dict().keys()
+    average = torch.optim.swa_utils.AveragedModel(again)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    assert unet_loss(average.module, torch.Generator().manual_seed(0)) > 0  # its own weights, not those of the original
+
+
+def test_one_clip_is_learned_by_heart(tmp_path):
+    net = new_network(PARAMS, seed=0)
+    clip = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    losses = []
+
+    def loss_of(generator):
+        noise = torch.randn(clip.shape, generator=generator)
+        x = torch.cat((0.5 ** 0.5 * (clip + noise), torch.zeros(1, 5, 3, 4, 4)), dim=1)
+        loss = (net(x, torch.tensor([500]), torch.ones(1, 5, 8)) - clip).square().mean()
+        losses.append(loss.item())
+        return loss
+
+    fit(net, loss_of, steps=80, lr=1e-2, checkpoint=tmp_path / "state.pt", warmup=5, save_every=80)
+    assert losses[0] > 0.8 and sum(losses[-10:]) / 10 < 0.05
+
+
+def test_2d_weights_are_copied_and_temporal_layers_begin_as_the_identity():
+    teacher, net = new_network(PARAMS, seed=5), new_network(PARAMS, seed=6)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    layers = dict(sd_names(net))
+    flat = {}
+    for key, value in teacher.state_dict().items():
+        layer, _, kind = key.rpartition(".")
+        if layer in layers:
+            flat[f"model.diffusion_model.{layers[layer]}.{kind}"] = value[:, :4] if key == "input.weight" else value
+    counts = inflate(net, flat)
+    assert counts.copied == len(flat) > 20 and counts.copied + counts.fresh == len(net.state_dict())
+    assert torch.equal(net.down[0]["blocks"][0].res.conv1.weight, teacher.down[0]["blocks"][0].res.conv1.weight)
+    assert torch.equal(net.input.weight[:, :4], teacher.input.weight[:, :4]) and not net.input.weight[:, 4:].any()
+
+    def run(x):
+        return net(x, torch.tensor([500]), torch.ones(1, 5, 8))
+
+    x = torch.randn(1, 9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    frames = torch.cat([run(x[:, :, i:i + 1]) for i in range(3)], dim=2)
+    assert run(x).abs().max() > 0.01
+    torch.testing.assert_close(run(x), frames, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="None of the 2-D weights fits"):
+        inflate(net, {"something.else": torch.zeros(3)})
