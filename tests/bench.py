@@ -4,6 +4,7 @@
     python tests/bench.py --preset 512 --dtype fp16             full size with random weights: 256, 512, 1024
     python tests/bench.py --family causal_wan                   block-autoregressive Wan, the demo model
     python tests/bench.py --family causal_wan --preset 1.3b --dtype bf16 [--compile]
+    python tests/bench.py --family training                     a training step, with and without checkpointing
     python tests/bench.py --case FOLDER                         a reference case of either family (see parity.py)
     python tests/bench.py --family causal_wan --help            all options of a family
 
@@ -22,11 +23,12 @@ sys.path[:0] = [str(TESTS.parent / "workflows"), str(TESTS)]
 
 import bench_causal_wan  # noqa: E402
 import bench_dynamicrafter  # noqa: E402
+import bench_training  # noqa: E402
 import host  # noqa: E402
 from bench_tools import TOLERANCE  # noqa: E402
 
 # A family adds its options and gives all figures of a model as a dict with "latents_agree".
-FAMILIES = {"dynamicrafter": bench_dynamicrafter, "causal_wan": bench_causal_wan}
+FAMILIES = {"dynamicrafter": bench_dynamicrafter, "causal_wan": bench_causal_wan, "training": bench_training}
 
 
 def parse_arguments():
