@@ -4,7 +4,9 @@ import os
 
 import data as script
 import pytest
+import torch
 from stillmotion.nodes.training.folders import VideoFolder
+from stillmotion.nodes.training.shards import LatentShards
 
 
 @pytest.fixture
@@ -41,6 +43,19 @@ def test_check_names_what_is_wrong(run, tmp_path):
     assert code == 1 and "1 skipped:\n- shape_00001.mp4: no caption" in text
     code, _ = run("check", tmp_path / "shapes")
     assert "too short, it has 4 of the 16 frames" in code
+
+
+def test_clips_are_packed_with_the_vae_of_the_demo(run, tmp_path):
+    pytest.importorskip("lmdb")
+    run("shapes", tmp_path / "shapes", "--count", 2, "--num_frames", 2)
+    code, text = run("pack", tmp_path / "shapes", tmp_path / "packed", "--num_frames", 2)
+    assert not code and "2 packed clips from packed, latents [4, 2, 8, 8] by demo" in text
+    clip, item = VideoFolder(tmp_path / "shapes", frames=2)[1], LatentShards(tmp_path / "packed")[1]
+    decoded = script.load_vae("demo").decode(item["latent"][None])[0]
+    assert (decoded.movedim(-1, 0) * 2 - 1 - clip["video"]).abs().mean() < 0.1
+    assert item["caption"] == clip["caption"] and torch.allclose(item["reference"], clip["video"][:, 0], atol=0.01)
+    code, _ = run("pack", tmp_path / "shapes", tmp_path / "packed", "--num_frames", 2, "--max_samples", 1)
+    assert code.startswith("error: ") and "was begun with" in code
 
 
 def test_sizes_are_written_as_users_write_them():

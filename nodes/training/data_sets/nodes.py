@@ -23,6 +23,8 @@ OUTPUTS = [
 ]
 FRAMES = {"default": 16, "min": 1, "max": 1024}
 EDGE = {"default": 64, "min": 16, "max": 4096, "step": 8}
+# the page would draw another seed after each run unless told not to: a data set stays the same until it is changed
+SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_generate": False}
 
 
 def _as_image(picture) -> torch.Tensor:
@@ -84,7 +86,7 @@ class VideoFolderNode(io.ComfyNode):
                 io.Boolean.Input("mirror", default=False,
                                  tooltip="Mirror half of the clips; left and right are exchanged in their captions."),
                 io.Int.Input("max_samples", default=0, min=0, max=10 ** 7, tooltip="Only the first clips; 0: all."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
+                io.Int.Input("seed", **SEED,
                              tooltip="Of what is drawn at random: places, mirrored clips."),
             ],
             outputs=OUTPUTS,
@@ -117,7 +119,7 @@ class MovingShapesNode(io.ComfyNode):
                 io.Boolean.Input("held_out", default=False,
                                  tooltip="Draw combinations of shape, colour and direction, and a wording, that never "
                                          "occur otherwise: to test what was learned."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
+                io.Int.Input("seed", **SEED,
                              tooltip="Another seed draws other clips; the same seed the same."),
             ],
             outputs=OUTPUTS,
