@@ -41,11 +41,12 @@ WINDOW = 16                 # latent frames that a block sees, sink and itself i
 FRAMES = data.MAX_FRAMES    # of a clip: twice the window
 FS = 18                     # one speed, since the network is not told any
 SHIFT = 5.0
-STEPS = (1000, 750, 500, 250)
+STEPS = (1000, 500)         # of the rollouts in training: half of the demo's, which errs in the same way and costs half
 TURNS = (8, 12, 16, 20)     # latent frames where a clip may change its direction, and the prompt with it
 TURNING = 0.4               # share of clips that do
 BLANK = 0.15                # share of batches without a start image: text to video
-CLIPS = 4000
+CLIPS, SHORT_CLIPS = 4000, 6000  # with fewer the network learns places by heart
+SHORT = 0.75                # share of straight batches that are short clips
 
 
 class Excerpt(NamedTuple):
@@ -84,14 +85,14 @@ def draw_turning(clip: data.ShapeClip, turn: int, new_direction: str) -> Tensor:
     return torch.cat((data.draw_clip(clip, turn), data.draw_clip(onward, FRAMES - turn + 1)[1:]))
 
 
-def random_clips(rng: Random, count: int) -> list[tuple[data.ShapeClip, int, str]]:
+def random_clips(rng: Random, count: int, turning: float = TURNING) -> list[tuple[data.ShapeClip, int, str]]:
     """(clip, frame where it turns or 0, direction after that); no held-out combination, before or after."""
     clips = []
     while len(clips) < count:
         clip = data.random_clip(rng)
         if clip.fs != FS:  # drawn again: the margin that keeps a shape inside belongs to its speed
             continue
-        turn = TURNS[len(clips) % len(TURNS)] if len(clips) < count * TURNING else 0
+        turn = TURNS[len(clips) % len(TURNS)] if len(clips) < count * turning else 0
         others = [d for d in data.DIRECTIONS if d != clip.direction
                   and not data.is_held_out(clip.shape, clip.colour, d)]
         clips.append((clip, turn, rng.choice(others) if turn else clip.direction))
@@ -99,34 +100,41 @@ def random_clips(rng: Random, count: int) -> list[tuple[data.ShapeClip, int, str
 
 
 @torch.no_grad()
-def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
-    """Encodings by the nodes that a user has: they do not change while the network learns, so they are made once.
+def encode(demo, clips: Sequence[tuple[data.ShapeClip, int, str]], frames: int, index: dict[str, int]
+           ) -> dict[str, Tensor]:
+    """Encodings of clips by the nodes that a user has: latents [K, 4, frames, h, w] (scaled), tokens [K, N, W] of the
+    first frame, turn [K], caption [K, 2, forms] (before and after the turn) as numbers of `index`, which grows."""
+    found = {"latents": [], "tokens": [], "turn": [], "caption": []}
+    for clip, turn, direction in clips:
+        drawn = draw_turning(clip, turn, direction) if turn else data.draw_clip(clip, frames)
+        pixels_THWC = drawn.float() / 255
+        found["latents"].append((demo.vae.encode(pixels_THWC)[0] * SCALE_FACTOR).half())
+        found["tokens"].append(demo.clip_vision.encode_image(pixels_THWC[:1]).penultimate_hidden_states[0])
+        found["turn"].append(torch.tensor(turn))
+        found["caption"].append(torch.tensor(
+            [[index.setdefault(c.caption(form), len(index)) for form in range(data.HELD_OUT_FORM)]
+             for c in (clip, replace(clip, direction=direction))]))
+        if len(found["turn"]) % 500 == 0:
+            logging.info("encoded %d / %d clips", len(found["turn"]), len(clips))
+    return {name: torch.stack(values) for name, values in found.items()}
 
-    latents [K, 4, T, h, w] (scaled), tokens [K, N, W], grey [1, 4, 1, h, w] and grey_tokens [1, N, W] (of a grey
-    picture), turn [K], caption [K, 2, forms] (index into text; before and after the turn), text [captions, 77, C], the
-    empty one first.
-    """
+
+@torch.no_grad()
+def encode_clips(folder: Path, count: int = CLIPS, short: int = SHORT_CLIPS) -> dict[str, Tensor]:
+    """What does not change while the network learns, made once: whole clips as `encode` gives them, further straight
+    ones of a window under `short_` names, text [captions, 77, C] (the empty one first), grey [1, 4, 1, h, w] and
+    grey_tokens [1, N, W] of a grey picture."""
     path = folder / "causal_wan_encodings.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    demo = dynamicrafter.load(read_checkpoint(TOWERS), weight_dtype="fp32")
-    latents, tokens, turns, captions, index = [], [], [], [], {"": 0}
-    for clip, turn, direction in random_clips(Random(11), count):
-        frames = draw_turning(clip, turn, direction) if turn else data.draw_clip(clip, FRAMES)
-        pixels_THWC = frames.float() / 255
-        latents.append((demo.vae.encode(pixels_THWC)[0] * SCALE_FACTOR).half())
-        tokens.append(demo.clip_vision.encode_image(pixels_THWC[:1]).penultimate_hidden_states[0])
-        turns.append(turn)
-        captions.append([[index.setdefault(c.caption(form), len(index)) for form in range(data.HELD_OUT_FORM)]
-                         for c in (clip, replace(clip, direction=direction))])
-        if len(latents) % 500 == 0:
-            logging.info("encoded %d / %d clips", len(latents), count)
+    demo, index, rng = dynamicrafter.load(read_checkpoint(TOWERS), weight_dtype="fp32"), {"": 0}, Random(11)
+    encodings = encode(demo, random_clips(rng, count), FRAMES, index)
+    straight = encode(demo, random_clips(rng, short, turning=0), WINDOW, index)
+    encodings |= {f"short_{name}": value for name, value in straight.items()}
     text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
     grey = torch.full((1, 64, 64, 3), 0.5)
-    encodings = {"latents": torch.stack(latents), "tokens": torch.stack(tokens), "turn": torch.tensor(turns),
-                 "grey": demo.vae.encode(grey) * SCALE_FACTOR,
-                 "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states,
-                 "caption": torch.tensor(captions), "text": torch.stack(text)}
+    encodings |= {"text": torch.stack(text), "grey": demo.vae.encode(grey) * SCALE_FACTOR,
+                  "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states}
     encodings = {name: value.clone() for name, value in encodings.items()}
     torch.save(encodings, path)
     return encodings
@@ -153,7 +161,7 @@ def demo_network(params: WanParams = PARAMS) -> CausalWan:
 
 
 class Batch(NamedTuple):
-    z_BCTHW: Tensor                  # whole clips
+    z_BCTHW: Tensor                  # whole clips, or short ones
     y_BYTHW: Tensor
     text_BLC: tuple[Tensor, Tensor]  # before and after the turn
     image_BNW: Tensor
@@ -162,22 +170,27 @@ class Batch(NamedTuple):
 
 
 def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: torch.Generator) -> Batch:
-    """Clips that all turn at one frame or none, or have no start image; one text in ten is dropped."""
+    """Clips that all turn at one frame or none, or have no start image; one text in ten is dropped.
+
+    So are half of the image tokens: of few clips the network would learn them by heart, and not look at the image.
+    """
     blank = rng.random() < BLANK
     turn = rng.choice(TURNS) if not blank and rng.random() < TURNING else 0
-    group = (encodings["turn"] == turn).nonzero()[:, 0]
+    kind = "short_" if turn == 0 and rng.random() < SHORT else ""
+    group = (encodings[f"{kind}turn"] == turn).nonzero()[:, 0]
     pick = group[torch.randint(0, len(group), (size,), generator=generator)]
     form = torch.randint(0, data.HELD_OUT_FORM, (size,), generator=generator)
     dropped = torch.rand(size, generator=generator) < 0.1
-    text = tuple(encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, part, form])]
+    text = tuple(encodings["text"][torch.where(dropped, 0, encodings[f"{kind}caption"][pick, part, form])]
                  for part in (0, 1))
-    z = encodings["latents"][pick].float()
-    tokens = encodings["grey_tokens"].expand(size, -1, -1) if blank else encodings["tokens"][pick]
-    return Batch(z, image_condition(z[:, :, 0], encodings["grey"], FRAMES, blank), text, tokens, turn, blank)
+    z = encodings[f"{kind}latents"][pick].float()
+    unseen = (torch.rand(size, generator=generator) < 0.5) | blank
+    tokens = torch.where(unseen[:, None, None], encodings["grey_tokens"], encodings[f"{kind}tokens"][pick])
+    return Batch(z, image_condition(z[:, :, 0], encodings["grey"], z.shape[2], blank), text, tokens, turn, blank)
 
 
 def rollout_plan(frames: int, turn: int) -> Plan:
-    """As the demo's workflows sample."""
+    """As the demo's workflows sample, in fewer steps."""
     steps = make_steps(STEPS, SHIFT, warp=True)
     return Plan(blocks=(BLOCK,) * (frames // BLOCK), steps=steps, first_steps=steps, context_noise=0, window=WINDOW,
                 sink=SINK, endless=True, switches=(turn,) if 0 < turn < frames else (), global_sink=True, cfg=1,
@@ -219,7 +232,7 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
         rng.seed(generator.initial_seed())
         batch = draw_batch(encodings, size, rng, generator)
         excerpt = draw_excerpt(rng, batch.turn)
-        if batch.blank:  # what is to be learned lies in the first block
+        if batch.blank or batch.z_BCTHW.shape[2] == WINDOW:  # without an image all lies in the first block
             excerpt = Excerpt(WINDOW, (BLOCK,) * (WINDOW // BLOCK), 0)
         context = batch.z_BCTHW
         if own_context and not batch.blank:  # without the image a rollout is another video than the clip
@@ -238,8 +251,8 @@ def export(path: Path, net: CausalWan) -> None:
     save_file(weights, path, metadata={"format": "pt", "config": json.dumps(config)})
 
 
-def make_causal_wan_demo(folder: Path, target: Path, stages: Sequence[tuple[int, float]] = ((5000, 1e-3), (800, 2e-4)),
-                         size: int = 8) -> None:
+def make_causal_wan_demo(folder: Path, target: Path, size: int = 8,
+                         stages: Sequence[tuple[int, float]] = ((3600, 1.6e-3), (1500, 8e-4))) -> None:
     """Both stages (steps, learning rate) in `folder` (what is there is gone on with), then the file."""
     folder.mkdir(parents=True, exist_ok=True)
     encodings, net = encode_clips(folder), demo_network()

@@ -31,10 +31,12 @@ def encodings(clips=6, turn=0):
     def random(*shape):
         return torch.randn(shape, generator=generator)
 
+    caption = torch.arange(1, 7).view(1, 2, 3).expand(clips, 2, 3)
     return {"latents": random(clips, 4, recipe.FRAMES, 8, 8).half(), "tokens": random(clips, 17, 48),
-            "turn": torch.full((clips,), turn), "grey": random(1, 4, 1, 8, 8), "text": random(7, 77, 32),
-            "grey_tokens": random(1, 17, 48),
-            "caption": torch.arange(1, 7).view(1, 2, 3).expand(clips, 2, 3)}
+            "turn": torch.full((clips,), turn), "caption": caption, "grey": random(1, 4, 1, 8, 8),
+            "short_latents": random(clips, 4, recipe.WINDOW, 8, 8).half(), "short_tokens": random(clips, 17, 48),
+            "short_turn": torch.zeros(clips), "short_caption": caption, "text": random(7, 77, 32),
+            "grey_tokens": random(1, 17, 48)}
 
 
 def batch_of(turn=0):
@@ -109,9 +111,10 @@ def test_the_exported_network_loads_with_every_key_accounted_for(net, tmp_path, 
 
 
 def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net):
-    found = recipe.encode_clips(tmp_path, count=5)
+    found = recipe.encode_clips(tmp_path, count=5, short=2)
     assert found["latents"].std() == pytest.approx(1, abs=0.25) and found["text"].isfinite().all()
     assert found["turn"].tolist() == [8, 12, 0, 0, 0] and found["caption"].max() < len(found["text"])
+    assert found["short_latents"].shape == (2, 4, recipe.WINDOW, 8, 8) and not found["short_turn"].any()
     demo = dynamicrafter.load(read_checkpoint(recipe.TOWERS), weight_dtype="fp32")
     clip = recipe.random_clips(Random(11), 5)[0][0]
     image_THWC = data.draw_clip(clip, 1) / 255
@@ -168,7 +171,10 @@ def test_some_batches_have_no_start_image():
         mask, latent = batch.y_BYTHW[:, :4], batch.y_BYTHW[:, 4:]
         assert mask.any() != batch.blank and (batch.turn == 0 or not batch.blank)
         assert (latent == found["grey"]).all() == batch.blank
-        assert torch.equal(batch.image_BNW[0], found["grey_tokens"][0]) == batch.blank
+    unseen = [(batch.image_BNW == found["grey_tokens"]).all((1, 2)) for batch in batches]
+    assert all(grey.all() for grey, batch in zip(unseen, batches) if batch.blank)
+    assert 0.4 < torch.cat([grey for grey, batch in zip(unseen, batches) if not batch.blank]).float().mean() < 0.6
+    assert {batch.z_BCTHW.shape[2] for batch in batches if not batch.turn} == {recipe.WINDOW, recipe.FRAMES}
 
 
 @pytest.mark.parametrize("turn", [0, 16])
