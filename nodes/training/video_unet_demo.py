@@ -100,7 +100,7 @@ def demo_network() -> VideoUNet:
     return new_network(PARAMS, seed=30)
 
 
-def make_video_unet_demo(folder: Path, target: Path, steps: int = 3000) -> None:
+def make_video_unet_demo(folder: Path, target: Path, steps: int = 3500) -> None:
     """The training in `folder` (what is there is gone on with), then the file."""
     folder.mkdir(parents=True, exist_ok=True)
     net = train(demo_network(), encode_clips(folder), folder / "video_unet.pt", steps)

@@ -1,0 +1,58 @@
+"""The shipped video U-Net: what its file says, and a look at what it makes of prompts and of the past of a clip."""
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.diffusion.ddim import Clip
+from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
+from stillmotion.nodes.sampling.sampler import DDIMSettings, sample_latent
+from stillmotion.nodes.training import data
+from stillmotion.nodes.training.video_unet_demo import CONFIG, TOWERS
+from stillmotion.nodes.video_unet.nodes import LoadVideoUNet, VideoUNetConditions
+from tracking import psnr, track
+
+DEMO = TOWERS.with_name("video_unet_demo.safetensors")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        return LoadVideoUNet.execute("demo", "fp32").args[0], dynamicrafter.load(read_checkpoint(TOWERS))
+
+
+def make(demo, prompt, given="none", images=None, seed=1):
+    """uint8 frames [T, H, W, 3] as the workflows make them."""
+    model, parts = demo
+
+    def text(words):
+        return [[parts.clip.encode_from_tokens(parts.clip.tokenize(words)), {}]]
+    with torch.inference_mode():
+        positive, negative, latent = VideoUNetConditions.execute(
+            model, text(prompt), text(""), given, 0, 0, 0, 1, images, parts.vae).args
+        settings = DDIMSettings(20, 2.0, 1.0, "auto", -1.0, 1.0, 0.0, Clip("static", 3.0, False), 0, 20, "fixed")
+        made = sample_latent(model, positive, negative, latent, seed, settings)[0]["samples"]
+        return (parts.vae.decode(made)[0] * 255).round().to(torch.uint8).numpy()
+
+
+def test_the_file_is_small_and_says_what_the_recipe_says(demo):
+    assert DEMO.stat().st_size <= 6e6
+    assert demo[0].model.video_unet == CONFIG
+
+
+def test_prompts_decide_where_a_shape_goes(demo):
+    """Four prompts; the bar of 90 % is measured over 100 by demo_quality.py."""
+    found = {}
+    for direction in data.DIRECTIONS:
+        frames = make(demo, f"a blue square moves {direction} on a black background")
+        found[direction] = track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS).direction
+    assert sum(direction == seen for direction, seen in found.items()) >= 3, found
+
+
+def test_the_past_of_a_clip_decides_its_future(demo):
+    for seed in range(2):
+        clip = data.random_clip(Random(seed), held_out=True)
+        truth = data.draw_clip(clip)
+        made = make(demo, "", "first frames", truth[:4].float() / 255)
+        assert np.mean([psnr(a, b) for a, b in zip(made[4:], truth.numpy()[4:])]) >= 22
