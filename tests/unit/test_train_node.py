@@ -12,6 +12,7 @@ from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.dynamicrafter.nodes import DEMO
 from stillmotion.nodes.training.dataset import MovingShapes
+from stillmotion.nodes.training.trainer import base
 from stillmotion.nodes.training.trainer.nodes import TrainVideoModel
 
 SETTINGS = {"name": "tiny", "resume": False, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "model_channels": 16,
@@ -30,6 +31,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints",
                         ([str(tmp_path / "checkpoints")], {".safetensors"}))
+    monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # how samples look is of no matter here
     return tmp_path
 
 

@@ -58,7 +58,7 @@ class TrainVideoModel(io.ComfyNode):
                 io.Float.Input("motion_weight", default=1.0, min=0.1, max=100.0, step=0.1,
                                tooltip="How much more places count where something moves. 5 for small shapes on plain "
                                        "ground, 1 for real videos."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffff,
+                io.Int.Input("seed", default=0, min=0, max=0xffffffff, control_after_generate=False,
                              tooltip="Of new weights, the order of clips and the noise."),
                 io.Int.Input("sample_every", default=200, min=1, max=1_000_000,
                              tooltip="Steps between samples; validation, curves and saved state come with them."),
