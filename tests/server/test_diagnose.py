@@ -12,8 +12,6 @@ import host
 import pytest
 from PIL import Image
 
-GRAPH = host.WORKFLOWS / "api" / "video_unet_text_to_video.json"
-needs_graph = pytest.mark.skipif(not GRAPH.exists(), reason="the text-to-video graph comes with the video U-Net's demo")
 EARLY = host.PACK / "nodes" / "demo" / "video_unet_early.safetensors"
 
 
@@ -72,7 +70,6 @@ def test_a_video_unet_is_told_by_its_header(server, early, tmp_path):
     assert f"EMA: {early} holds one set of weights" in out
 
 
-@needs_graph
 def test_generate_saves_what_was_asked_for(server, early, tmp_path):
     out, err, code = call("generate.py", "--server", server.url, "--checkpoint", early, "--steps", "2", "--prompts",
                           "a red circle moves left", "blue square moving up", "--save_gif", "--save_frames",
@@ -87,7 +84,6 @@ def test_generate_saves_what_was_asked_for(server, early, tmp_path):
         assert len(list(container.decode(video=0))) == 16
 
 
-@needs_graph
 def test_generate_asks_for_prompts_where_none_is_given(server, early, tmp_path):
     out, err, code = call("generate.py", "--server", server.url, "--checkpoint", early, "--steps", "1", cwd=tmp_path,
                           given="a red circle moves left\n\nnever read\n")
@@ -96,7 +92,6 @@ def test_generate_asks_for_prompts_where_none_is_given(server, early, tmp_path):
     assert path.name == "01_a_red_circle_moves_left.mp4"
 
 
-@needs_graph
 def test_generate_goes_on_after_a_prompt_that_fails(server, early, tmp_path):
     out, err, code = call("generate.py", "--server", server.url, "--checkpoint", early, "--steps", "1", "--width", "60",
                           "--prompts", "one", "two", cwd=tmp_path)
