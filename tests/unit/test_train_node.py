@@ -8,8 +8,11 @@ import folder_paths
 import pytest
 import torch
 from safetensors import safe_open
+from stillmotion.nodes.causal_wan import checkpoint as causal_wan
+from stillmotion.nodes.causal_wan.nodes import DEMO as CAUSAL_WAN
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
+from stillmotion.nodes.dynamicrafter.attention import SpatialTransformer
 from stillmotion.nodes.dynamicrafter.nodes import DEMO
 from stillmotion.nodes.training.dataset import MovingShapes
 from stillmotion.nodes.training.trainer import base
@@ -29,8 +32,8 @@ def demo():
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints",
-                        ([str(tmp_path / "checkpoints")], {".safetensors"}))
+    for kind in ("checkpoints", "diffusion_models"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
     monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # how samples look is of no matter here
     return tmp_path
 
@@ -98,6 +101,41 @@ def test_cancelled_it_saves_and_goes_on_where_it_was(demo, folders):
     resumed, _, name = run(demo, resume=True).args
     assert name == "tiny_00001.safetensors"
     assert all(torch.equal(value, whole[key]) for key, value in weights_of(resumed).items())
+
+
+def trained(before, after):
+    """Names of the weights that differ by more than what storing them in half precision does."""
+    return {key for key, value in before.items() if not torch.allclose(value, after[key], rtol=2e-3, atol=1e-5)}
+
+
+def test_dynamicrafter_projector_and_temporal_layers(demo, folders):
+    before = weights_of(demo.model)
+    data_set = MovingShapes(10, frames=4, size=(32, 32))
+    model, _, name = run(demo, data_set, model=demo.model, vae=demo.vae, clip_vision=demo.clip_vision, steps=2,
+                         train="projector_temporal", learning_rate=1e-2).args
+    changed = trained(before, weights_of(model))
+    spatial = tuple(f"diffusion_model.{name}." for name, module in demo.model.model.diffusion_model.named_modules()
+                    if isinstance(module, SpatialTransformer))
+    assert not any(key.startswith(spatial) for key in changed)
+    for part in ("image_proj_model.", "temopral_conv.", "init_attn."):
+        assert any(part in key for key in changed), part
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(demo.model).items())
+    again = dynamicrafter.load(read_checkpoint(folders / "checkpoints" / name), weight_dtype="fp32")  # a whole file
+    assert again.vae is not None and again.clip is not None
+    assert not trained(weights_of(again.model), weights_of(model))
+
+
+def test_causal_wan_is_trained_further_and_loads_again(demo, folders):
+    model = causal_wan.load(read_checkpoint(CAUSAL_WAN), weight_dtype="fp32")
+    before = weights_of(model)
+    data_set = MovingShapes(10, frames=8, size=(32, 32))
+    result, _, name = run(demo, data_set, model=model, vae=demo.vae, clip_vision=demo.clip_vision, steps=2,
+                          learning_rate=1e-2).args
+    assert trained(before, weights_of(result)) and (folders / "diffusion_models" / name).exists()
+    assert result.model.wan_params == model.model.wan_params
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(model).items())
+    with pytest.raises(ValueError, match="split into blocks of 4"):
+        run(demo, MovingShapes(10, frames=6, size=(32, 32)), model=model, vae=demo.vae, clip_vision=demo.clip_vision)
 
 
 @pytest.mark.parametrize("changes, words", [
