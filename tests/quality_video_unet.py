@@ -53,7 +53,9 @@ def measure(case: dict, frames, truth, data) -> dict:
     if case["graph"] == PREDICT:
         given = case["given"]
         errors = [psnr(a, b) for a, b in zip(frames[given:], truth[given:], strict=True)]
-        row |= {"predicted": len(errors), "psnr": sum(errors) / len(errors), "psnr_last": errors[-1]}
+        still = [psnr(truth[given - 1], b) for b in truth[given:]]
+        row |= {"predicted": len(errors), "psnr": sum(errors) / len(errors), "psnr_last": errors[-1],
+                "still": sum(still) / len(still), "still_last": still[-1]}
     return row
 
 
@@ -70,6 +72,8 @@ def summary(rows: list[dict]) -> dict:
         "prediction_psnr_mean": sum(r["psnr"] for r in predicted) / len(predicted),
         "prediction_psnr_min": min(r["psnr"] for r in predicted),
         "prediction_psnr_last_frame": sum(r["psnr_last"] for r in predicted) / len(predicted),
+        "still_psnr_mean": sum(r["still"] for r in predicted) / len(predicted),
+        "still_psnr_last_frame": sum(r["still_last"] for r in predicted) / len(predicted),
         "prediction_direction_right": share(predicted, lambda r: r["direction_right"]),
         **by_held_out(text, "direction_right")}
 

@@ -27,8 +27,11 @@ EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
 def start(*arguments, cwd):
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
+    # a suite started in the background ignores Ctrl+C, and so would what it starts
+    listen = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), *map(str, arguments)], cwd=cwd,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=listen)
 
 
 def run(*arguments, cwd):
