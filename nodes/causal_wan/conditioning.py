@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
+
+from ..common.images import check_finite, check_size, fit_image
 
 PREFIX, CHUNK, CLAMP, CONCAT = "prefix frame", "still chunk", "in-block clamp", "concat"
 MECHANISMS = ("auto", PREFIX, CHUNK, CLAMP, CONCAT)
@@ -104,27 +105,6 @@ def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: 
     return FramePlan(None, 0, total)
 
 
-def check_size(width: int, height: int, multiple: int) -> None:
-    """Raise ValueError, with the nearest good values, for a side that VAE and patches do not divide."""
-    for name, side in (("width", width), ("height", height)):
-        if side < multiple or side % multiple:
-            below = max(multiple, side // multiple * multiple)
-            raise ValueError(f"{name} is {side}: it must be a multiple of {multiple}. Nearest: {below} or "
-                             f"{below + multiple}.")
-
-
-def fit_images(images_THWC: Tensor, width: int, height: int) -> Tensor:
-    """Scaled to fill the frame, what sticks out cut off evenly; RGB in 0..1."""
-    if not images_THWC.isfinite().all():
-        raise ValueError(f"The image holds {(~images_THWC.isfinite()).sum().item()} NaN or infinite values. Look at "
-                         "the node that made it (a VAE in half precision?).")
-    images_TCHW = images_THWC[..., :3].movedim(-1, 1).float()
-    if images_TCHW.shape[2:] != (height, width):
-        smaller = images_TCHW.shape[2] > height
-        images_TCHW = comfy.utils.common_upscale(images_TCHW, width, height, "area" if smaller else "bicubic", "center")
-    return images_TCHW.movedim(1, -1).clamp(0, 1)
-
-
 def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, length: int, block: int, mechanism: str,
                      image_tokens: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
     """(entries for the CONDITIONING, LATENT) of a start image, of the frames of a clip to continue, or of none.
@@ -142,7 +122,8 @@ def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, l
         images_THWC = torch.zeros(0, height, width, 3)
     plan = plan_frames(len(images_THWC), length, block, mechanism, image_tokens, factor, short_last)
     start = plan.start
-    frames_THWC = fit_images(images_THWC, width, height)
+    check_finite("image", images_THWC)
+    frames_THWC = fit_image(images_THWC, width, height)
     if start is not None and start.still:
         frames_THWC = frames_THWC.expand((plan.given - 1) * factor + 1, -1, -1, -1)
     masked = image_tokens or start is not None and start.mechanism == CONCAT

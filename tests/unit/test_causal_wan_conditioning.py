@@ -14,13 +14,13 @@ from stillmotion.nodes.causal_wan.conditioning import (
     START_KEY,
     StartFrames,
     choose_mechanism,
-    fit_images,
     image_conditions,
     latent_frames,
     plan_frames,
 )
 from stillmotion.nodes.causal_wan.sampler import BlockSettings, prepare
 from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline
+from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.common.vae import VideoVAE, vae_shapes
 
 WIDTH, HEIGHT = 48, 32
@@ -201,11 +201,11 @@ def test_images_are_cropped_and_never_stretched(old):
     height, width = old
     y, x = torch.meshgrid(torch.arange(height) - height / 2, torch.arange(width) - width / 2, indexing="ij")
     circle = ((x * x + y * y).sqrt() < min(old) / 4).float()[None, :, :, None].repeat(1, 1, 1, 4)
-    shape_HW = fit_images(circle, 64, 64)[0, ..., 0] > 0.5
+    shape_HW = fit_image(circle, 64, 64)[0, ..., 0] > 0.5
     assert shape_HW.shape == (64, 64)
     assert abs(shape_HW.any(1).sum() - shape_HW.any(0).sum()) <= 3
     fitting = pictures(1)
-    assert torch.equal(fit_images(fitting, WIDTH, HEIGHT), fitting)
+    assert torch.equal(fit_image(fitting, WIDTH, HEIGHT), fitting)
 
 
 def test_timelines_are_read():
