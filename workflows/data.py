@@ -76,8 +76,11 @@ def open_folder(options, **settings):
 
 def check_folder(options):
     logging.disable(logging.WARNING)  # the summary says it all
-    clips = open_folder(options)
-    clips.skipped += clips.damaged()
+    try:
+        clips = open_folder(options)
+        clips.skipped += clips.damaged()
+    finally:
+        logging.disable(logging.NOTSET)
     print(clips.summary())
     return 1 if clips.skipped else 0
 
