@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.attention import torch_attention
 from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention, sinusoids
@@ -108,7 +107,6 @@ class VideoUNet(nn.Module):
         super().__init__()
         self.params = params
         self.dtype = dtype
-        self.gradient_checkpointing = False  # in training: less memory for one more forward pass
         factory = {"dtype": dtype, "device": device}
         width, emb = params.model_channels, params.model_channels * 4
 
@@ -177,24 +175,19 @@ class VideoUNet(nn.Module):
         h, skips = self.input(h), []
         for stage in self.down:
             for block in stage["blocks"]:
-                h = self._run(block, h, step)
+                h = block(h, step)
                 skips.append(h)
             if "resample" in stage:
                 h = stage["resample"](h)
         for block in self.middle:
-            h = self._run(block, h, step)
+            h = block(h, step)
         for stage in self.up:
             for block in stage["blocks"]:
-                h = self._run(block, torch.cat((h, skips.pop()), dim=1), step)
+                h = block(torch.cat((h, skips.pop()), dim=1), step)
             if "resample" in stage:
                 h = stage["resample"](F.interpolate(h, scale_factor=2, mode="nearest"))
         out_NCHW = self.output(F.silu(self.norm(h)))[:, :, :height, :width]
         return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
-
-    def _run(self, block: Block, h: Tensor, step: Step) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, step, use_reentrant=False)
-        return block(h, step)
 
 
 def new_network(params: VideoUNetParams, seed: int) -> VideoUNet:

@@ -115,18 +115,6 @@ def test_frames_are_told_apart_by_their_position():
     assert (inner[:, 1:] - inner[:, :-1]).abs().amax((0, 2, 3)).min() > 1e-4
 
 
-def test_checkpointed_gradients_are_those_of_one_pass():
-    params = make_params()
-    net, clip = random_network(params), clip_of(params)
-    gradients = []
-    for checkpointing in (False, True):
-        net.gradient_checkpointing = checkpointing
-        net.zero_grad()
-        net(*clip).square().mean().backward()
-        gradients.append([value.grad.clone() for value in net.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
 def test_an_additional_condition_steers_the_network_and_its_width_is_checked():
     params = make_params(additional_condition_dim=3)
     net, clip = random_network(params), clip_of(params)
