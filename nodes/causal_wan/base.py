@@ -72,6 +72,14 @@ class CausalWanConfig(comfy.supported_models_base.BASE):
         return CausalWanModel(self, self.model_type(state_dict, prefix), device)
 
 
+def wan_params(patcher) -> WanParams:
+    """Sizes of the network of a MODEL; raises ValueError unless it is a causal Wan."""
+    if not isinstance(patcher.model, CausalWanModel):
+        raise ValueError(f"The model is {type(patcher.model).__name__}, not a causal Wan: use Load Causal Wan. For "
+                         "other models use KSampler.")
+    return patcher.model.wan_params
+
+
 class CausalWanModel(comfy.model_base.BaseModel):
     """`wan_params` tells samplers the network's sizes and whether it takes an image."""
 

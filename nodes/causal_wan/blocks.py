@@ -103,6 +103,14 @@ class Plan:
         return edges.index(frames)
 
 
+def guided_x0(x: Tensor, sigma: float, flows: Sequence[Tensor], cfg: float) -> Tensor:
+    """x0 by classifier-free guidance (arXiv 2207.12598) of a positive and a negative flow, or by the only one."""
+    if len(flows) == 1:
+        return predict_x0(x, flows[0], sigma)
+    positive, negative = flows
+    return predict_x0(x, negative + cfg * (positive - negative), sigma)
+
+
 class Block(NamedTuple):
     index: int
     start: int             # first latent frame
@@ -116,6 +124,7 @@ class BlockLoop:
     `project(prompt)` gives the cross-attention keys of every branch, positive first; it is called when a prompt begins.
     `noise(start, count, step)` gives the start noise of a block at step 0 and the noise added before each later step.
     `on_step(block, step, x0)` is called after every denoising step and may raise to end the run.
+    `guide(x, sigma, flows)` gives the x0 of a noisy block from its flow in every branch.
     """
 
     plan: Plan
@@ -125,6 +134,7 @@ class BlockLoop:
     noise: Callable[[int, int, int], Tensor]
     y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models
     on_step: Callable[[int, int, Tensor], None]
+    guide: Callable[[Tensor, float, Sequence[Tensor]], Tensor] | None = None  # None: by the plan's cfg alone
 
     def __post_init__(self):
         if len(self.caches) != self.plan.branches:
@@ -133,22 +143,18 @@ class BlockLoop:
             raise ValueError(f"The image condition y has {self.y_BYFHW.shape[2]} latent frames, the video "
                              f"{self.plan.frames}: make both of one length.")
 
-    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, start: int, sink_mode: str) -> Tensor:
-        """Guided flow of the frames from `start` on; fills the caches."""
+    def flows(self, x_BCFHW: Tensor, t_BF: Tensor, start: int, sink_mode: str) -> list[Tensor]:
+        """Flow of the frames from `start` on in every branch; fills the caches."""
         frame_ids = range(start, start + x_BCFHW.shape[2])
         if self.y_BYFHW is not None:
             x_BCFHW = torch.cat((x_BCFHW, self.y_BYFHW[:, :, start:frame_ids.stop].to(x_BCFHW)), dim=1)
-        flows = [self.evaluate(x_BCFHW, t_BF, keys, frame_ids, cache, sink_mode)
-                 for keys, cache in zip(self.keys, self.caches, strict=True)]
-        if len(flows) == 1:
-            return flows[0]
-        positive, negative = flows
-        return negative + self.plan.cfg * (positive - negative)
+        return [self.evaluate(x_BCFHW, t_BF, keys, frame_ids, cache, sink_mode)
+                for keys, cache in zip(self.keys, self.caches, strict=True)]
 
     def absorb(self, x_BCFHW: Tensor, timestep: float, start: int, sink_mode: str) -> None:
         """Fill the caches with the keys of finished frames."""
         t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], x_BCFHW.shape[2]), timestep, dtype=torch.float32)
-        self.flow(x_BCFHW, t_BF, start, sink_mode)
+        self.flows(x_BCFHW, t_BF, start, sink_mode)
 
     def later_mode(self, start: int) -> str:
         """Sink mode of every pass over a block but the first."""
@@ -164,8 +170,11 @@ class BlockLoop:
             if held:
                 t_BF[:, :held] = 0
                 x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
-            flow = self.flow(x_BCFHW, t_BF, start, "write" if number == 0 else self.later_mode(start))
-            x0_BCFHW = predict_x0(x_BCFHW, flow, step.sigma)
+            flows = self.flows(x_BCFHW, t_BF, start, "write" if number == 0 else self.later_mode(start))
+            if self.guide is None:
+                x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
+            else:
+                x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows)
             if held:
                 x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
             self.on_step(index, number, x0_BCFHW)

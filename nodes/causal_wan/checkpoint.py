@@ -128,6 +128,9 @@ def pick(checkpoint, weights="auto"):
     if weights == "auto":
         weights = published_choice(path) if len(held) == 2 else held[0]
         log.info("%s holds %s weights; %s taken.", path, " and ".join(held), weights)
+        if len(held) == 2 and re.search("causal[-_ ]?forcing", path.lower()) and "wise" not in path.lower():
+            log.warning("%s does not say whether it is frame-wise (ema) or chunk-wise Causal-Forcing (raw). Choose raw "
+                        "for chunk-wise, or keep the file in a folder of that name.", path)
     if weights not in held:
         raise ValueError(f"{path} holds no {weights} weights, only {held[0]}. Choose {held[0]}, or auto.")
     named = {native_key(key): value for key, value in sets[weights].items()}
@@ -161,7 +164,8 @@ def detect(tensors, heads, path):
     dim, in_dim = size["patch_embedding.weight"][:2]
     if heads is None and dim % HEAD_WIDTH:
         raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
-                         'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}.')
+                         'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}; '
+                         "core's Save Model leaves it out.")
     params = WanParams(
         in_dim=in_dim, out_dim=size["head.head.weight"][0] // math.prod(PATCH), dim=dim,
         ffn_dim=size["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,

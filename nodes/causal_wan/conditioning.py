@@ -35,14 +35,14 @@ class FramePlan(NamedTuple):
     latents: int
 
 
-def choose_mechanism(mechanism: str, given: int, block: int, image_tokens: bool) -> str:
+def choose_mechanism(mechanism: str, given: int, block: int, i2v: bool) -> str:
     """The mechanism that "auto" stands for: image-to-video models need y, models that make one frame a block were
     trained to go on from one, and others know whole blocks only."""
     if mechanism not in MECHANISMS:
         raise ValueError(f"Mechanism {mechanism!r} is unknown: choose one of {', '.join(MECHANISMS)}.")
     if mechanism != "auto":
         return mechanism
-    if image_tokens:
+    if i2v:
         return CONCAT
     return PREFIX if block == 1 or given > 1 and given % block else CHUNK
 
@@ -68,7 +68,7 @@ def check_length(length: int, total: int, block: int, first: int, factor: int) -
                          f"{', '.join(map(str, blocks))}. Or allow a short last block.")
 
 
-def plan_frames(images: int, length: int, block: int, mechanism: str, image_tokens: bool, factor: int,
+def plan_frames(images: int, length: int, block: int, mechanism: str, i2v: bool, factor: int,
                 short_last: bool) -> FramePlan:
     """Check the numbers of a run before anything is encoded; ValueErrors name the numbers that would do."""
     if block < 1:
@@ -76,7 +76,7 @@ def plan_frames(images: int, length: int, block: int, mechanism: str, image_toke
     if not images:
         return plan_text(length, block, mechanism, factor, short_last)
     given, total = latent_frames(images, factor, "image"), latent_frames(length, factor, "length")
-    mechanism = choose_mechanism(mechanism, given, block, image_tokens)
+    mechanism = choose_mechanism(mechanism, given, block, i2v)
     still = mechanism == CHUNK and images == 1 and block > 1
     if given >= total:
         raise ValueError(f"The given images fill {given} latent frames, the video has {total}: nothing is left to "
@@ -106,12 +106,12 @@ def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: 
 
 
 def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, length: int, block: int, mechanism: str,
-                     image_tokens: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
+                     i2v: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
     """(entries for the CONDITIONING, LATENT) of a start image, of the frames of a clip to continue, or of none.
 
     The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], of the images and grey frames
-    after them, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are made for image-to-video models,
-    that is with image tokens or with concat, and are empty otherwise.
+    after them, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are made for image-to-video models
+    (`i2v`) and with concat, and are empty otherwise.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
@@ -120,13 +120,13 @@ def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, l
     factor = vae.temporal_compression_decode() or 1
     if images_THWC is None:
         images_THWC = torch.zeros(0, height, width, 3)
-    plan = plan_frames(len(images_THWC), length, block, mechanism, image_tokens, factor, short_last)
+    plan = plan_frames(len(images_THWC), length, block, mechanism, i2v, factor, short_last)
     start = plan.start
     check_finite("image", images_THWC)
     frames_THWC = fit_image(images_THWC, width, height)
     if start is not None and start.still:
         frames_THWC = frames_THWC.expand((plan.given - 1) * factor + 1, -1, -1, -1)
-    masked = image_tokens or start is not None and start.mechanism == CONCAT
+    masked = i2v or start is not None and start.mechanism == CONCAT
     if masked:
         grey = (plan.latents - 1) * factor + 1 - len(frames_THWC)
         frames_THWC = torch.cat((frames_THWC, frames_THWC.new_full((grey, height, width, 3), 0.5)))

@@ -12,9 +12,13 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from .blocks import BlockLoop, Plan
+from .blocks import BlockLoop, Plan, guided_x0
 from .cache import KVCache
 from .conditioning import CLAMP, StartFrames
+from .schedule import predict_x0
+
+
+GUIDANCE_FUNCTIONS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
 
 
 def inference_dtype(model) -> torch.dtype:
@@ -29,10 +33,10 @@ class Network:
         self.model, self.options, self.device, self.dtype = model, model_options, device, inference_dtype(model)
 
     def flow(self, x_BCFHW: Tensor, t_BF: Tensor, keys, frame_ids: range, cache: KVCache, sink_mode: str,
-             branch: int) -> Tensor:
-        """Flow in float32; branch 0 is the positive one."""
+             branch: int, uuid) -> Tensor:
+        """Flow in float32; branch 0 is the positive one. uuid: core's name of the prompt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        options = {**self.options["transformer_options"], "cond_or_uncond": [branch],
+        options = {**self.options["transformer_options"], "cond_or_uncond": [branch], "uuids": [uuid],
                    "sigmas": t_BF.amax(1) / 1000}
         block = {"c_crossattn": keys, "transformer_options": options, "frame_ids": frame_ids, "cache": cache,
                  "sink_mode": sink_mode}
@@ -49,6 +53,23 @@ class Network:
     def _apply(self, x_BCFHW, t_BF, c_concat, c_crossattn, control, transformer_options, **block):
         return self.model.diffusion_model(x_BCFHW.to(self.dtype), t_BF, c_crossattn,
                                           transformer_options=transformer_options, **block).float()
+
+    def guide(self, x_BCFHW: Tensor, sigma: float, flows, conds: list, cfg: float) -> Tensor:
+        """x0 under guidance, by the functions on the MODEL where there are any.
+
+        conds: what core keeps of the prompt of every branch, for these functions.
+        """
+        if not any(self.options.get(name) for name in GUIDANCE_FUNCTIONS):
+            return guided_x0(x_BCFHW, sigma, flows, cfg)
+        denoised = [predict_x0(x_BCFHW, flow, sigma) for flow in flows]
+        if len(flows) == 1:  # as core does without a negative pass
+            denoised, conds = [*denoised, torch.zeros_like(x_BCFHW)], [*conds, None]
+        sigma_B = x_BCFHW.new_full((len(x_BCFHW),), sigma)
+        for function in self.options.get("sampler_pre_cfg_function", []):
+            denoised = function({"conds": conds, "conds_out": denoised, "cond_scale": cfg, "timestep": sigma_B,
+                                 "input": x_BCFHW, "sigma": sigma_B, "model": self.model,
+                                 "model_options": self.options})
+        return comfy.samplers.cfg_function(self.model, *denoised, cfg, x_BCFHW, sigma_B, self.options, *conds)
 
     def project(self, model_conds: dict, batch: int):
         """Cross-attention keys of one prompt, for `batch` videos."""
@@ -83,13 +104,16 @@ class BlockSampler(comfy.samplers.Sampler):
         caches = [KVCache(plan.layout(model.wan_params, height, width), batch, network.dtype, device)
                   for _ in range(plan.branches)]
 
+        conds = []  # of the branches, under the prompt that holds
+
         def project(prompt: int):
             names = ["positive" if prompt == 0 else f"prompt {prompt}", "negative"][:plan.branches]
-            return [network.project(guider.conds[name][0]["model_conds"], batch) for name in names]
+            conds[:] = [guider.conds[name] for name in names]
+            return [network.project(cond[0]["model_conds"], batch) for cond in conds]
 
         def evaluate(x, t, keys, frame_ids, cache, sink_mode):
             branch = 0 if cache is caches[0] else 1
-            return network.flow(x, t, keys, frame_ids, cache, sink_mode, branch)
+            return network.flow(x, t, keys, frame_ids, cache, sink_mode, branch, conds[branch][0]["uuid"])
 
         def recall(index: int):
             latent = self.recall(index)
@@ -103,10 +127,14 @@ class BlockSampler(comfy.samplers.Sampler):
         loop = BlockLoop(plan=plan, evaluate=evaluate, caches=caches, project=project,
                          noise=lambda *place: self.draw(*place).to(device),
                          y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
-                         on_step=self._progress(callback))
+                         on_step=self._progress(callback),
+                         guide=lambda x, sigma, flows: network.guide(x, sigma, flows, conds, plan.cfg))
         parts = []
 
         def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
+            if not latent_BCFHW.isfinite().all():
+                raise ValueError(f"Block {index} has NaN or infinite values: numbers outgrew {network.dtype}. Load the "
+                                 "model with weight_dtype bf16 or fp32, or look at the LoRAs and patches on it.")
             self.deliver(index, latent_BCFHW)
             parts[:] = [*parts, latent_BCFHW] if self.whole else [latent_BCFHW]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .attention import ContextKeys, Head, ImageEmbedding, Step, WanBlock
 from .cache import CacheLayout, KVCache
 from .rope import make_rotation
+from .schedule import precise_dtype
 
 PATCH = (1, 2, 2)  # latent frames, rows and columns of a token in all Wan 2.1 models
 
@@ -47,9 +48,9 @@ class WanParams:
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Sinusoidal features [..., width] in float64: cosines, then sines, periods 2 pi to 20000 pi."""
-    half = width // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-    angles = t.double()[..., None] * frequencies
+    half, precise = width // 2, precise_dtype(t.device)
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=precise, device=t.device) / half)
+    angles = t.to(precise)[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..common.files import read_checkpoint
 from . import checkpoint as loader
+from .base import wan_params
 from .conditioning import MECHANISMS, image_conditions
 from .lora import add_lora
 from .sampling.nodes import Timeline
@@ -95,7 +96,8 @@ class CausalWanImageToVideo(io.ComfyNode):
                                tooltip="How the model sees the image. prefix frame: a block of its own, for frame-wise "
                                        "models. still chunk: the image repeated for one block, cut off afterwards, for "
                                        "chunk-wise models. in-block clamp: held inside the first block. concat: "
-                                       "image-to-video models only. auto: concat with image tokens, else by block."),
+                                       "image-to-video models only. auto: concat for image-to-video models, else by "
+                                       "block; connect model, or image tokens tell which it is."),
                 io.Boolean.Input("short_last_block", default=False,
                                  tooltip="Allow a length that ends inside a block. Set it in the sampler, too."),
                 io.Int.Input("batch_size", default=1, min=1, max=64,
@@ -104,6 +106,8 @@ class CausalWanImageToVideo(io.ComfyNode):
                                           tooltip="Image tokens, from CLIP Vision Encode. Image-to-video models need "
                                                   "them (without image: those of a grey picture); leave it open for "
                                                   "text-to-video models."),
+                io.Model.Input("model", optional=True,
+                               tooltip="The model that will sample: auto then chooses the mechanism for it."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
@@ -114,9 +118,10 @@ class CausalWanImageToVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, vae, width, height, length, block, mechanism, short_last_block, batch_size,
-                image=None, clip_vision_output=None):
-        entries, latent = image_conditions(vae, image, width, height, length, block, mechanism,
-                                           clip_vision_output is not None, short_last_block, batch_size)
+                image=None, clip_vision_output=None, model=None):
+        i2v = clip_vision_output is not None if model is None else wan_params(model).i2v
+        entries, latent = image_conditions(vae, image, width, height, length, block, mechanism, i2v, short_last_block,
+                                           batch_size)
         if clip_vision_output is not None:
             entries["clip_vision_output"] = clip_vision_output
         return io.NodeOutput(node_helpers.conditioning_set_values(positive, entries),

@@ -13,8 +13,10 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from .base import wan_params
 from .blocks import Plan, split_frames
 from .conditioning import CHUNK, CONCAT, PREFIX, START_KEY, StartFrames, latent_frames
 from .engine import BlockSampler, count_steps, given_blocks, inference_dtype
@@ -86,12 +88,9 @@ def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, s
 
 def check_latent(model, latent: dict) -> None:
     """Raise ValueError unless MODEL is a causal Wan and LATENT one that it can sample."""
-    params = getattr(model.model, "wan_params", None)
-    if params is None:
-        raise ValueError(f"The model is {type(model.model).__name__}, not a causal Wan: use Load Causal Wan. For other "
-                         "models use KSampler.")
-    samples = latent["samples"]
+    params, samples = wan_params(model), latent["samples"]
     shape = " x ".join(map(str, samples.shape))
+    start = latent.get(START_KEY)
     if samples.ndim != 5 or samples.shape[1] != params.out_dim or 0 in samples.shape:
         raise ValueError(f"The latent is {shape}, this model takes [batch, {params.out_dim}, frames, height, width]: "
                          "use the latent of Causal Wan Image to Video, or an empty Wan video latent.")
@@ -104,11 +103,30 @@ def check_latent(model, latent: dict) -> None:
     if "noise_mask" in latent:
         raise ValueError("The latent has a noise mask, which block by block sampling cannot keep to. Take it off; "
                          "to go on from given frames use Causal Wan Image to Video.")
-    start = latent.get(START_KEY)
+    if start is None and samples.any():
+        raise ValueError("The latent holds a video already, and nothing tells how to go on from it. Decode it and give "
+                         "the frames to Causal Wan Image to Video, or give an empty latent.")
     if start is not None and start.mechanism == CONCAT and not params.i2v:
         raise ValueError("The latent was made with mechanism concat, but this is a text-to-video model, which does not "
-                         f"see the image that way: choose {PREFIX} (models of block 1), {CHUNK} or auto without image "
-                         "tokens in Causal Wan Image to Video.")
+                         "see the image that way (auto chooses concat where image tokens are connected and no model "
+                         f"is): connect the model to Causal Wan Image to Video, or choose {PREFIX} (models of block "
+                         f"1) or {CHUNK} there.")
+
+
+def check_patches(model) -> None:
+    """Raise ValueError for what nodes put on a MODEL for samplers of whole videos, and what could not act here."""
+    options = model.model_options
+    transformer_options = options.get("transformer_options", {})
+    present = {name: bool(get_all_wrappers(name, transformer_options) + model.get_all_wrappers(name))
+               for name in (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)}
+    found = [what for what, there in {
+        "a cache of whole steps (EasyCache, LazyCache) or another wrapper around a step": any(present.values()),
+        "a function for batches of conditionings": "sampler_calc_cond_batch_function" in options,
+        "context windows": "context_handler" in options,
+        "another scale of RoPE": "rope_options" in transformer_options}.items() if there]
+    if found:
+        raise ValueError(f"The model carries {', '.join(found)}, for samplers that make a video in one piece; block by "
+                         "block it cannot act. Take that node off the way from Load Causal Wan to the sampler.")
 
 
 def check_conditionings(model, conds: dict, samples_BCTHW: Tensor) -> None:
@@ -191,31 +209,34 @@ def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | 
     vae: the one that shows blocks as they come. length: video frames in all where it is not the latent's (0).
     """
     check_latent(model, latent)
-    samples, start, params = latent["samples"], latent.get(START_KEY), model.model.wan_params
+    check_patches(model)
+    samples, start, params = latent["samples"], latent.get(START_KEY), wan_params(model)
     batch, _, frames, height, width = samples.shape
     if vae is not None:
         check_vae(vae, params.out_dim)
     cut = start.frames - 1 if start is not None and start.still else 0
     if length:
         frames = longer(length, frames, cut, vae, params)
+    if start is not None and start.frames >= frames:
+        raise ValueError(f"{start.frames - cut} of {frames - cut} latent frames are given: nothing is left to make. "
+                         "Give a larger length.")
     prompts, switches = apply_timeline(timeline, positive, frames - cut)
     plan = make_plan(settings, frames, start, tuple(frame + cut for frame in switches))
     given = given_blocks(plan, start)
-    if given == len(plan.blocks):
-        raise ValueError(f"All {frames} latent frames are given: nothing is left to make. Give a larger length.")
     check_switches(plan, given, cut)
     conds = {"positive": prompts[0], **{f"prompt {index}": prompt for index, prompt in enumerate(prompts) if index}}
     if plan.branches == 2:
         conds["negative"] = negative
     check_conditionings(model, conds, samples)
-    nbytes = plan.cache_bytes(params, height, width, batch, inference_dtype(model.model).itemsize)
+    itemsize = inference_dtype(model.model).itemsize
+    nbytes = plan.cache_bytes(params, height, width, batch, itemsize)
     longest = max(max(plan.blocks), plan.capacity if plan.switches else 0)
     patcher, decoding = model, 0
     if vae is not None:
         patcher, decoding = model.clone(), decode_bytes(vae, samples.shape)
         patcher.set_additional_models("stillmotion_vae", [vae.patcher])
     guider = comfy.samplers.CFGGuider(patcher)
-    memory = (nbytes, longest, decoding)
+    memory = (nbytes + prompt_bytes(params, conds, plan, batch, itemsize), longest, decoding)
     guider.inner_set_conds({name: [[text, {**values, "block_memory": memory}] for text, values in cond]
                             for name, cond in conds.items()})
     guider.set_cfg(settings.cfg)
@@ -225,6 +246,16 @@ def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | 
                f"{plan.branches} guidance branch{'es' if plan.branches > 1 else ''}")
     return Run(guider, plan, start, latent, seed, steps, summary,
                lambda: run_fingerprint(model, conds, latent, plan, settings, seed))
+
+
+def prompt_bytes(params, conds: dict, plan: Plan, batch: int, itemsize: int) -> int:
+    """Bytes of the cross-attention keys and values of the prompts that are there at once: two at a switch."""
+    tokens = 0
+    for (text, values), in conds.values():
+        image = values["clip_vision_output"].penultimate_hidden_states.shape[1] if params.i2v else 0
+        tokens = max(tokens, text.shape[1] + image)
+    alive = plan.branches * (2 if plan.switches else 1)
+    return alive * batch * params.num_layers * 2 * tokens * params.dim * itemsize
 
 
 def longer(length: int, frames: int, cut: int, vae, params) -> int:

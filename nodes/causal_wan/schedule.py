@@ -45,9 +45,15 @@ def make_steps(step_list: Sequence[int], shift: float, warp: bool) -> tuple[Flow
     return tuple(FlowStep(float(step), sigmas[index].item()) for step, index in zip(step_list, nearest))
 
 
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's devices, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def predict_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
     """Clean latent from a noisy one and its flow, subtracted in float64."""
-    return (x.double() - sigma * flow.double()).to(x.dtype)
+    precise = precise_dtype(x.device)
+    return (x.to(precise) - sigma * flow.to(precise)).to(x.dtype)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:

@@ -41,7 +41,7 @@ def apply_timeline(timeline: PromptTimeline | None, positive, frames: int) -> tu
     if timeline.starts[-1] >= frames:
         raise ValueError(f"The timeline's last prompt begins at latent frame {timeline.starts[-1]}, but this video has "
                          f"the latent frames 0 to {frames - 1}: let it begin earlier, or make the video longer.")
-    image = positive[0][1]
+    image = positive[0][1] if positive else {}
     prompts = [[[text, {**image, **values}] for text, values in conditioning]
                for conditioning in timeline.conditionings]
     if timeline.starts[0] == 0:

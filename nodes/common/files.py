@@ -91,7 +91,8 @@ def _unwrap(path, found):
         found = found["state_dict"]
     elif isinstance(found, dict) and isinstance(found.get("module"), dict):
         found = _without_wrapper(found["module"])
-    if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) for value in found.values()):
+    if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) and value.ndim for value in found.values()):
+        # A number beside them may be a tensor, too: the step.
         found = {f"{name}.{key}": value for name, part in found.items() if isinstance(part, dict)
                  for key, value in part.items() if isinstance(value, torch.Tensor)}
     if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):

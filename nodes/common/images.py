@@ -24,6 +24,8 @@ def check_size(width: int, height: int, multiple: int) -> None:
 def fit_image(image_BHWC: Tensor, width: int, height: int) -> Tensor:
     """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1."""
     image_BCHW = image_BHWC[..., :3].movedim(-1, 1).float()
+    if image_BCHW.shape[1] == 1:  # grey
+        image_BCHW = image_BCHW.expand(-1, 3, -1, -1)
     old_height, old_width = image_BCHW.shape[2:]
     if (old_width, old_height) != (width, height):
         kept_width = min(old_width, max(1, round(old_height * width / height)))

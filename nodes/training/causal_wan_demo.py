@@ -42,6 +42,7 @@ FRAMES = data.MAX_FRAMES    # of a clip: twice the window
 FS = 18                     # one speed, since the network is not told any
 SHIFT = 5.0
 STEPS = (1000, 500)         # of the rollouts in training: half of the demo's, which errs in the same way and costs half
+OWN_BLOCKS = 3              # that a rollout makes at most: of longer ones little is left of the clip that is learned
 TURNS = (8, 12, 16, 20)     # latent frames where a clip may change its direction, and the prompt with it
 TURNING = 0.4               # share of clips that do
 BLANK = 0.15                # share of batches without a start image: text to video
@@ -198,15 +199,18 @@ def rollout_plan(frames: int, turn: int) -> Plan:
 
 
 @torch.no_grad()
-def roll_out(net: CausalWan, batch: Batch, frames: int, seed: int) -> Tensor:
-    """What the network makes of a batch by itself: latents [B, C, frames, h, w]."""
+def roll_out(net: CausalWan, batch: Batch, given: int, frames: int, seed: int) -> Tensor:
+    """The clips up to frame `given` (whole blocks), and what the network makes of them from there by itself: latents
+    [B, C, frames, h, w]."""
     size, channels, _, height, width = batch.z_BCTHW.shape
     plan = rollout_plan(frames, batch.turn)
     cache = KVCache(plan.layout(net.params, height, width), size, torch.float32, "cpu")
     loop = BlockLoop(plan=plan, evaluate=net, caches=[cache], y_BYFHW=batch.y_BYTHW[:, :, :frames],
                      project=lambda prompt: [net.project_context(batch.text_BLC[prompt], batch.image_BNW)],
                      noise=seeded_noise(seed, size, channels, height, width), on_step=lambda *_: None)
-    return torch.cat([block.latent_BCFHW for block in loop.run(None, None, None)], dim=2)
+    context_BCPHW = batch.z_BCTHW[:, :, :given]
+    made = loop.run(context_BCPHW if given else None, None, None)
+    return torch.cat((context_BCPHW, *(block.latent_BCFHW for block in made)), dim=2)
 
 
 def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: Tensor,
@@ -225,7 +229,7 @@ def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: 
 
 def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps: int, size: int, lr: float, seed: int,
           own_context: bool, save_every: int = 100) -> CausalWan:
-    """One stage; with `own_context` behind the network's own rollouts instead of the clips themselves."""
+    """One stage; with `own_context` the last blocks before the learned ones are the network's own."""
     rng = Random()
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -236,7 +240,9 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
             excerpt = Excerpt(WINDOW, (BLOCK,) * (WINDOW // BLOCK), 0)
         context = batch.z_BCTHW
         if own_context and not batch.blank:  # without the image a rollout is another video than the clip
-            made = roll_out(net, batch, excerpt.end - BLOCK, generator.initial_seed())
+            frames = excerpt.end - BLOCK
+            given = max(0, frames - BLOCK * rng.randint(1, OWN_BLOCKS))
+            made = roll_out(net, batch, given, frames, generator.initial_seed())
             context = torch.cat((made, context[:, :, made.shape[2]:]), dim=2)
         return excerpt_loss(net, batch, excerpt, context, generator)
 

@@ -103,6 +103,13 @@ def test_published_choice(path, expected):
     assert loader.published_choice(path) == expected
 
 
+@pytest.mark.parametrize("path, warned", [("causal_forcing.pt", True), ("chunkwise/causal_forcing.pt", False)])
+def test_causal_forcing_that_does_not_name_its_kind_is_asked_for_it(path, warned, caplog):
+    both = prefixed("generator.", tensors()) | prefixed("generator_ema.", tensors())
+    loader.pick(Checkpoint(path, both, {}))
+    assert ("Choose raw for chunk-wise" in caplog.text) == warned
+
+
 def test_what_cores_model_save_writes_loads_again():
     saved = load(tensors("i2v"), weight_dtype="fp32").model.state_dict_for_saving()
     assert "model.diffusion_model.head.modulation" in saved

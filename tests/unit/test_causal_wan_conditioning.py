@@ -1,5 +1,7 @@
 """Start images and clips for causal Wan: frame arithmetic, masked latents with both kinds of VAE, prompt timelines."""
 
+from types import SimpleNamespace
+
 import comfy.ldm.wan.vae
 import comfy.sd
 import pytest
@@ -177,7 +179,7 @@ class NoVAE:
     ({"length": 12}, "length is 12 frames")])
 def test_bad_input_is_refused_before_anything_is_encoded(changes, words):
     arguments = {"images_THWC": pictures(1), "width": WIDTH, "height": HEIGHT, "length": 13, "block": 3,
-                 "mechanism": "auto", "image_tokens": False, "short_last": False, "batch_size": 1}
+                 "mechanism": "auto", "i2v": False, "short_last": False, "batch_size": 1}
     with pytest.raises(ValueError, match=words):
         image_conditions(NoVAE(), **arguments | changes)
 
@@ -230,6 +232,21 @@ def test_prompts_of_a_timeline_take_the_image_of_the_positive_one():
     assert [prompt[0][0] for prompt in prompts] == ["a", "b"] and switches == (8,)
     with pytest.raises(ValueError, match="latent frame 8, but this video has the latent frames 0 to 7"):
         apply_timeline(PromptTimeline((4, 8), later), positive, 8)
+
+
+@pytest.mark.parametrize("kind, tokens, expected", [("t2v", True, CHUNK), ("i2v", False, CONCAT)])
+def test_auto_goes_by_the_model_where_one_is_connected(wan_vae, kind, tokens, expected):
+    text = StubClip().encode_from_tokens_scheduled(1)
+    arguments = (text, text, wan_vae, WIDTH, HEIGHT, 13, 3, "auto", False, 1, pictures(1), Tower() if tokens else None)
+    positive, _, latent = nodes.CausalWanImageToVideo.execute(*arguments, model=load(tensors(kind))).result
+    assert latent[START_KEY].mechanism == expected
+    assert ("concat_mask" in positive[0][1]) == (kind == "i2v")
+    with pytest.raises(ValueError, match="not a causal Wan"):
+        nodes.CausalWanImageToVideo.execute(*arguments, model=SimpleNamespace(model=torch.nn.Linear(1, 1)))
+
+
+def test_grey_pictures_have_three_channels_afterwards():
+    assert fit_image(torch.rand(1, 20, 20, 1), 16, 16).shape == (1, 16, 16, 3)
 
 
 class StubClip:

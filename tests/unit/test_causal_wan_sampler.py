@@ -231,7 +231,8 @@ def test_the_cache_is_counted_in_the_memory_that_core_makes_free(monkeypatch, ca
         run.sample()
     cache = 2 * 4 * 2 * 3 * 48 * 2 * 4  # keys and values, frames, rows, columns, width, layers, bytes
     block = model.model.memory_required([2, 16, 2, HEIGHT, WIDTH])
-    assert asked == [block + cache, block + 2 * cache]
+    text = 2 * 48 * 2 * 4  # keys and values, width, layers, bytes; the prompts have 6 and 7 tokens
+    assert asked == [block + cache + 6 * text, block + 2 * (cache + 7 * text)]
     assert "3 blocks" not in caplog.text and "4 blocks to make in 8 steps; cache" in caplog.text
     assert "4 latent frames, 2 guidance branches" in caplog.text
 
@@ -271,6 +272,8 @@ def refused():
         "shift": (change(shift=0.0), "shift is 0"),
         "cfg": (change(cfg=-1.0), "cfg is -1"),
         "concat on t2v": (put(latent=latent("t2v", 4, 1, StartFrames(CONCAT, 0, 2, False))), "text-to-video model"),
+        "a video": (put(latent={"samples": draw(30, 1, 16, 4, HEIGHT, WIDTH)}), "holds a video already"),
+        "no entries": (put(positive=[], timeline=timeline_of("t2v", 4, 2)), "positive conditioning has 0 entries"),
         "all given": (put(latent=latent("t2v", 4, 1, StartFrames(CHUNK, 4, 2, False))), "nothing is left"),
         "no tokens": (i2v(drop("clip_vision_output")), "needs image tokens"),
         "no y": (i2v(drop("concat_latent_image")), "masked image latent"),

@@ -180,12 +180,19 @@ def test_some_batches_have_no_start_image():
 @pytest.mark.parametrize("turn", [0, 16])
 def test_rollouts_are_causal_and_follow_the_prompt_after_the_turn(net, turn):
     batch = batch_of(turn)
-    made = recipe.roll_out(net, batch, 24, seed=9)
+    made = recipe.roll_out(net, batch, 0, 24, seed=9)
     assert made.shape == (2, 4, 24, 8, 8) and made.isfinite().all()
-    assert torch.allclose(recipe.roll_out(net, batch, 12, seed=9), made[:, :, :12], atol=1e-5)
-    other = recipe.roll_out(net, batch._replace(text_BLC=(batch.text_BLC[0], batch.text_BLC[0])), 24, seed=9)
+    assert torch.allclose(recipe.roll_out(net, batch, 0, 12, seed=9), made[:, :, :12], atol=1e-5)
+    other = recipe.roll_out(net, batch._replace(text_BLC=(batch.text_BLC[0], batch.text_BLC[0])), 0, 24, seed=9)
     assert torch.equal(other[:, :, :16], made[:, :, :16])
     assert torch.equal(other[:, :, 16:], made[:, :, 16:]) == (turn == 0)
+
+
+def test_rollouts_go_on_from_the_clip(net):
+    batch = batch_of(16)
+    made = recipe.roll_out(net, batch, 12, 20, seed=9)
+    assert made.shape[2] == 20 and torch.equal(made[:, :, :12], batch.z_BCTHW[:, :, :12])
+    assert not torch.equal(made[:, :, 12:], recipe.roll_out(net, batch, 0, 20, seed=9)[:, :, 12:])
 
 
 def test_training_in_two_stages(tmp_path):

@@ -38,10 +38,11 @@ def test_pickles(tmp_path, wrap, zipped):
     assert found.metadata == {}
 
 
-def test_several_models_in_one_pickle(tmp_path):
+@pytest.mark.parametrize("step", [3, torch.tensor(3)], ids=["number", "tensor"])
+def test_several_models_in_one_pickle(tmp_path, step):
     """Each model's keys begin with its dictionary's name; what is no model (optimizer, step) is left aside."""
-    torch.save({"generator": WEIGHTS, "generator_ema": {"model.a": torch.zeros(2)}, "step": 3, "name": "x",
-                "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}}, tmp_path / "model.pt")
+    beside = {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}, "name": "x", "step": step}
+    torch.save({"generator": WEIGHTS, "generator_ema": {"model.a": torch.zeros(2)}, **beside}, tmp_path / "model.pt")
     found = files.read_checkpoint(tmp_path / "model.pt").tensors
     assert found.keys() == {"generator.model.a", "generator.first.b", "generator_ema.model.a"}
     same(files.take_prefix(found, "generator."))
