@@ -258,7 +258,7 @@ def export(path: Path, net: CausalWan) -> None:
 
 
 def make_causal_wan_demo(folder: Path, target: Path, size: int = 8,
-                         stages: Sequence[tuple[int, float]] = ((3600, 1.6e-3), (1500, 8e-4))) -> None:
+                         stages: Sequence[tuple[int, float]] = ((9000, 1.6e-3), (4500, 6e-4))) -> None:
     """Both stages (steps, learning rate) in `folder` (what is there is gone on with), then the file."""
     folder.mkdir(parents=True, exist_ok=True)
     encodings, net = encode_clips(folder), demo_network()
