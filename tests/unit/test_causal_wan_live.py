@@ -168,10 +168,11 @@ def test_the_vae_is_loaded_once_with_the_model_and_counted(monkeypatch):
                                                                                  torch.float32)
     model = run.guider.model_patcher
     cache = 4 * 2 * 3 * 2 * 48 * 2 * 4  # frames, rows, columns, keys and values, width, layers, bytes
+    text = 6 * 2 * 48 * 2 * 4    # tokens, keys and values, width, layers, bytes
     step = model.model.memory_required([2, 16, 2, HEIGHT, WIDTH])
     decode = decode_bytes(vae, (HEIGHT, WIDTH))
-    assert asked == [({plain.guider.model_patcher}, step + cache),
-                     ({model, vae.patcher}, max(step, decode) + cache)] and decode > step
+    assert asked == [({plain.guider.model_patcher}, step + cache + text),
+                     ({model, vae.patcher}, max(step, decode) + cache + text)] and decode > step
 
 
 @pytest.fixture
