@@ -1,8 +1,8 @@
 """The recipe of the small causal Wan: image to video in blocks of four frames, trained on Moving Shapes.
 
-Two stages, each resumable: flow matching behind clean context (teacher forcing), then behind what the network itself
-has made of the clip (after Self-Forcing, arXiv 2506.08009). Image, text and latents are encoded by the DynamiCrafter
-demo, whose VAE and towers it is used with.
+Two stages, each resumable: flow matching behind clean context (teacher forcing), then behind last blocks that the
+network itself has made (after Self-Forcing, arXiv 2506.08009). Image, text and latents are encoded by the
+DynamiCrafter demo, whose VAE and towers it is used with.
 """
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: 
 
 
 def rollout_plan(frames: int, turn: int) -> Plan:
-    """As the demo's workflows sample, in fewer steps."""
+    """As the demo's workflows sample, in fewer steps and without guidance."""
     steps = make_steps(STEPS, SHIFT, warp=True)
     return Plan(blocks=(BLOCK,) * (frames // BLOCK), steps=steps, first_steps=steps, context_noise=0, window=WINDOW,
                 sink=SINK, endless=True, switches=(turn,) if 0 < turn < frames else (), global_sink=True, cfg=1,
