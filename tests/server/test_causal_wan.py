@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from client import JobError
-from PIL import Image
 from safetensors.torch import save_file
+from saved_frames import SAVER
+from saved_frames import lossless_frames as run
 
-LOADER, I2V, TIMELINE, SAMPLER, TO_FILE, SAVER = ("Stillmotion_" + name for name in (
+LOADER, I2V, TIMELINE, SAMPLER, TO_FILE = ("Stillmotion_" + name for name in (
     "LoadCausalWan", "CausalWanImageToVideo", "PromptTimeline", "BlockAutoregressiveSampler",
-    "BlockAutoregressiveToFile", "SaveVideo"))
+    "BlockAutoregressiveToFile"))
 FRAMES, BLOCK, STEPS = 32, 4, 4  # of the shipped graphs
 
 
@@ -27,17 +28,6 @@ def shipped(name):
 
 def inputs(job, class_type):
     return job[graph.find_node(job, class_type)]["inputs"]
-
-
-def run(client, job, progress=None):
-    """The frames [T, H, W, 3], saved without loss."""
-    inputs(job, SAVER)["format"] = "png frames"
-    entries = client.run(job, progress=progress)[graph.find_node(job, SAVER)]["images"]
-    frames = []
-    for entry in entries:
-        with client.view(entry) as answer:
-            frames.append(np.array(Image.open(io.BytesIO(answer.read()))))
-    return np.stack(frames)
 
 
 def test_progress_counts_the_steps_of_all_blocks(client):

@@ -82,7 +82,8 @@ def test_a_folder_of_prompts_in_batches_on_a_running_server(server, tmp_path):
     assert [path.name for path in made] == ["one_0.mp4", "one_1.mp4", "two_0.mp4", "two_1.mp4"]
     clips = [frames_and_tags(path)[0] for path in made]
     assert [len(clip) for clip in clips] == [8] * 4
-    assert (clips[0][4] != clips[1][4]).any()  # noise of their own
+    # noise of their own, and more than what x264 changes from one time to the next
+    assert abs(clips[0][4].astype(int) - clips[1][4]).mean() > 2
 
 
 def test_a_preset_without_its_checkpoint_says_what_to_download(server, tmp_path):
