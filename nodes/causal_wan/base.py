@@ -4,26 +4,14 @@ from __future__ import annotations
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
-import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from ..common.core_model import ClipLatent, ModelConfig, build_model, call_wrapped, check_width, size_words
 from .model import CausalWan, WanParams
 
+TOWERS = "Connect the {} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
 MASK_CHANNELS = 4  # one for each of the video frames that a latent frame of Wan's VAE stands for
-
-
-class SmallLatent(comfy.latent_formats.SD15):
-    """Stable Diffusion's 4-channel latents with a time axis, for small models."""
-
-    latent_dimensions = 3
-
-    def __init__(self, scale_factor: float):
-        super().__init__(scale_factor)
-        self.taesd_decoder_name = None  # core's TAESD preview takes single images only
 
 
 class ManagedCausalWan(CausalWan):
@@ -39,9 +27,8 @@ class ManagedCausalWan(CausalWan):
         of them. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without these, as in core's
         own samplers, all frames see each other.
         """
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        executor = WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        return executor.execute(x, timestep, context, clip_fea, transformer_options=transformer_options, **block)
+        return call_wrapped(self._forward, self, x, timestep, context, clip_fea,
+                            transformer_options=transformer_options, **block)
 
     def _forward(self, x, timestep, context, clip_fea, transformer_options, frame_ids=None, cache=None,
                  sink_mode="write", mask_FF=None, **_):
@@ -53,23 +40,18 @@ class ManagedCausalWan(CausalWan):
                                mask_FF, transformer_options)
 
 
-class CausalWanConfig(comfy.supported_models_base.BASE):
-    """Core's description of a model. Our own sizes stay in one opaque entry, since core reads known names in it."""
-
-    unet_extra_config = {}
+class CausalWanConfig(ModelConfig):
     sampling_settings = {"shift": 5.0}  # of Self-Forcing and LongLive, for core's schedulers; our sampler has its own
 
     def __init__(self, params: WanParams, scale_factor: float):
-        self.latent_format = (comfy.latent_formats.Wan21 if params.out_dim == 16
-                              else lambda: SmallLatent(scale_factor))
-        super().__init__({"params": params})
+        # Wan's 16 channels have means and deviations of their own, small models' 4 one factor
+        self.latent_format = comfy.latent_formats.Wan21 if params.out_dim == 16 else lambda: ClipLatent(scale_factor)
+        self.model_class = CausalWanModel
+        super().__init__(params)
         self.memory_usage_factor = params.dim / 2222  # as core reckons for Wan
 
     def model_type(self, state_dict, prefix=""):
         return comfy.model_base.ModelType.FLOW
-
-    def get_model(self, state_dict, prefix="", device=None):
-        return CausalWanModel(self, self.model_type(state_dict, prefix), device)
 
 
 def wan_params(patcher) -> WanParams:
@@ -96,7 +78,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
         """
         out = super().extra_conds(**kwargs)
         text_BLC = kwargs["cross_attn"]
-        self._check_width("text encoder", text_BLC, self.wan_params.text_dim, "CLIP")
+        check_width("text encoder", text_BLC, self.wan_params.text_dim, TOWERS.format("CLIP"))
         out["c_crossattn"] = comfy.conds.CONDRegular(text_BLC)
         if self.wan_params.i2v:
             tower = kwargs.get("clip_vision_output")
@@ -105,7 +87,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
                                  "none. Connect CLIP Vision Encode to clip_vision_output of Causal Wan Image "
                                  "to Video, and pass positive and negative through it.")
             tokens_BNC = tower.penultimate_hidden_states
-            self._check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, "CLIP_VISION")
+            check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, TOWERS.format("CLIP_VISION"))
             out["clip_fea"] = comfy.conds.CONDRegular(tokens_BNC)
             y_BYTHW = self._image_condition(kwargs["noise"], kwargs.get("concat_latent_image"),
                                             kwargs.get("concat_mask"))
@@ -131,9 +113,9 @@ class CausalWanModel(comfy.model_base.BaseModel):
                              "none. Pass positive and negative through Causal Wan Image to Video.")
         for part_BXTHW in (latent_BCTHW, mask_BMTHW):
             if part_BXTHW.shape[2:] != noise_BCTHW.shape[2:]:
-                raise ValueError(f"The latent is {_size(noise_BCTHW)}, the conditioning (y) was made for "
-                                 f"{_size(part_BXTHW)} (frames, height, width). Use the latent of Causal Wan Image to "
-                                 "Video, or give that node the same size and length.")
+                raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[2:])}, the conditioning (y) was made "
+                                 f"for {size_words(part_BXTHW.shape[2:])} (frames, height, width). Use the latent of "
+                                 "Causal Wan Image to Video, or give that node the same size and length.")
         if latent_BCTHW.shape[1] != self.wan_params.out_dim:
             raise ValueError(f"The conditioning's image latent has {latent_BCTHW.shape[1]} channels, this model takes "
                              f"{self.wan_params.out_dim}. Use the VAE that belongs to the model.")
@@ -143,33 +125,10 @@ class CausalWanModel(comfy.model_base.BaseModel):
             given_BMTHW = given_BMTHW.expand(-1, MASK_CHANNELS, -1, -1, -1)
         return torch.cat((given_BMTHW, self.process_latent_in(latent_BCTHW)), dim=1)
 
-    @staticmethod
-    def _check_width(tower: str, tokens_BNC: torch.Tensor, width: int, socket: str) -> None:
-        if tokens_BNC.shape[-1] != width:
-            raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, this model was trained with "
-                             f"{width}. Connect the {socket} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 "
-                             "for published models.")
-
-
-def _size(latent_BCTHW) -> str:
-    return " x ".join(map(str, latent_BCTHW.shape[2:]))
-
 
 def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype) -> CausalWanModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`.
 
-    `scale_factor` belongs to 4-channel latents; Wan's 16 channels have means and deviations of their own.
+    `scale_factor` belongs to 4-channel latents.
     """
-    config = CausalWanConfig(params, scale_factor)
-    device = comfy.model_management.get_torch_device()
-    config.set_inference_dtype(weight_dtype, comfy.model_management.unet_manual_cast(
-        weight_dtype, device, config.supported_inference_dtypes))
-    return config.get_model({}, device=torch.device("meta"))
-
-
-def make_patcher(model: CausalWanModel) -> comfy.model_patcher.ModelPatcher:
-    """MODEL around a loaded model."""
-    # Newer versions stream weights through a patcher of their own.
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return kind(model, load_device=comfy.model_management.get_torch_device(),
-                offload_device=comfy.model_management.unet_offload_device())
+    return build_model(CausalWanConfig(params, scale_factor), weight_dtype)

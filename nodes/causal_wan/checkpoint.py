@@ -16,8 +16,9 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ..common.core_model import make_patcher
 from ..common.files import check_keys, take_prefix
-from .base import make_model, make_patcher
+from .base import make_model
 from .families import check_family
 from .model import PATCH, WanParams
 
@@ -76,7 +77,6 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
              "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
              len(tensors), len(expected))
     network.load_state_dict({key: _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
-    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
     return make_patcher(model)
 
 

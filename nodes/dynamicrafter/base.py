@@ -4,29 +4,19 @@ from __future__ import annotations
 from collections import UserDict
 
 import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
-import comfy.model_management
 import comfy.model_patcher
-import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.patcher_extension import WrappersMP
 
+from ..common import core_model
+from ..common.core_model import ClipLatent, ModelConfig, build_model, call_wrapped, check_condition, check_width
 from ..diffusion.schedule import DiffusionParams, make_scale_arr
 from .unet import UNetParams, VideoUNet
 
 IMAGE_PROJECTOR = "image_proj_model."
-
-
-class VideoLatent(comfy.latent_formats.SD15):
-    """Stable Diffusion's latents with a time axis: [B, 4, T, H / 8, W / 8]."""
-
-    latent_dimensions = 3
-
-    def __init__(self, scale_factor: float):
-        super().__init__(scale_factor)
-        self.taesd_decoder_name = None  # core's TAESD preview takes single images only
+TOWERS = "Use the {} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H for the published models."
 
 
 class ManagedVideoUNet(VideoUNet):
@@ -36,30 +26,21 @@ class ManagedVideoUNet(VideoUNet):
         super().__init__(params, operations, optimized_attention, dtype, device)
 
     def forward(self, x, timesteps, context, transformer_options={}, **conditions):
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        executor = WrapperExecutor.new_class_executor(super().forward, self, wrappers)
-        return executor.execute(x, timesteps, context, transformer_options=transformer_options, **conditions)
+        return call_wrapped(super().forward, self, x, timesteps, context, transformer_options=transformer_options,
+                            **conditions)
 
 
-class DynamiCrafterConfig(comfy.supported_models_base.BASE):
-    """Core's description of a model. Our own sizes stay in one opaque entry, since core reads known names in it."""
-
-    unet_extra_config = {}
-    memory_usage_factor = 1.2
-
+class DynamiCrafterConfig(ModelConfig):
     def __init__(self, unet: UNetParams, diffusion: DiffusionParams, scale_factor: float):
         self.sampling_settings = {"linear_start": diffusion.linear_start, "linear_end": diffusion.linear_end,
                                   "zsnr": diffusion.zero_snr}
-        self.latent_format = lambda: VideoLatent(scale_factor)
-        super().__init__({"params": unet})
+        self.latent_format = lambda: ClipLatent(scale_factor)
+        self.model_class = DynamiCrafterModel
+        super().__init__(unet)
         self.diffusion = diffusion
 
     def model_type(self, state_dict, prefix=""):
-        kinds = comfy.model_base.ModelType
-        return kinds.V_PREDICTION if self.diffusion.parameterization == "v" else kinds.EPS
-
-    def get_model(self, state_dict, prefix="", device=None):
-        return DynamiCrafterModel(self, self.model_type(state_dict, prefix), device)
+        return core_model.prediction_type(self.diffusion.parameterization)
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """Published layout: the image projector beside the U-Net, and the buffer by which variants are told apart."""
@@ -88,32 +69,14 @@ class DynamiCrafterModel(comfy.model_base.BaseModel):
         if latent_BCTHW is None or tokens_BNW is None:
             raise ValueError("A conditioning (positive or negative) carries no start image. Pass both through "
                              "DynamiCrafter Image to Video before sampling.")
-        self._check_width("vision tower", tokens_BNW, self.params.resampler.embedding_dim, "CLIP_VISION")
-        self._check_width("text encoder", kwargs["cross_attn"], self.params.context_dim, "CLIP")
-        noise_shape = kwargs["noise"].shape
-        if latent_BCTHW.shape[1:] != noise_shape[1:]:
-            raise ValueError(f"The latent is {_size(noise_shape)}, the conditioning was made for "
-                             f"{_size(latent_BCTHW.shape)} (channels, frames, height, width). Use the latent of "
-                             "DynamiCrafter Image to Video, or give that node the same size and frames.")
-        if noise_shape[0] % len(latent_BCTHW):
-            raise ValueError(f"The latent is a batch of {noise_shape[0]}, the conditioning of {len(latent_BCTHW)}. "
-                             "Give DynamiCrafter Image to Video the same batch size.")
+        check_width("vision tower", tokens_BNW, self.params.resampler.embedding_dim, TOWERS.format("CLIP_VISION"))
+        check_width("text encoder", kwargs["cross_attn"], self.params.context_dim, TOWERS.format("CLIP"))
+        check_condition(latent_BCTHW, kwargs["noise"], "DynamiCrafter Image to Video")
         fs = kwargs.get("frame_stride") or self.params.default_fs
         out["c_concat"] = comfy.conds.CONDNoiseShape(self.process_latent_in(latent_BCTHW))
         out["image_tokens"] = comfy.conds.CONDRegular(tokens_BNW)
         out["frame_stride"] = comfy.conds.CONDRegular(torch.tensor([fs]))
         return out
-
-    @staticmethod
-    def _check_width(tower: str, tokens_BNW: torch.Tensor, width: int, socket: str) -> None:
-        if tokens_BNW.shape[-1] != width:
-            raise ValueError(f"The {tower} gives tokens {tokens_BNW.shape[-1]} wide, this model was trained with "
-                             f"{width}. Use the {socket} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H "
-                             "for the published models.")
-
-
-def _size(shape) -> str:
-    return " x ".join(map(str, shape[1:]))
 
 
 def keep_projected_context(executor, *args, **kwargs):
@@ -131,18 +94,11 @@ def keep_projected_context(executor, *args, **kwargs):
 def make_model(unet: UNetParams, diffusion: DiffusionParams, scale_factor: float,
                weight_dtype: torch.dtype) -> DynamiCrafterModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`."""
-    config = DynamiCrafterConfig(unet, diffusion, scale_factor)
-    device = comfy.model_management.get_torch_device()
-    config.set_inference_dtype(weight_dtype, comfy.model_management.unet_manual_cast(
-        weight_dtype, device, config.supported_inference_dtypes))
-    return config.get_model({}, device=torch.device("meta"))
+    return build_model(DynamiCrafterConfig(unet, diffusion, scale_factor), weight_dtype)
 
 
 def make_patcher(model: DynamiCrafterModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
-    # Newer versions stream weights through a patcher of their own.
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher = kind(model, load_device=comfy.model_management.get_torch_device(),
-                   offload_device=comfy.model_management.unet_offload_device())
+    patcher = core_model.make_patcher(model)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "stillmotion_context", keep_projected_context)
     return patcher

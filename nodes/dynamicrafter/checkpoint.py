@@ -116,7 +116,6 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
 
     network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
                             assign=True)
-    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
     # Where it comes from: a training writes its result into a copy of the file.
     model.source = Source(checkpoint.path, variant, yaml_path)
     vae = text_tower = vision_tower = None

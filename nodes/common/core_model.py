@@ -1,0 +1,100 @@
+"""What every family needs to be one of ComfyUI's models: latent format, configuration, wrappers, loading, MODEL.
+
+The pack leans on core's model classes here alone, so that a change of core is mended in one place.
+"""
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models_base
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+
+class ClipLatent(comfy.latent_formats.SD15):
+    """Clips [B, C, T, h, w] of Stable Diffusion's latents (or of pixels, C = 3), multiplied by one factor."""
+
+    latent_dimensions = 3
+
+    def __init__(self, scale_factor: float, channels: int = 4):
+        super().__init__(scale_factor)
+        self.taesd_decoder_name = None  # core's TAESD preview takes single images only
+        if channels != self.latent_channels:
+            self.latent_channels = channels
+            self.latent_rgb_factors = torch.eye(3).tolist() if channels == 3 else None
+
+
+class ModelConfig(comfy.supported_models_base.BASE):
+    """Core's description of a model. Our own sizes stay in one opaque entry, since core reads known names in it.
+
+    A family sets `latent_format`, `sampling_settings` and `model_class`, and says what its network predicts.
+    """
+
+    unet_extra_config = {}
+    memory_usage_factor = 1.2
+    model_class: type[comfy.model_base.BaseModel]
+
+    def __init__(self, params):
+        super().__init__({"params": params})
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return self.model_class(self, self.model_type(state_dict, prefix), device)
+
+
+def prediction_type(parameterization: str):
+    """Core's name for what a network predicts: "eps" or "v"."""
+    kinds = comfy.model_base.ModelType
+    return kinds.V_PREDICTION if parameterization == "v" else kinds.EPS
+
+
+def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
+    """`forward` of `network`, inside the wrappers that other packs put around a network."""
+    wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+    executor = WrapperExecutor.new_class_executor(forward, network, wrappers)
+    return executor.execute(*args, transformer_options=transformer_options, **kwargs)
+
+
+def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "meta"):
+    """The model of `config`, by default without weights (on the meta device), to be loaded with `assign=True`."""
+    compute_dtype = comfy.model_management.unet_manual_cast(
+        weight_dtype, comfy.model_management.get_torch_device(), config.supported_inference_dtypes)
+    config.set_inference_dtype(weight_dtype, compute_dtype)
+    return config.get_model({}, device=torch.device(device))
+
+
+def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
+    """MODEL around a loaded model."""
+    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    return managed(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+
+
+def managed(module: torch.nn.Module, load_device, offload_device) -> comfy.model_patcher.ModelPatcher:
+    """A network or tower in ComfyUI's memory management."""
+    # Since 0.16 core streams weights through a patcher of its own where the device can.
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(module, load_device=load_device, offload_device=offload_device)
+
+
+def check_width(tower: str, tokens_BNC: torch.Tensor, width: int, remedy: str) -> None:
+    """Raise ValueError unless the tokens of a text encoder or vision tower are `width` wide; `remedy`: what to use."""
+    if tokens_BNC.shape[-1] != width:
+        raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, this model was trained with {width}. "
+                         f"{remedy}")
+
+
+def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node: str) -> None:
+    """Raise ValueError unless condition frames, which the node named `node` made, fit the latent to be sampled."""
+    if latent_BCTHW.shape[1:] != noise_BCTHW.shape[1:]:
+        raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[1:])}, the conditioning was made for "
+                         f"{size_words(latent_BCTHW.shape[1:])} (channels, frames, height, width). Use the latent of "
+                         f"{node}, or give that node the same size and frames.")
+    if len(noise_BCTHW) % len(latent_BCTHW):
+        raise ValueError(f"The latent is a batch of {len(noise_BCTHW)}, the conditioning of {len(latent_BCTHW)}. Give "
+                         f"{node} the same batch size.")
+
+
+def size_words(shape) -> str:
+    """Sizes for a message: 4 x 16 x 32 x 32."""
+    return " x ".join(map(str, shape))
