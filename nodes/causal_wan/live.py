@@ -9,12 +9,15 @@ from functools import partial
 import comfy.utils
 import torch
 from comfy.cli_args import args
-from comfy.ldm.wan.vae import WanVAE, count_conv3d
+from comfy.ldm.wan import vae as wan_vae
+from comfy.ldm.wan.vae import WanVAE
 from PIL import Image
 from torch import Tensor
 
 from ..common.video import frames_uint8
 
+# how many layers of the decoder carry frames over; renamed in 0.18
+count_layers = getattr(wan_vae, "count_conv3d", None) or wan_vae.count_cache_layers
 FRAME_MS = 80  # of the moving preview; the true rate is chosen when the video is saved
 
 
@@ -40,7 +43,7 @@ class LiveDecoder:
     def __init__(self, vae):
         self.vae, self.network = vae, vae.first_stage_model
         self.causal = isinstance(self.network, WanVAE)
-        self.carried = [None] * count_conv3d(self.network.decoder) if self.causal else None
+        self.carried = [None] * count_layers(self.network.decoder) if self.causal else None
 
     def decode(self, latent_CFHW: Tensor) -> Tensor:
         """The next frames [T, H, W, 3] in 0..1, float32."""

@@ -8,18 +8,20 @@ model configuration (`{"embed_dim", "vision_cfg", "text_cfg"}`).
 import json
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.clip_model
 import comfy.clip_vision
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy import sd1_clip
+
+from .core_model import managed
 
 # ViT-H-14 of open_clip, the towers of every published DynamiCrafter (and, for text, of Stable Diffusion 2).
 VIT_H = {
@@ -177,26 +179,24 @@ def text_tower(weights, tower, layer="penultimate", dtype=None, embedding_direct
 
 
 class VisionTower(comfy.clip_vision.ClipVisionModel):
-    """Core's CLIP_VISION around a tower of any size (core's own constructor knows a few sizes by file)."""
+    """Core's CLIP_VISION around a tower of any size (core's own loader knows a few sizes)."""
 
     def __init__(self, weights, tower, dtype=None):
-        self.image_size = tower["image_size"]
-        self.image_mean, self.image_std = list(IMAGE_MEAN), list(IMAGE_STD)
-        self.return_all_hidden_states = False
-        self.load_device = comfy.model_management.text_encoder_device()
-        self.dtype = dtype or comfy.model_management.text_encoder_dtype(self.load_device)
         config = {**_core_config(tower), "num_attention_heads": tower["width"] // tower["head_width"],
                   "image_size": tower["image_size"], "patch_size": tower["patch_size"], "num_channels": 3,
                   "model_type": "clip_vision_model"}
-        with torch.device("meta"):
+        with TemporaryDirectory() as folder:  # until 0.11 core takes its configuration from a file alone
+            path = Path(folder, "config.json")
+            path.write_text(json.dumps(config))
+            super().__init__(path)
+        self.dtype = dtype or self.dtype
+        with torch.device("meta"):  # built again: core's has no choice of type, and memory of its own
             self.model = comfy.clip_model.CLIPVisionModelProjection(config, self.dtype, None, comfy.ops.manual_cast)
         self.model.eval().requires_grad_(False)
         weights = {key: value.to(self.dtype) for key, value in weights.items()}
         weights = comfy.clip_vision.convert_to_transformers(weights, "")
         self.model.load_state_dict(weights, assign=True)
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            self.model, load_device=self.load_device,
-            offload_device=comfy.model_management.text_encoder_offload_device())
+        self.patcher = managed(self.model, self.load_device, self.patcher.offload_device)
 
 
 def encode_tokens(clip_vision, pixels_BHWC, width=None):

@@ -63,8 +63,8 @@ def temporal_conv_class(conv3d: type[nn.Conv3d]) -> type[nn.Conv3d]:
     times faster on a CPU. The host's class still casts and patches the weights."""
 
     class FlatConv3d(conv3d):
-        # Newer releases of ComfyUI also pass a way to pad, which the layers here leave open.
-        def _conv_forward(self, x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, autopad=None) -> Tensor:
+        # Since 0.12 core also passes a way to pad (autopad), which only its VAEs ask for.
+        def _conv_forward(self, x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, *_args, **_kwargs) -> Tensor:
             size = x_BCTHW.shape[-2:]
             return F.conv2d(x_BCTHW.flatten(3), weight[..., 0], bias, padding=(1, 0)).unflatten(-1, size)
 

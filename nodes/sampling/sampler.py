@@ -217,13 +217,14 @@ def _span(table_sigmas, sigmas):
 class ImageTextGuider(comfy.samplers.CFGGuider):
     """Guidance by image and text apart; the three predictions are made in one batch."""
 
-    def set_conds(self, positive, image, negative):
+    def set_image_conds(self, positive, image, negative):
         """image: the negative text with the positive's image."""
         image = [[cond, {**values, "prompt_type": "negative"}] for cond, values in image]
         self.inner_set_conds({"positive": positive, "image": image, "negative": negative})
 
-    def set_cfg(self, cfg, image_cfg):
-        self.cfg, self.image_cfg = cfg, image_cfg
+    def set_image_cfg(self, cfg, image_cfg):
+        self.set_cfg(cfg)
+        self.image_cfg = image_cfg
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         conds = [self.conds["negative"], self.conds["image"], self.conds["positive"]]
@@ -246,8 +247,8 @@ def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comf
         return guider
     guider = ImageTextGuider(model)
     tokens = positive[0][1]["image_tokens"]
-    guider.set_conds(positive, [[cond, {**values, "image_tokens": tokens}] for cond, values in negative], negative)
-    guider.set_cfg(cfg, image_cfg)
+    guider.set_image_conds(positive, [[cond, {**values, "image_tokens": tokens}] for cond, values in negative], negative)
+    guider.set_image_cfg(cfg, image_cfg)
     return guider
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from causal_wan_stub import HEADER, NETWORK, SIZES, load, prefixed, same, tensors, weights_of
 from safetensors.torch import save_file
+from core_calls import saved_by_core
 from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
@@ -110,8 +111,8 @@ def test_causal_forcing_that_does_not_name_its_kind_is_asked_for_it(path, warned
     assert ("Choose raw for chunk-wise" in caplog.text) == warned
 
 
-def test_what_cores_model_save_writes_loads_again():
-    saved = load(tensors("i2v"), weight_dtype="fp32").model.state_dict_for_saving()
+def test_what_cores_model_save_writes_loads_again(tmp_path):
+    saved = saved_by_core(load(tensors("i2v"), weight_dtype="fp32"), tmp_path / "saved.safetensors")
     assert "model.diffusion_model.head.modulation" in saved
     assert same(load(saved, weight_dtype="fp32"), tensors("i2v"))
 

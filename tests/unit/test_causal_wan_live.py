@@ -16,6 +16,7 @@ import pytest
 import torch
 from causal_wan_run_stub import HEIGHT, WIDTH, conditioning, draw, latent, make_run, sample, settings, tensors
 from causal_wan_stub import load
+from core_calls import with_hidden
 from PIL import Image
 from stillmotion.nodes.causal_wan import nodes as loaders
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, StartFrames
@@ -181,9 +182,7 @@ def to_file(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def run(name="wan", frames=6, batch=1, model=None, **changes):
-        from comfy_api.latest._io import HiddenHolder
-        node = nodes.BlockAutoregressiveToFile.PREPARE_CLASS_CLONE({"hidden": {}})
-        node.hidden = HiddenHolder(None, {"1": "prompt"}, {}, None, None, None)
+        node = with_hidden(nodes.BlockAutoregressiveToFile, {"1": "prompt"}, {})
         kind = KINDS[name]
         given = {**WIDGETS, "length": 0, "filename_prefix": "long/clip", "fps": 12.0, "crf": 1, **changes}
         out = node.execute(model or load(tensors(kind), weight_dtype="fp32"), conditioning(kind, frames, 1),

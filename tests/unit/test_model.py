@@ -5,6 +5,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from core_calls import saved_by_core
 from stillmotion.nodes.diffusion.ddim import Clip
 from stillmotion.nodes.diffusion.schedule import DiffusionParams
 from stillmotion.nodes.dynamicrafter import base
@@ -164,8 +165,8 @@ def test_latent_of_another_size(shape):
                       torch.tensor([5.0, 1.0, 0.0]))
 
 
-def test_saved_state_has_the_published_layout():
-    saved = make().model.state_dict_for_saving()
+def test_saved_state_has_the_published_layout(tmp_path):
+    saved = saved_by_core(make(), tmp_path / "saved.safetensors")
     assert torch.equal(saved["image_proj_model.latents"], weights()["image_proj_model.latents"])
     assert "model.diffusion_model.init_attn.0.proj_in.weight" in saved
     assert saved["scale_arr"].shape == (1400,) and saved["scale_arr"][-1] == pytest.approx(0.7)

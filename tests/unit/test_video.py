@@ -13,6 +13,7 @@ import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types
 from PIL import Image
+from core_calls import with_hidden
 from stillmotion.nodes.common import video as files
 from stillmotion.nodes.common.nodes import SaveVideo
 
@@ -42,9 +43,7 @@ def save(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def run(format="mp4", fps=8.0, crf=8, filename_prefix="clips/test", **sources):
-        from comfy_api.latest._io import HiddenHolder
-        node = SaveVideo.PREPARE_CLASS_CLONE({"hidden": {}})
-        node.hidden = HiddenHolder(None, PROMPT, {"workflow": WORKFLOW}, None, None, None)
+        node = with_hidden(SaveVideo, PROMPT, {"workflow": WORKFLOW})
         out = node.execute(filename_prefix=filename_prefix, fps=fps, format=format, crf=crf, **sources)
         return [tmp_path / i["subfolder"] / i["filename"] for i in out.ui["images"]], out
 

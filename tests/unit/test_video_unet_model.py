@@ -9,7 +9,7 @@ import nodes as core
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from core_calls import saved_by_core
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.vae import fold_frames, pixel_vae
 from stillmotion.nodes.diffusion.ddim import Clip
@@ -245,8 +245,7 @@ def test_a_saved_network_loads_again(tmp_path):
 
 def test_cores_save_model_keeps_the_configuration(tmp_path):
     model = make_model()
-    save_file({key: value.contiguous() for key, value in model.model.state_dict_for_saving().items()},
-              tmp_path / "core.safetensors")
+    saved_by_core(model, tmp_path / "core.safetensors")
     again = loader.load(read_checkpoint(tmp_path / "core.safetensors"), "fp32")
     assert again.model.video_unet == model.model.video_unet
     before, after = (m.model.diffusion_model.state_dict() for m in (model, again))
