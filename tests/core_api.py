@@ -29,9 +29,10 @@ FILE = Path(__file__).resolve().parent / "cases" / "core_api" / "names.json"
 # What the pack may lean on; the networks of other models, and what lists them, are left out.
 RECORDED = ["comfy/*.py", "comfy/ldm/common_dit.py", "comfy/ldm/models/autoencoder.py",
             "comfy/ldm/modules/attention.py", "comfy/ldm/wan/ar_model.py", "comfy/ldm/wan/model.py",
-            "comfy/ldm/wan/vae*.py", "comfy/taesd/*.py", "comfy_api/torch_helpers/*.py", "comfy_api/latest/*.py",
-            "comfy_api/latest/_*/*.py", "comfy_execution/graph_utils.py", "comfy_execution/progress.py",
-            "comfy_execution/utils.py", "folder_paths.py", "latent_preview.py", "node_helpers.py", "server.py"]
+            "comfy/ldm/wan/vae*.py", "comfy/taesd/*.py", "comfy_api/internal/__init__.py", "comfy_api/latest/*.py",
+            "comfy_api/latest/_*/*.py", "comfy_api/torch_helpers/*.py", "comfy_execution/graph_utils.py",
+            "comfy_execution/progress.py", "comfy_execution/utils.py", "folder_paths.py", "latent_preview.py",
+            "node_helpers.py", "server.py"]
 LEFT_OUT = {"controlnet.py", "gligen.py", "sdxl_clip.py", "supported_models.py"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -118,9 +118,9 @@ class Release:
 
 @cache
 def outside(path: str):
-    """The class `path` of Python or torch; None where it is another package's, or no class."""
+    """The class `path` of Python, or torch's Module; None where it is another's, whose objects may have anything."""
     root, *names = path.split(".")
-    if root not in sys.stdlib_module_names and root != "torch":
+    if root not in sys.stdlib_module_names and path != "torch.nn.Module":
         return None
     thing = importlib.import_module(root)
     for name in names:

@@ -1,9 +1,8 @@
-"""What the pack uses of ComfyUI, read from its syntax trees, and whether a recorded release has it.
+"""What the pack uses of ComfyUI, read from its syntax trees.
 
-`findings(pack, release)` lists what does not fit: names that are imported or reached but not there, calls whose
-arguments a function or constructor does not take, methods that stand in for core's and cannot be called as those are.
-Only what the text says is followed: imports, second names (`kinds = comfy.model_base.ModelType`), annotated
-parameters, objects made by a call of a class, `self` and `super()` in classes that derive from core's.
+Only what the text says is followed: imports, second names (`kinds = comfy.model_base.ModelType`), parameters that are
+annotated or named as in GIVEN, attributes that hold such a thing, objects made by a call of a class or of a function
+that says what it returns, `self` and `super()` in classes that derive from core's.
 """
 from __future__ import annotations
 
@@ -12,20 +11,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core_api import FUNCTIONS, attributes_set, described, flat, imported, targets
-from core_release import UNKNOWN, Found, Release, Signature, last_kept
 
 CORE = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server")
-# Networks take their layer classes as a parameter: in ComfyUI one of these.
-GIVEN = {"operations": "comfy.ops.manual_cast", "conv3d": "comfy.ops.manual_cast.Conv3d"}
-# Methods of nodes whose parameters are the node's own inputs.
-INPUTS = {"execute", "validate_inputs", "fingerprint_inputs", "check_lazy_status"}
+# What parameters of these names are when nothing else is said. Networks take their layer classes as a parameter.
+GIVEN_CLASSES = {"operations": "comfy.ops.manual_cast", "conv3d": "comfy.ops.manual_cast.Conv3d"}
+GIVEN = {"clip": "comfy.sd.CLIP", "clip_vision": "comfy.clip_vision.ClipVisionModel",
+         "executor": "comfy.patcher_extension.WrapperExecutor", "guider": "comfy.samplers.CFGGuider",
+         "model": "comfy.model_patcher.ModelPatcher", "patcher": "comfy.model_patcher.ModelPatcher",
+         "vae": "comfy.sd.VAE"}
+# Files whose `model` is another.
+OTHER_MODEL = {"nodes/causal_wan/engine.py": "comfy.model_base.BaseModel", "nodes/diffusion/official.py": "elsewhere"}
 
 
 class Ref(NamedTuple):
     """What an expression stands for.
 
-    kind: "core" (`name` a dotted path), "own" (a class of the pack), "module" (of the pack), "instance", "super" (`of`
-    the class), "attribute" (`name` of the object `of`), "either" (`name` if the release has it, else `of`).
+    "core": the dotted path `name`. "module", "own": of the pack, a module and a class. "made": what the function `of`
+    returns. "instance", "super": of the class `of`. "attribute": `name` of the object `of`. "either": the first of the
+    two in `of` that the release has.
     """
 
     kind: str
@@ -40,21 +43,12 @@ class Use(NamedTuple):
     call: tuple | None = None  # positional, keywords, spread, partial
 
 
-class Finding(NamedTuple):
-    file: str
-    line: int
-    subject: str  # what is used, as exceptions name it
-    problem: str
-
-    def __str__(self):
-        return f"{self.file}:{self.line}: {self.subject}: {self.problem}"
-
-
 class OwnClass:
     """A class of the pack. `bases` are Refs, None for what lies outside."""
 
-    def __init__(self, node: ast.ClassDef, module: str, file: str, bases: list):
+    def __init__(self, node: ast.ClassDef, file: str, bases: list):
         self.node, self.name, self.file, self.bases = node, node.name, file, bases
+        self.holds = {}  # attribute -> Ref of what it is
         self.methods = {each.name: each for each in flat(node.body) if isinstance(each, FUNCTIONS)}
         self.values = {target.id for each in flat(node.body) if isinstance(each, (ast.Assign, ast.AnnAssign))
                        for target in targets(each) if isinstance(target, ast.Name)}
@@ -110,11 +104,13 @@ class Reader(ast.NodeVisitor):
                 self.bind_import(statement)
             elif isinstance(statement, ast.ClassDef):
                 self.scopes[0][statement.name] = self.own_class(statement)
+            elif isinstance(statement, FUNCTIONS) and statement.returns:
+                self.scopes[0][statement.name] = Ref("made", statement.name, (self, statement.returns))
 
     def own_class(self, node: ast.ClassDef) -> Ref:
         known = next((each for each in self.pack.classes if each.node is node), None)
         if known is None:
-            known = OwnClass(node, self.module, self.file, [self.written(base) for base in node.bases])
+            known = OwnClass(node, self.file, [self.written(base) for base in node.bases])
             self.pack.classes.append(known)
         return Ref("own", node.name, known)
 
@@ -157,8 +153,11 @@ class Reader(ast.NodeVisitor):
         if isinstance(node.func, ast.Name) and node.func.id == "getattr" and isinstance(node.args[1], ast.Constant):
             wanted = self.attribute(self.ref(node.args[0]), node.args[1].value)
             return wanted if len(node.args) == 2 else wanted and Ref("either", of=(wanted, self.ref(node.args[2])))
-        made = self.ref(node.func)
-        return Ref("instance", of=made) if made and made.kind in ("core", "own", "either") else None
+        called = self.ref(node.func)
+        if called is not None and called.kind == "made":
+            reader, annotation = called.of
+            called = reader.ref(annotation)
+        return instance(called)
 
     def attribute(self, ref, name: str):
         if ref is None:
@@ -167,12 +166,14 @@ class Reader(ast.NodeVisitor):
             return Ref("core", f"{ref.name}.{name}")
         if ref.kind == "module":
             return self.own(Ref("module", f"{ref.name}.{name}"))
-        return Ref("attribute", name, ref) if ref.kind in ("instance", "super", "own", "either") else None
+        if ref.kind == "instance" and ref.of.kind == "own" and name in ref.of.of.holds:
+            return ref.of.of.holds[name]
+        return Ref("attribute", name, ref) if ref.kind in ("instance", "super", "own", "either", "attribute") else None
 
     # ---- uses ----
 
     def add(self, node, ref, call=None) -> None:
-        if ref is not None and ref.kind not in ("own", "module") or call and ref:
+        if ref is not None and ref.kind not in ("module", "made") and (call or ref.kind != "own"):
             self.pack.uses.append(Use(self.file, node.lineno, ref, call))
 
     def visit_Import(self, node) -> None:
@@ -191,7 +192,7 @@ class Reader(ast.NodeVisitor):
         ref = self.ref(node)
         if isinstance(node.ctx, ast.Load):
             self.add(node, ref)
-        if ref is None or ref.kind == "attribute":
+        if ref is None or ref.kind != "core":
             self.visit(node.value)
 
     def visit_Call(self, node) -> None:
@@ -209,14 +210,35 @@ class Reader(ast.NodeVisitor):
 
     def visit_Assign(self, node) -> None:
         self.generic_visit(node)
-        if isinstance(node.targets[0], ast.Name):
-            self.scopes[-1][node.targets[0].id] = self.ref(node.value)
+        target, value = node.targets[0], node.value
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, its in zip(target.elts, value.elts):
+                self.assign(one, self.ref(its))
+        else:
+            self.assign(target, self.ref(value))
+
+    def visit_AnnAssign(self, node) -> None:
+        self.generic_visit(node)
+        self.assign(node.target, instance(self.ref(node.annotation)))
+
+    def assign(self, target, ref) -> None:
+        if isinstance(target, ast.Name):
+            self.scopes[-1][target.id] = ref
+        elif isinstance(target, ast.Attribute):
+            owner = self.ref(target.value)
+            if owner is not None and owner.kind == "instance" and owner.of.kind == "own":
+                owner.of.of.values.add(target.attr)
+                if ref is not None:
+                    owner.of.of.holds.setdefault(target.attr, ref)
 
     def visit_ClassDef(self, node) -> None:
         ref = self.own_class(node)
         self.scopes[-1][node.name] = ref
         self.owners.append(ref.of)
         self.scopes.append({})
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign):
+                ref.of.holds[field.target.id] = instance(self.ref(field.annotation))
         self.generic_visit(node)
         self.scopes.pop()
         self.owners.pop()
@@ -240,158 +262,15 @@ class Reader(ast.NodeVisitor):
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def parameter(self, argument):
-        if argument.arg in GIVEN:
-            return Ref("core", GIVEN[argument.arg])
-        kind = self.ref(argument.annotation) if argument.annotation else None
-        return Ref("instance", of=kind) if kind and kind.kind in ("core", "own") else None
+        if argument.arg in GIVEN_CLASSES:
+            return Ref("core", GIVEN_CLASSES[argument.arg])
+        if argument.annotation:
+            return instance(self.ref(argument.annotation))
+        given = OTHER_MODEL.get(self.file) if argument.arg == "model" else None
+        given = given or GIVEN.get(argument.arg)
+        return Ref("instance", of=Ref("core", given)) if given else None
 
 
-# ---- against a release ----
-
-
-class Check:
-    """Holds one pack against one release."""
-
-    def __init__(self, pack: Pack, release: Release):
-        self.pack, self.release, self.found = pack, release, {}
-        self.orders = {own: self.order(own) for own in pack.classes}
-
-    def order(self, own: OwnClass) -> list:
-        """The class and its bases, ours and core's, in the order that they are searched."""
-        ordered = [own]
-        for reader, node, scopes in own.bases:
-            reader.scopes, before = scopes, reader.scopes
-            base = reader.ref(node)
-            reader.scopes = before
-            if base is not None and base.kind == "own":
-                ordered += self.order(base.of)
-            elif base is not None and base.kind == "core":
-                known = self.release.find(base.name) or UNKNOWN
-                ordered += self.release.mro(known) if known.is_class else [known]
-            else:
-                ordered.append(self.foreign(reader, node))
-        return last_kept(ordered)
-
-    def foreign(self, reader: Reader, node) -> Found:
-        """A base from Python or torch."""
-        text = ast.unparse(node)
-        for statement in flat(reader.tree.body):
-            if isinstance(statement, (ast.Import, ast.ImportFrom)):
-                for name, path in imported(statement, reader.package):
-                    if text == name or text.startswith(name + "."):
-                        return Found(path + text.removeprefix(name), "external")
-        return UNKNOWN
-
-    def deriving(self, own: OwnClass) -> list[list]:
-        """Orders of all classes that `own` is part of and that have a class of core among their bases."""
-        return [order for order in self.orders.values() if own in order
-                and any(isinstance(each, Found) and each.is_class for each in order)]
-
-    def report(self, file: str, line: int, subject: str, problem: str) -> None:
-        self.found.setdefault((file, line, subject), Finding(file, line, subject, problem))
-
-    def run(self) -> list[Finding]:
-        for use in self.pack.uses:
-            self.use(use)
-        for own in self.pack.classes:
-            for order in self.deriving(own):
-                self.overrides(own, order[order.index(own) + 1:])
-            if self.deriving(own):
-                self.left_unset(own)
-        return sorted(self.found.values())
-
-    # ---- uses ----
-
-    def use(self, use: Use) -> None:
-        for subject, found, bound in self.meanings(use.ref):
-            if found is None:
-                self.report(use.file, use.line, subject, f"{self.release.version} has no such name")
-            elif use.call and found.entry not in ("unknown", "external"):
-                self.call(use, subject, found, bound)
-
-    def call(self, use: Use, subject: str, found: Found, bound: bool) -> None:
-        if found.is_class:
-            found, bound = self.release.member(self.release.mro(found), "__init__") or UNKNOWN, True
-        if found.is_function:
-            signature = Signature(found.entry, bound)
-            wrong = signature.takes(*use.call)
-            if wrong:
-                self.report(use.file, use.line, subject + "()", f"{wrong}; {self.release.version} has {signature.text}")
-
-    def meanings(self, ref: Ref):
-        """(name for messages, what the release has, whether it is called on an object) of all that `ref` may be."""
-        if ref.kind == "core":
-            found = self.release.find(ref.name)
-            yield ref.name, found, False
-        elif ref.kind == "either":
-            wanted, other = ref.of
-            there = [each for each in self.meanings(wanted) if each[1]]
-            yield from there or (self.meanings(other) if other else [])
-        elif ref.kind == "own":
-            yield from self.constructor(ref.of)
-        elif ref.kind == "attribute":
-            yield from self.attributes(ref.of, ref.name)
-
-    def constructor(self, own: OwnClass):
-        for each in self.orders[own]:
-            if isinstance(each, OwnClass) and "__init__" in each.methods:
-                return
-            if isinstance(each, Found):
-                found = self.release.member(self.after(self.orders[own], each, include=True), "__init__")
-                if found is not None:
-                    yield own.name, found, True
-                return
-
-    def attributes(self, holder: Ref, name: str):
-        of = holder.of
-        if holder.kind == "super" or holder.kind in ("instance", "own") and (
-                of if holder.kind == "own" else of.of if of.kind == "own" else None) is not None:
-            own = of if holder.kind in ("super", "own") else of.of
-            for order in self.deriving(own):
-                rest = order[order.index(own) + 1:] if holder.kind == "super" else order
-                if not any(isinstance(each, OwnClass) and name in each for each in rest):
-                    cores = [each for each in rest if isinstance(each, Found)]
-                    yield f"{own.name}: {'super()' if holder.kind == 'super' else 'self'}.{name}", self.release.member(
-                        cores, name), holder.kind != "own"
-        elif holder.kind in ("instance", "either"):
-            for subject, found, _ in self.meanings(of if holder.kind == "instance" else holder):
-                if found is not None and found.is_class:
-                    yield f"{subject}.{name}", self.release.inside(found, name), holder.kind == "instance"
-
-    @staticmethod
-    def after(order: list, start, include=False) -> list[Found]:
-        return [each for each in order[order.index(start) + (not include):] if isinstance(each, Found)]
-
-    # ---- classes ----
-
-    def overrides(self, own: OwnClass, rest: list) -> None:
-        cores = [each for each in rest if isinstance(each, Found) and each.is_class]
-        for name, method in own.methods.items():
-            owner = next((each for each in cores if f"{each.key}.{name}" in self.release.names), None)
-            if owner is None or name in INPUTS or name == "__init__":
-                continue
-            found = self.release.settled(f"{owner.key}.{name}")
-            if found.is_function and described(method) != "property":
-                core = Signature(found.entry, bound=True)
-                wrong = Signature(described(method), bound=True).stands_in_for(core)
-                if wrong:
-                    self.report(own.file, method.lineno, f"{own.name}.{name}",
-                                f"{wrong}; {self.release.version} has {owner.key}.{name}{core.text}")
-
-    def left_unset(self, own: OwnClass) -> None:
-        """A class that does not call core's __init__ has to set what that one sets."""
-        init = own.methods.get("__init__")
-        if init is None or any(isinstance(node, ast.Attribute) and node.attr == "__init__" for node in ast.walk(init)):
-            return
-        order = self.orders[own]
-        prefixes = {each.key + "." for each in order if isinstance(each, Found) and each.is_class}
-        for key, entry in self.release.names.items():
-            owner, _, name = key.rpartition(".")
-            if entry == "set" and owner + "." in prefixes and not any(
-                    isinstance(each, OwnClass) and name in each for each in order):
-                self.report(own.file, init.lineno, f"{own.name}: self.{name}",
-                            f"is not set; {self.release.version} sets it in {owner}.__init__, which is not called")
-
-
-def findings(pack: Pack, release: Release) -> list[Finding]:
-    return Check(pack, release).run()
+def instance(kind):
+    """Ref to an object of the class that `kind` refers to."""
+    return Ref("instance", of=kind) if kind is not None and kind.kind in ("core", "own", "either") else None
