@@ -109,15 +109,14 @@ class ModuleNames:
                         self.add(prefix + target.id, self.alias(statement))
             elif isinstance(statement, (ast.Import, ast.ImportFrom)):
                 for name, path in imported(statement, self.package):
-                    known = self.names.get("*", "import") + " " if name == "*" else "import "
-                    self.names.setdefault(prefix + name, "")
-                    self.names[prefix + name] = known + path
+                    before = self.names.get(prefix + name, "import") if name == "*" else "import"
+                    self.names[prefix + name] = f"{before} {path}"
             elif isinstance(statement, ast.Expr) and not prefix:
                 self.add_option(statement.value)
 
     def add(self, name: str, entry: str) -> None:
-        """A name that is assigned twice is a value, unless it was defined otherwise."""
-        self.names[name] = self.names.get(name, entry) if self.names.get(name, entry) == entry else "value"
+        """A name that is assigned different things is a value."""
+        self.names[name] = entry if self.names.get(name, entry) == entry else "value"
 
     def alias(self, statement) -> str:
         if isinstance(statement.value, (ast.Name, ast.Attribute)):
@@ -142,12 +141,10 @@ class ModuleNames:
             fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
             listed = [each.target.id + ("=" if each.value else "") for each in fields]
             self.names[f"{name}.__init__"] = f"({', '.join(['self', *listed])})"
-        for method in flat(node.body):
-            if isinstance(method, FUNCTIONS) and method.args.args:
-                for attribute in attributes_set(method, {method.args.args[0].arg, node.name}):
-                    entry = "set" if method.name == "__init__" else "value"
-                    if self.names.setdefault(f"{name}.{attribute}", entry) == "value" and entry == "set":
-                        self.names[f"{name}.{attribute}"] = "set"
+        methods = [each for each in flat(node.body) if isinstance(each, FUNCTIONS) and each.args.args]
+        for method in sorted(methods, key=lambda each: each.name != "__init__"):
+            for attribute in attributes_set(method, {method.args.args[0].arg, node.name}):
+                self.names.setdefault(f"{name}.{attribute}", "set" if method.name == "__init__" else "value")
 
 
 def attributes_set(method, owners: set[str]) -> set[str]:
@@ -157,12 +154,13 @@ def attributes_set(method, owners: set[str]) -> set[str]:
 
 
 def read_release(root: Path) -> dict[str, str]:
-    """"module:name" -> what it is, in the ComfyUI at `root`. A module itself has the empty name.
+    """What the ComfyUI at `root` has: "module:name" -> what it is. A module itself has the empty name.
 
     Raises ValueError where no ComfyUI is.
     """
     found = {}
-    for path in sorted({path for pattern in RECORDED for path in root.glob(pattern)} - {root / "comfy" / name for name in LEFT_OUT}):
+    paths = {path for pattern in RECORDED for path in root.glob(pattern)}
+    for path in sorted(paths - {root / "comfy" / name for name in LEFT_OUT}):
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         package = module if parts[-1] == "__init__" else ".".join(parts[:-1])
@@ -175,6 +173,9 @@ def read_release(root: Path) -> dict[str, str]:
 
 
 def order(version: str) -> tuple[int, ...]:
+    """Releases in the order of their numbers. Raises ValueError for another version than numbers with dots."""
+    if not all(part.isdecimal() for part in version.split(".")):
+        raise ValueError(f"{version!r} is no version: give numbers with dots between, as 0.3.75.")
     return tuple(map(int, version.split(".")))
 
 
@@ -184,15 +185,16 @@ def load(path: Path = FILE) -> dict[str, dict[str, str]]:
     releases = {version: {} for version in recorded.pop("releases")}
     for module, histories in recorded.items():
         for name, history in histories.items():
-            entry = history if isinstance(history, str) else ""
+            changes, entry = {next(iter(releases)): history} if isinstance(history, str) else history, ""
             for version, names in releases.items():
-                entry = entry if entry is history else history.get(version, entry)
+                entry = changes.get(version, entry)
                 if entry:
                     names[f"{module}:{name}"] = entry
     return releases
 
 
 def save(releases: dict[str, dict[str, str]], path: Path = FILE) -> None:
+    """Write what `load` reads. Raises ValueError for a version that is none."""
     versions = sorted(releases, key=order)
     modules = {}
     for name in sorted(set().union(*releases.values())):
@@ -217,8 +219,11 @@ def main() -> None:
     releases = load() if FILE.exists() else {}
     if options.record:
         folder, version = options.record
-        releases[version] = read_release(Path(folder))
-        save(releases)
+        try:
+            releases[version] = read_release(Path(folder))
+            save(releases)
+        except ValueError as error:
+            parser.error(str(error))
         print(f"{version}: {len(releases[version])} names; recorded: {', '.join(sorted(releases, key=order))}")
     elif options.show:
         for version, names in releases.items():

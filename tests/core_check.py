@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from typing import NamedTuple
 
-from core_api import FUNCTIONS, described, flat, imported
+from core_api import described, flat, imported
 from core_release import UNKNOWN, Found, Release, Signature, last_kept
 from core_uses import OwnClass, Pack, Reader, Ref, Use
 
@@ -171,7 +171,7 @@ class Check:
                 continue
             found = self.release.settled(f"{owner.key}.{name}")
             if found.is_function and described(method) != "property":
-                core = Signature(self.release.names[BARE.get(found.key, found.key)], bound=True)
+                core = Signature(self.release.names.get(BARE.get(found.key), found.entry), bound=True)
                 wrong = Signature(described(method), bound=True).stands_in_for(core)
                 if wrong:
                     self.report(own.file, method.lineno, f"{own.name}.{name} {wrong}",

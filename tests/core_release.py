@@ -19,7 +19,7 @@ class Found(NamedTuple):
 
     @property
     def is_class(self) -> bool:
-        return self.entry.startswith("class") and not self.is_function
+        return self.entry.split(" ")[0] == "class"
 
     @property
     def is_function(self) -> bool:
@@ -178,6 +178,6 @@ class Signature:
             return f"takes no {', '.join(unknown) or '**kwargs'}"
         if core.rest and not self.rest:
             return "takes no *args"
-        extra = [name for name in self.required if name in self.keyword_only or (
-            self.positional.index(name) >= len([each for each in core.positional if each in core.required]))]
+        passed = sum(name in core.required for name in core.positional)
+        extra = [name for name in self.required if name in self.keyword_only or name in self.positional[passed:]]
         return f"requires {', '.join(extra)}, which core does not pass" if extra else ""

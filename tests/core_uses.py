@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 from typing import NamedTuple
 
-from core_api import FUNCTIONS, attributes_set, described, flat, imported, targets
+from core_api import FUNCTIONS, attributes_set, flat, imported, targets
 
 CORE = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server")
 # What parameters of these names are when nothing else is said. Networks take their layer classes as a parameter.
@@ -44,7 +44,7 @@ class Use(NamedTuple):
 
 
 class OwnClass:
-    """A class of the pack. `bases` are Refs, None for what lies outside."""
+    """A class of the pack. `bases` are (reader, expression, scopes): they are looked up when all modules are read."""
 
     def __init__(self, node: ast.ClassDef, file: str, bases: list):
         self.node, self.name, self.file, self.bases = node, node.name, file, bases
@@ -110,7 +110,7 @@ class Reader(ast.NodeVisitor):
     def own_class(self, node: ast.ClassDef) -> Ref:
         known = next((each for each in self.pack.classes if each.node is node), None)
         if known is None:
-            known = OwnClass(node, self.file, [self.written(base) for base in node.bases])
+            known = OwnClass(node, self.file, [(self, base, list(self.scopes)) for base in node.bases])
             self.pack.classes.append(known)
         return Ref("own", node.name, known)
 
@@ -121,10 +121,6 @@ class Reader(ast.NodeVisitor):
                 self.scopes[-1][name] = Ref("module", path.removeprefix("pack"))
             else:
                 self.scopes[-1][name] = Ref("core", path) if root in CORE else None
-
-    def written(self, node):
-        """Bases are looked up when all modules are read."""
-        return self, node, list(self.scopes)
 
     def lookup(self, name: str):
         scope = next((scope for scope in reversed(self.scopes) if name in scope), {})
@@ -266,8 +262,7 @@ class Reader(ast.NodeVisitor):
             return Ref("core", GIVEN_CLASSES[argument.arg])
         if argument.annotation:
             return instance(self.ref(argument.annotation))
-        given = OTHER_MODEL.get(self.file) if argument.arg == "model" else None
-        given = given or GIVEN.get(argument.arg)
+        given = OTHER_MODEL.get(self.file, GIVEN["model"]) if argument.arg == "model" else GIVEN.get(argument.arg)
         return Ref("instance", of=Ref("core", given)) if given else None
 
 

@@ -9,25 +9,14 @@ from textwrap import dedent
 import core_api
 import pytest
 import stillmotion
-from core_check import findings
+from core_check import BARE, HOLDS, findings
 from core_release import Release, Signature
-from core_uses import Pack
+from core_uses import GIVEN, GIVEN_CLASSES, Pack
 
 # What may stay as it is, and why. One that is found in no release any more has to go.
 EXCEPTIONS = {
-    "nodes/dynamicrafter/unet.py: FlatConv3d._conv_forward takes no **kwargs":
-        "core's own layers call it, and pass the input, the weights and, where the release has it, autopad",
-    "nodes/sampling/sampler.py: ImageTextGuider.set_conds has image where core has negative":
-        "only make_guider makes this guider and sets its conditionings",
-    "nodes/sampling/sampler.py: ImageTextGuider.set_cfg requires image_cfg, which core does not pass":
-        "only make_guider makes this guider and sets its strengths",
-}
-# To be mended.
-KNOWN = {
-    "nodes/causal_wan/live.py: comfy.ldm.wan.vae.count_conv3d is not there",
-    "nodes/common/clip.py: VisionTower: self.config is not set",
-    "nodes/common/clip.py: VisionTower: self.model_type is not set",
-    "nodes/dynamicrafter/unet.py: FlatConv3d._conv_forward takes no autopad",
+    "nodes/causal_wan/live.py: comfy.ldm.wan.vae.count_cache_layers is not there":
+        "until 0.12 it is count_conv3d, which is looked for first",
 }
 RECORDED = core_api.load()
 PACK = Pack.of_folder(Path(stillmotion.__file__).parent)
@@ -36,13 +25,13 @@ PACK = Pack.of_folder(Path(stillmotion.__file__).parent)
 @pytest.mark.parametrize("version", RECORDED)
 def test_every_release_has_what_the_pack_uses(version):
     wrong = [each for each in findings(PACK, Release(version, RECORDED[version]))
-             if each.exception not in EXCEPTIONS and each.exception not in KNOWN]
+             if each.exception not in EXCEPTIONS]
     assert not wrong, "\n" + "\n".join(map(str, wrong))
 
 
 def test_every_exception_is_still_needed():
     found = {each.exception for version, names in RECORDED.items() for each in findings(PACK, Release(version, names))}
-    assert not (EXCEPTIONS.keys() | KNOWN) - found
+    assert not EXCEPTIONS.keys() - found
 
 
 def test_the_oldest_release_and_the_analysis_are_there():
@@ -52,6 +41,14 @@ def test_the_oldest_release_and_the_analysis_are_there():
     assert {"nodes/common/clip.py", "nodes/dynamicrafter/base.py", "nodes/causal_wan/live.py"} <= files
     derived = {own.name for own in PACK.classes if own.bases}
     assert {"DynamiCrafterModel", "CausalWanModel", "VideoUNetModel", "VisionTower", "FlatConv3d"} <= derived
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_what_parameters_and_attributes_are_taken_for_is_there(version):
+    release = Release(version, RECORDED[version])
+    for path in {*GIVEN.values(), *GIVEN_CLASSES.values(), *HOLDS.values()}:
+        assert release.find(path).is_class, path
+    assert {*BARE, *BARE.values(), *HOLDS} <= release.names.keys()
 
 
 # ---- recording ----
@@ -156,6 +153,12 @@ def test_another_folder_is_refused(tmp_path):
         core_api.read_release(tmp_path)
 
 
+def test_another_version_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'newest' is no version.*as 0.3.75"):
+        core_api.save({"newest": {}}, tmp_path / "names.json")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- analysis ----
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def faults(release, *sources):
     "import comfy.utils\nfound = getattr(comfy.utils, 'later', None)\nhasattr(comfy.utils, 'later')",
     "from functools import partial\nfrom comfy.sd import VAE\npartial(VAE.plain, b=1)",
     "def f(vae):\n    vae = other()\n    return vae.anything",
-    "import comfy.model_base\nclass M(comfy.model_base.BaseModel):\n    def f(self): return self.config, self.modules()",
+    "from comfy.model_base import BaseModel\nclass M(BaseModel):\n    def f(self): return self.config, self.modules()",
 ])
 def test_what_fits_is_let_through(old, source):
     assert faults(old, source) == []
@@ -199,7 +202,8 @@ def test_what_fits_is_let_through(old, source):
     ("import comfy.sd\nx = comfy.sd.gone.more", "2: comfy.sd.gone.more is not there"),
     ("from comfy import sd\nother = sd\nother.gone", "3: comfy.sd.gone is not there"),
     ("import comfy.utils\ngetattr(comfy.utils, 'gone')", "2: comfy.utils.gone is not there"),
-    ("import comfy.model_base\nk = comfy.model_base.ModelType\nk.GONE", "3: comfy.model_base.ModelType.GONE is not there"),
+    ("import comfy.model_base\nk = comfy.model_base.ModelType\nk.GONE",
+     "3: comfy.model_base.ModelType.GONE is not there"),
     ("from comfy.cli_args import args\nargs.gone", "2: comfy.cli_args.args.gone is not there"),
     ("from comfy.sd import count\ncount()", "2: comfy.sd.count(): model not given"),
     ("from comfy.sd import count\ncount(1, 2)", "2: comfy.sd.count(): 2 positional arguments, at most 1 allowed"),
@@ -266,7 +270,8 @@ MODEL = """
 ])
 def test_overrides_take_what_core_passes(old, definition, fault):
     name = definition.partition("(")[0]
-    assert faults(old, MODEL.format(definition=definition, body="pass")) == ([f"4: Ours.{name} {fault}"] if fault else [])
+    found = faults(old, MODEL.format(definition=definition, body="pass"))
+    assert found == ([f"4: Ours.{name} {fault}"] if fault else [])
 
 
 def test_an_override_that_newer_releases_call_otherwise(old, new):
