@@ -1,12 +1,16 @@
 """The extension: node classes in menu order.
 
 The families' node modules are imported when ComfyUI asks for them, so the engine modules below this
-package can be used with torch alone.
+package can be used with torch alone. One that fails costs its own nodes only.
 """
 
+import logging
 from importlib import import_module
+from importlib.util import find_spec
 
-# (folder, class in its nodes.py), in menu order
+from .common.examples import offer_examples
+
+# (folder, class in its nodes.py), in menu order; the node's id is Stillmotion_<class without "Node" at its end>
 NODES = [
     ("dynamicrafter", "LoadDynamiCrafter"),
     ("dynamicrafter", "DynamiCrafterImageToVideo"),
@@ -31,14 +35,42 @@ NODES = [
 ]
 
 
+
+def load_nodes(listed):
+    """The node classes of `listed`, shaped as NODES. What does not load is left out, with one line in the log a cause."""
+    loaded, lost = [], {}
+    for family, name in listed:
+        try:
+            node = getattr(import_module(f".{family}.nodes", __name__), name)
+            node.GET_SCHEMA()  # ComfyUI asks for it next, and would drop the whole pack where one schema fails
+        except Exception as error:  # whatever it is, the other nodes can do without
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            lost.setdefault(cause, []).append(f"Stillmotion_{name.removesuffix('Node')}")
+        else:
+            loaded.append(node)
+    for cause, ids in lost.items():
+        logging.error("Stillmotion: without %s, which did not load in ComfyUI %s (%s). The other nodes are not touched. "
+                      "Update this pack; if that does not help, report this line, and pin ComfyUI to a release that the "
+                      "README lists.",
+                      ", ".join(ids), _release(), cause)
+    return loaded
+
+
+def _release():
+    if find_spec("comfyui_version") is None:
+        return "of an unknown release"
+    return import_module("comfyui_version").__version__
+
+
 async def comfy_entrypoint():
     """What ComfyUI calls to get the pack's nodes."""
+    import folder_paths
     from comfy_api.latest import ComfyExtension
 
-    import_module(".common.nodes", __name__).offer_examples()
+    offer_examples(folder_paths.get_input_directory())
 
     class Stillmotion(ComfyExtension):
         async def get_node_list(self):
-            return [getattr(import_module(f".{family}.nodes", __name__), name) for family, name in NODES]
+            return load_nodes(NODES)
 
     return Stillmotion()

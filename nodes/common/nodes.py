@@ -1,6 +1,4 @@
 """Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs that carry the workflow."""
-import logging
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,18 +9,6 @@ from comfy_api.latest import InputImpl, Types, io, ui
 from . import video as files
 
 EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
-EXAMPLES = Path(__file__).parents[2] / "workflows" / "examples"
-
-
-def offer_examples() -> None:
-    """Put the templates' small example files into the input folder: Load Image and Load Video take from there only."""
-    folder = Path(folder_paths.get_input_directory())
-    for example in EXAMPLES.glob("stillmotion_*"):
-        if not (folder / example.name).exists():
-            try:
-                shutil.copyfile(example, folder / example.name)
-            except OSError as error:  # a shared server's input folder may be read-only; all else works without
-                logging.warning("Stillmotion: the example %s could not be put into %s: %s", example.name, folder, error)
 
 
 class SaveVideo(io.ComfyNode):

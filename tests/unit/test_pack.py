@@ -6,8 +6,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import comfyui_version
 import pytest
 import stillmotion
+import stillmotion.nodes
 from stillmotion.nodes import NODES
 
 PACK = Path(stillmotion.__file__).parent
@@ -28,6 +30,53 @@ def test_node_ids_are_ours_and_unique():
     ids = [cls.GET_SCHEMA().node_id for cls in node_classes()]
     assert len(set(ids)) == len(NODES)
     assert all(i.startswith("Stillmotion_") for i in ids)
+
+
+def test_a_lost_node_can_be_named_by_its_class():
+    ids = [cls.GET_SCHEMA().node_id for cls in node_classes()]
+    assert ids == [f"Stillmotion_{name.removesuffix('Node')}" for _, name in NODES]
+
+
+BROKEN = {
+    "raises at import": "raise RuntimeError('core moved\\non')",
+    "imports what core dropped": "from comfy_api.latest import dropped_by_core",
+    "lacks the class": "",
+    "has a schema that fails": """
+from comfy_api.latest import io
+
+class Broken(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="Stillmotion_Broken", dropped_by_core=1)
+
+    @classmethod
+    def execute(cls):
+        pass
+""",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN.values(), ids=BROKEN)
+def test_a_broken_family_costs_its_own_nodes_only(source, tmp_path, monkeypatch, caplog):
+    family = tmp_path.name  # another in each test: Python remembers modules
+    monkeypatch.setattr(stillmotion.nodes, "__path__", [*stillmotion.nodes.__path__, str(tmp_path.parent)])
+    monkeypatch.setattr(stillmotion.nodes, "NODES", [(family, "Broken"), *NODES, (family, "OtherNode")])
+    (tmp_path / "nodes.py").write_text(source)
+    assert [cls.GET_SCHEMA().node_id for cls in node_classes()] == [f"Stillmotion_{name.removesuffix('Node')}"
+                                                                    for _, name in NODES]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "Stillmotion_Broken" in told[0] and "Stillmotion_Other" in told[-1]
+    assert len(told) == len({line.split("(")[1] for line in told})  # one line a cause
+    for line in told:
+        assert comfyui_version.__version__ in line and "Update this pack" in line and "\n" not in line
+        assert "core moved on" in line or "dropped_by_core" in line or "no attribute" in line
+
+
+def test_a_broken_save_video_is_no_obstacle_to_the_others(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "stillmotion.nodes.common.nodes", None)  # an import of it fails
+    left = {cls.GET_SCHEMA().node_id for cls in node_classes()}
+    assert "Stillmotion_DDIMSampler" in left and "Stillmotion_SaveVideo" not in left
+    assert "Stillmotion_SaveVideo" in caplog.text
 
 
 def test_every_socket_and_widget_has_a_tooltip():

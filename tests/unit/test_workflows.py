@@ -2,10 +2,9 @@
 import json
 from pathlib import Path
 
-import folder_paths
 import pytest
 import stillmotion
-from stillmotion.nodes.common.nodes import offer_examples
+from stillmotion.nodes.common.examples import offer_examples
 
 WORKFLOWS = Path(stillmotion.__file__).parent / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
@@ -69,17 +68,15 @@ def test_a_run_that_is_gone_on_with_keeps_its_seed():
     assert "fixed" in sampler["widgets_values"] and "randomize" not in sampler["widgets_values"]
 
 
-def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path):
     (tmp_path / "stillmotion_end.png").write_bytes(b"the user's own")
-    offer_examples()
+    offer_examples(tmp_path)
     files = {n["inputs"]["image" if n["class_type"] == "LoadImage" else "file"] for name in NAMES
              for n in read(f"api/{name}.json").values() if n["class_type"] in ("LoadImage", "LoadVideo")}
     assert files == {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
 
 
-def test_an_input_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "missing"))
-    offer_examples()
+def test_an_input_folder_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
+    offer_examples(tmp_path / "missing")
     assert "could not be put into" in caplog.text
