@@ -35,9 +35,8 @@ NODES = [
 ]
 
 
-
 def load_nodes(listed):
-    """The node classes of `listed`, shaped as NODES. What does not load is left out, with one line in the log a cause."""
+    """The node classes of `listed`, shaped as NODES; those that do not load are left out, and named in the log."""
     loaded, lost = [], {}
     for family, name in listed:
         try:
@@ -49,10 +48,9 @@ def load_nodes(listed):
         else:
             loaded.append(node)
     for cause, ids in lost.items():
-        logging.error("Stillmotion: without %s, which did not load in ComfyUI %s (%s). The other nodes are not touched. "
-                      "Update this pack; if that does not help, report this line, and pin ComfyUI to a release that the "
-                      "README lists.",
-                      ", ".join(ids), _release(), cause)
+        logging.error("Stillmotion: without %s, which did not load in ComfyUI %s (%s). The other nodes are not "
+                      "touched. Update this pack; if that does not help, report this line, and pin ComfyUI to a "
+                      "release that the README lists.", ", ".join(ids), _release(), cause)
     return loaded
 
 

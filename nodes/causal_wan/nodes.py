@@ -8,6 +8,7 @@ import node_helpers
 from comfy_api.latest import io
 
 from ..common.files import read_checkpoint
+from ..common.schema import schema
 from . import checkpoint as loader
 from .base import wan_params
 from .conditioning import MECHANISMS, image_conditions
@@ -22,12 +23,15 @@ FOLDERS = ("diffusion_models", "checkpoints")
 class LoadCausalWan(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_LoadCausalWan",
             display_name="Load Causal Wan",
             category="Stillmotion/Causal Wan",
             description="Loads a causal Wan 2.1 model (Self-Forcing, Causal-Forcing, LongLive 1.0, CausVid, Krea "
                         "Realtime) for the Block-Autoregressive Sampler: .safetensors, or the original .pt.",
+            search_aliases=["LongLive", "Self Forcing", "Causal Forcing", "CausVid", "Krea Realtime", "wan checkpoint",
+                            "load model"],
+            advanced=["weights", "weight_dtype"],
             inputs=[
                 io.Combo.Input("checkpoint", options=["demo", *_names(FOLDERS)],
                                tooltip="A file in models/diffusion_models or models/checkpoints. It must be a causal "
@@ -70,12 +74,15 @@ class LoadCausalWan(io.ComfyNode):
 class CausalWanImageToVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_CausalWanImageToVideo",
             display_name="Causal Wan Image to Video",
             category="Stillmotion/Causal Wan",
             description="Begins a video with a start image, goes on from the frames of a clip, or starts from text "
                         "alone, for the Block-Autoregressive Sampler.",
+            search_aliases=["image to video", "i2v", "text to video", "t2v", "animate image", "extend video",
+                            "continue video", "LongLive", "Self Forcing"],
+            advanced=["mechanism", "short_last_block"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; used with a cfg other than 1."),
@@ -131,11 +138,12 @@ class CausalWanImageToVideo(io.ComfyNode):
 class PromptTimelineNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_PromptTimeline",
             display_name="Prompt Timeline",
             category="Stillmotion/Causal Wan",
             description="Prompts that take turns in one video.",
+            search_aliases=["prompt schedule", "prompt travel", "prompt switch", "multi prompt", "LongLive"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model: UMT5-XXL for Wan 2.1."),
                 io.String.Input("prompts", multiline=True, default="0: a circle moves left\n12: a circle moves up",

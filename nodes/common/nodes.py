@@ -7,6 +7,7 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from . import video as files
+from .schema import schema
 
 EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
 
@@ -14,12 +15,15 @@ EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
 class SaveVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_SaveVideo",
             display_name="Save Video (MP4, GIF, frames)",
             category="Stillmotion/video",
             description="Saves frames as an MP4, a GIF or numbered PNGs in the output folder and shows the result. "
                         "Drop a saved MP4 or PNG on ComfyUI to get its workflow back.",
+            search_aliases=["save mp4", "save gif", "gif", "export video", "video combine", "frames to video",
+                            "png sequence"],
+            advanced=["crf"],
             inputs=[
                 io.Image.Input("images", optional=True,
                                tooltip="The frames to save, in order. Connect either this or video."),
@@ -28,7 +32,8 @@ class SaveVideo(io.ComfyNode):
                                        "Connect either this or images."),
                 io.String.Input("filename_prefix", default="video/Stillmotion",
                                 tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
-                                        "%year%, %month%, %day%, %hour%, %minute%, %width%, %height% are filled in."),
+                                        "%year%, %month%, %day%, %hour%, %minute%, %second%, %width%, %height% are "
+                                        "filled in; in the page also %date:yyyy-MM-dd% and %Node.widget%."),
                 io.Float.Input("fps", default=8.0, min=0.1, max=files.MAX_FPS, step=0.1,
                                tooltip="Frames shown a second. Used for images only; a GIF plays at most 50."),
                 io.Combo.Input("format", options=list(files.FORMATS), default="mp4",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..common.schema import schema
 from ..diffusion.ddim import CLIP_MODES
 from .plot import draw_diagnosis
 from .run import DEPTHS, Request, diagnose
@@ -18,12 +19,14 @@ class DiagnoseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         files = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_DiagnoseModel",
             display_name="Diagnose Video Model",
             category="Stillmotion/sampling",
             description="Samples a few steps and says whether model, inputs, VAE and result look right: good, doubtful "
                         "or bad, with the reason and what to try.",
+            search_aliases=["debug model", "check model", "nan", "black video", "noise video", "ema"],
+            advanced=["clip_x0", "clip_value", "compare_clipping"],
             inputs=[
                 io.Model.Input("model", tooltip="Any eps or v video model with 1000 timesteps."),
                 io.Conditioning.Input("positive", tooltip="As for the sampler."),

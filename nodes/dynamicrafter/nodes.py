@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..common.files import read_checkpoint
+from ..common.schema import schema
 from . import checkpoint as loader
 from .conditioning import MODES, image_conditions
 from .config import VARIANTS
@@ -30,12 +31,14 @@ MISSING = {
 class LoadDynamiCrafter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_LoadDynamiCrafter",
             display_name="Load DynamiCrafter",
             category="Stillmotion/DynamiCrafter",
             description="Loads an image-to-video model of the DynamiCrafter family (official model.ckpt, pruned "
                         ".safetensors, or the small demo that comes with this pack).",
+            search_aliases=["image to video", "i2v", "animate", "dynamicrafter checkpoint", "load model"],
+            advanced=["weight_dtype", "yaml"],
             inputs=[
                 io.Combo.Input("checkpoint", options=["demo", *folder_paths.get_filename_list("checkpoints")],
                                tooltip="A file in models/checkpoints. demo is the small model that comes with this "
@@ -77,11 +80,13 @@ class LoadDynamiCrafter(io.ComfyNode):
 class DynamiCrafterImageToVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_DynamiCrafterImageToVideo",
             display_name="DynamiCrafter Image to Video",
             category="Stillmotion/DynamiCrafter",
             description="Puts the start image (and the end image) into the conditioning and makes the empty latent.",
+            search_aliases=["image to video", "img2vid", "i2v", "animate image", "interpolate", "in-between frames",
+                            "loop"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode. Any length."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; an empty one is the official setting."),

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..common.schema import schema
 from ..diffusion.ddim import CLIP_MODES, Clip
 from ..diffusion.schedule import SPACINGS
 from .plot import draw_report
@@ -45,12 +46,16 @@ TABLE = io.Combo.Input("tables", options=list(TABLES), default="fixed",
 class DDIMSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_DDIMSampler",
             display_name="DDIM Sampler (fixed)",
             category="Stillmotion/sampling",
             description="Denoises a latent with DDIM as DynamiCrafter was meant to be sampled: exact step count, no "
                         "NaN at any setting, and a report of every step.",
+            search_aliases=["ksampler", "denoise video", "sample video", "eta", "guidance rescale",
+                            "zero terminal snr"],
+            advanced=["spacing", "guidance_rescale", "denoise", "image_cfg", "clip_x0", "clip_value", "recompute_eps",
+                      "start_step", "end_step", "tables"],
             inputs=[
                 io.Model.Input("model", tooltip="The video model; any eps or v model with 1000 timesteps works."),
                 io.Conditioning.Input("positive", tooltip="What to see, from DynamiCrafter Image to Video."),
@@ -107,12 +112,14 @@ class DDIMSampler(io.ComfyNode):
 class DDIMSamplerSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_DDIMSamplerSelect",
             display_name="DDIM Sampler Select",
             category="Stillmotion/sampling",
             description="The same sampler for SamplerCustomAdvanced: wire both outputs; cfg and seed come from there. "
                         "Guidance rescale works with any guider.",
+            search_aliases=["ksampler select", "ddim sampler advanced", "sampler custom", "ddim sigmas"],
+            advanced=["spacing", "guidance_rescale", "denoise", "clip_x0", "clip_value", "recompute_eps", "tables"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled: its schedule is read here."),
                 STEPS, ETA, SPACING, RESCALE, DENOISE, CLIP, CLIP_VALUE, RECOMPUTE, TABLE,
@@ -134,11 +141,12 @@ class DDIMSamplerSelect(io.ComfyNode):
 class SamplingReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_SamplingReport",
             display_name="Sampling Report",
             category="Stillmotion/sampling",
             description="Draws what happened at every sampling step and says in words whether the result can be good.",
+            search_aliases=["nan", "x0 statistics", "plot sampling", "debug sampler"],
             inputs=[Report.Input("report", tooltip="From DDIM Sampler (fixed).")],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="Ranges of predicted x0 and latent, and clipped values, "

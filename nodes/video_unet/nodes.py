@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..common.files import read_checkpoint
+from ..common.schema import schema
 from ..common.vae import fold_frames, pixel_vae
 from . import checkpoint as loader
 from .base import VideoUNetModel
@@ -21,12 +22,14 @@ FOLDERS = ("checkpoints", "diffusion_models")
 class LoadVideoUNet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_LoadVideoUNet",
             display_name="Load Video U-Net",
             category="Stillmotion/Video U-Net",
             description="Loads a video U-Net that this pack trained: text to video, image to video, video prediction "
                         "and interpolation in one small model.",
+            search_aliases=["text to video", "t2v", "image to video", "i2v", "load trained model", "load model"],
+            advanced=["weight_dtype"],
             inputs=[
                 io.Combo.Input("checkpoint", options=[*DEMOS, *_names()],
                                tooltip="A file in models/checkpoints or models/diffusion_models, written by Train "
@@ -72,11 +75,13 @@ class LoadVideoUNet(io.ComfyNode):
 class VideoUNetConditions(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_VideoUNetConditions",
             display_name="Video U-Net Conditions",
             category="Stillmotion/Video U-Net",
             description="Says which frames are given (none, the first ones, or both ends) and makes the empty latent.",
+            search_aliases=["text to video", "t2v", "image to video", "i2v", "predict video", "interpolate",
+                            "in-between frames"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Video U-Net: its sizes are read here."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode with the text encoder "

@@ -9,12 +9,14 @@ import latent_preview
 from comfy_api.latest import InputImpl, io, ui
 
 from ...common.nodes import output_path, workflow_tags
+from ...common.schema import schema
 from ...common.video import MAX_FPS, frames_uint8, stream_mp4
 from ..live import BlockPreview, LiveDecoder
 from ..resume import BlockFolder
 from ..sampler import BlockSettings, prepare
 
 Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
+ADVANCED = ["first_steps", "shift", "warp", "independent_first", "short_last_block", "context_noise", "refresh_sink"]
 
 
 def _inputs():
@@ -69,12 +71,15 @@ def _resume_input():
 class BlockAutoregressiveSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_BlockAutoregressiveSampler",
             display_name="Block-Autoregressive Sampler",
             category="Stillmotion/Causal Wan",
             description="Makes a video block by block, each in a few steps from a cache of those before it: any "
                         "length in bounded memory, with prompts that change on the way.",
+            search_aliases=["long video", "LongLive", "Self Forcing", "causal sampler", "streaming", "text to video",
+                            "t2v", "image to video", "i2v"],
+            advanced=ADVANCED,
             inputs=[
                 *_inputs(),
                 Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
@@ -105,12 +110,14 @@ class BlockAutoregressiveSampler(io.ComfyNode):
 class BlockAutoregressiveToFile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_BlockAutoregressiveToFile",
             display_name="Block-Autoregressive Sampler to File",
             category="Stillmotion/Causal Wan",
             description="For videos longer than memory: like Block-Autoregressive Sampler, but every finished block is "
                         "decoded and goes straight into an MP4, so that nothing of the video is held.",
+            search_aliases=["endless video", "long video", "LongLive", "Self Forcing", "streaming", "save mp4"],
+            advanced=[*ADVANCED, "crf"],
             inputs=[
                 *_inputs(),
                 io.Vae.Input("vae", tooltip="Decodes every block when it is finished: Wan 2.1's VAE or the demo's."),
@@ -120,7 +127,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
                                      "tells size and start."),
                 io.String.Input("filename_prefix", default="video/Stillmotion",
                                 tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
-                                        "%year%, %month%, %day%, %hour%, %minute%, %width%, %height% are filled in."),
+                                        "%year%, %month%, %day%, %hour%, %minute%, %second%, %width%, %height% are "
+                                        "filled in; in the page also %date:yyyy-MM-dd% and %Node.widget%."),
                 io.Float.Input("fps", default=16.0, min=0.1, max=MAX_FPS, step=0.1,
                                tooltip="Frames shown a second. Wan 2.1 was trained on 16."),
                 io.Int.Input("crf", default=16, min=1, max=51,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ...common.schema import schema
 from ..dataset import Clips, MovingShapes
 from ..folders import PROBLEMS, SIZES, VideoFolder
 from ..metrics import compare
@@ -62,11 +63,13 @@ def _state(name: str) -> str:
 class VideoFolderNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_VideoFolder",
             display_name="Video Folder",
             category="Stillmotion/training",
             description="A data set of clips from a folder: videos/ and captions/ with the same names.",
+            search_aliases=["data set", "dataset", "load video folder", "captions", "train", "finetune"],
+            advanced=["problems", "sizes", "mirror", "max_samples", "seed"],
             inputs=[
                 io.String.Input("folder", tooltip="A whole path, or a folder inside ComfyUI's input folder. "
                                                   "videos/cat.mp4 belongs to captions/cat.txt; a folder of numbered "
@@ -106,12 +109,13 @@ class VideoFolderNode(io.ComfyNode):
 class MovingShapesNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_MovingShapes",
             display_name="Moving Shapes",
             category="Stillmotion/training",
             description="A data set that is drawn: one coloured shape moves left, right, up or down in each clip. "
                         "The built-in demo models were trained on it.",
+            search_aliases=["data set", "dataset", "synthetic data", "toy data", "train"],
             inputs=[
                 io.Int.Input("count", default=500, min=1, max=10 ** 6, tooltip="Number of clips."),
                 io.Int.Input("frames", default=16, min=1, max=32, tooltip="Frames of each clip."),
@@ -133,12 +137,14 @@ class MovingShapesNode(io.ComfyNode):
 class LatentShardsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_LatentShards",
             display_name="Latent Shards",
             category="Stillmotion/training",
             description="A data set of clips that were encoded before, by `python workflows/data.py pack`. Needs the "
                         "package lmdb.",
+            search_aliases=["data set", "dataset", "lmdb", "cached latents", "train"],
+            advanced=["max_samples"],
             inputs=[
                 io.String.Input("folder", tooltip="A whole path, or a folder inside ComfyUI's input folder."),
                 io.Int.Input("max_samples", default=0, min=0, max=10 ** 7, tooltip="Only the first clips; 0: all."),
@@ -161,12 +167,13 @@ class LatentShardsNode(io.ComfyNode):
 class DataSetClip(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_DataSetClip",
             display_name="Clip of a Data Set",
             category="Stillmotion/training",
             description="The frames and the caption of one clip: to look at it, to start from it, or as the truth that "
                         "a result is measured against.",
+            search_aliases=["dataset item", "show clip", "preview data set", "ground truth"],
             inputs=[
                 DataSet.Input("data_set", tooltip="From Video Folder or Moving Shapes."),
                 io.Int.Input("index", default=0, min=0, max=10 ** 7, tooltip="Number of the clip, from 0."),
@@ -192,12 +199,13 @@ class DataSetClip(io.ComfyNode):
 class EvaluateVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_EvaluateVideo",
             display_name="Evaluate Video",
             category="Stillmotion/training",
             description="Measures a video against the true one, per frame and in the mean: PSNR, SSIM and motion "
                         "error. Needs the package scikit-image.",
+            search_aliases=["psnr", "ssim", "metrics", "compare videos", "video quality"],
             inputs=[
                 io.Image.Input("result", tooltip="The frames to judge."),
                 io.Image.Input("truth", tooltip="The true frames: as many and as large."),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ...common.schema import schema
 from ..parallel import PRECISIONS, make_processes
 from .config import PARTS, TrainConfig
 from .curves import draw_curves, read_curves
@@ -24,12 +25,15 @@ PICTURE_EDGE = 640
 class TrainVideoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="Stillmotion_TrainVideoModel",
             display_name="Train Video Model",
             category="Stillmotion/training",
             description="Trains a new video U-Net, or trains a video U-Net, DynamiCrafter or causal Wan further. Shows "
                         "loss and samples while it runs; cancelled, it saves first.",
+            search_aliases=["train", "training", "finetune", "fine-tune", "video trainer"],
+            advanced=["train", "caption_dropout", "motion_weight", "seed", "sample_every", "mixed_precision",
+                      "gradient_checkpointing"],
             inputs=[
                 DataSet.Input("data_set", tooltip="From Moving Shapes, Video Folder or Latent Shards: it decides "
                                                   "frames and size."),
