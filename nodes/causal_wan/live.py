@@ -34,14 +34,14 @@ def check_vae(vae, channels: int) -> None:
 class LastFrames(dict):
     """Wan's memory: the last two frames that each layer of the decoder saw, by the layer's number.
 
-    Core keeps them in a list. Its older releases join a single new frame to the one before; newer ones (0.18.1 on)
+    Core keeps them in a list. Its older releases join a single new frame to the one before; newer ones (0.18 on)
     decode pairs and keep only what the last call brought. Joined here, latent frames may come singly in all of them.
     """
 
     def __missing__(self, layer: int) -> None:
         return None
 
-    def __setitem__(self, layer: int, seen_BCFHW: Tensor | str | None) -> None:
+    def __setitem__(self, layer: int, seen_BCFHW: Tensor | str | None) -> None:  # str: a mark before the first frames
         before_BCFHW = self[layer]
         if seen_BCFHW is None:  # newer releases clear an entry before they write it
             return
