@@ -8,62 +8,100 @@ from functools import partial
 
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from comfy.cli_args import args
-from comfy.ldm.wan import vae as wan_vae
 from comfy.ldm.wan.vae import WanVAE
+from comfy.taesd.taehv import TAEHV, MemBlock
 from PIL import Image
 from torch import Tensor
 
 from ..common.video import frames_uint8
 
-# how many layers of the decoder carry frames over; renamed in 0.18
-count_layers = getattr(wan_vae, "count_conv3d", None) or wan_vae.count_cache_layers
 FRAME_MS = 80  # of the moving preview; the true rate is chosen when the video is saved
 
 
 def check_vae(vae, channels: int) -> None:
     """Raise ValueError unless VAE decodes latents of `channels` channels and can do so piece by piece."""
-    if not isinstance(vae.first_stage_model, WanVAE) and vae.latent_dim != 2:
+    if not isinstance(vae.first_stage_model, (WanVAE, TAEHV)) and vae.latent_dim != 2:
         raise ValueError(f"The VAE is a {type(vae.first_stage_model).__name__}, which cannot be decoded block by block "
-                         "here: use Wan 2.1's VAE or one that works frame by frame (the demo's), or leave vae open and "
-                         "decode the latent afterwards.")
+                         "here: use Wan 2.1's VAE, its tiny one (TAEHV: lighttaew2_1) or one that works frame by frame "
+                         "(the demo's), or leave vae open and decode the latent afterwards.")
     if vae.latent_channels != channels:
         raise ValueError(f"The VAE decodes {vae.latent_channels} channels, this model makes {channels}: use the VAE "
                          "that belongs to the model, Wan 2.1's or the demo's.")
+
+
+class LastFrames(dict):
+    """Wan's memory: the last two frames that each layer of the decoder saw, by the layer's number.
+
+    Core keeps them in a list. Its older releases join a single new frame to the one before; newer ones (0.18 on)
+    decode pairs and keep only what the last call brought. Joined here, latent frames may come singly in all of them.
+    """
+
+    def __missing__(self, layer: int) -> None:
+        return None
+
+    def __setitem__(self, layer: int, seen_BCFHW: Tensor | str | None) -> None:  # str: a mark before the first frames
+        before_BCFHW = self[layer]
+        if seen_BCFHW is None:  # newer releases clear an entry before they write it
+            return
+        if isinstance(before_BCFHW, Tensor) and seen_BCFHW.shape[2] == 1:
+            seen_BCFHW = torch.cat([before_BCFHW[:, :, -1:], seen_BCFHW], dim=2)
+        super().__setitem__(layer, seen_BCFHW)
 
 
 class LiveDecoder:
     """Decodes one video in pieces: their frames together are those of decoding it whole.
 
     Wan's VAE (arXiv 2503.20314) is causal: each layer carries its last inputs over to the next latent frame, and of
-    the first latent frame it makes one video frame, of the others four. Other VAEs take every frame by itself. The
-    weights must be on the device (`prepare` has core load them with the model, so that neither pushes the other out).
+    the first latent frame it makes one video frame, of the others four. So are tiny VAEs (TAEHV), whose layers see one
+    frame back. Other VAEs take every frame by itself. The weights must be on the device (`prepare` has core load them
+    with the model, so that neither pushes the other out).
     """
 
     def __init__(self, vae):
-        self.vae, self.network = vae, vae.first_stage_model
-        self.causal = isinstance(self.network, WanVAE)
-        self.carried = [None] * count_layers(self.network.decoder) if self.causal else None
+        self.vae, self.network, self.carried = vae, vae.first_stage_model, {}
+        self.frames = self._single
+        if isinstance(self.network, WanVAE):
+            self.frames, self.carried = self._wan, LastFrames()
+        elif isinstance(self.network, TAEHV):
+            self.frames = self._tiny
 
     def decode(self, latent_CFHW: Tensor) -> Tensor:
-        """The next frames [T, H, W, 3] in 0..1, float32."""
+        """The next frames [T, H, W, 3] as core decodes them, float32; tiny VAEs may leave 0..1 a little."""
         vae = self.vae
-        frames_CTHW = [self._frame(latent_CHW.to(vae.device, vae.vae_dtype)).to(vae.output_device).float()
+        frames_TCHW = [self.frames(latent_CHW.to(vae.device, vae.vae_dtype)).to(vae.output_device).float()
                        for latent_CHW in latent_CFHW.unbind(1)]
-        return vae.process_output(torch.cat(frames_CTHW, dim=1)).movedim(0, -1)
+        return vae.process_output(torch.cat(frames_TCHW)).movedim(1, -1)
 
-    def _frame(self, latent_CHW: Tensor) -> Tensor:
-        if not self.causal:
-            return self.network.decode(latent_CHW[None]).movedim(0, 1)
+    def _single(self, latent_CHW: Tensor) -> Tensor:
+        return self.network.decode(latent_CHW[None])
+
+    def _wan(self, latent_CHW: Tensor) -> Tensor:
         x_BCFHW = self.network.conv2(latent_CHW[None, :, None])
-        return self.network.decoder(x_BCFHW, feat_cache=self.carried, feat_idx=[0])[0]
+        found = self.network.decoder(x_BCFHW, feat_cache=self.carried, feat_idx=[0])
+        parts_BCTHW = found if isinstance(found, list) else [found]  # newer releases: two frames each
+        return torch.cat(parts_BCTHW, dim=2)[0].movedim(1, 0)
+
+    def _tiny(self, latent_CHW: Tensor) -> Tensor:
+        """Layer by layer, as core's `decode` forgets between two calls and drops the first frames of each."""
+        network, carried = self.network, self.carried
+        dropped = 0 if carried else network.frames_to_trim
+        x_TCHW = network.process_in(latent_CHW[None, :, None])[:, :, 0]
+        for number, layer in enumerate(network.decoder):
+            if isinstance(layer, MemBlock):
+                before_TCHW = torch.cat([carried.get(number, torch.zeros_like(x_TCHW[:1])), x_TCHW[:-1]])
+                carried[number] = x_TCHW[-1:]
+                x_TCHW = layer(x_TCHW, before_TCHW)
+            else:
+                x_TCHW = layer(x_TCHW)
+        return F.pixel_shuffle(x_TCHW, network.patch_size)[dropped:]
 
 
 def decode_bytes(vae, latent_shape) -> int:
     """Memory that decoding one latent frame takes beside the weights, as core reckons."""
-    height, width = latent_shape[-2:]
-    axes = (1, vae.latent_channels, 1) if isinstance(vae.first_stage_model, WanVAE) else (1, vae.latent_channels)
-    return int(vae.memory_used_decode((*axes, height, width), vae.vae_dtype))
+    axes = (1, vae.latent_channels, 1) if vae.latent_dim == 3 else (1, vae.latent_channels)
+    return int(vae.memory_used_decode((*axes, *latent_shape[-2:]), vae.vae_dtype))
 
 
 class BlockPreview:

@@ -85,7 +85,7 @@ class BlockAutoregressiveSampler(io.ComfyNode):
                 Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
                 io.Vae.Input("vae", optional=True,
                              tooltip="Decodes every block when it is finished and shows it here, moving. Wan 2.1's "
-                                     "VAE or the demo's."),
+                                     "VAE, its tiny one (lighttaew2_1: far faster) or the demo's."),
                 _resume_input(),
             ],
             outputs=[
@@ -120,7 +120,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
             advanced=[*ADVANCED, "crf"],
             inputs=[
                 *_inputs(),
-                io.Vae.Input("vae", tooltip="Decodes every block when it is finished: Wan 2.1's VAE or the demo's."),
+                io.Vae.Input("vae", tooltip="Decodes every block when it is finished: Wan 2.1's VAE, its tiny one "
+                                            "(lighttaew2_1: far faster, a little softer) or the demo's."),
                 io.Int.Input("length", default=0, min=0, max=10000000,
                              tooltip="Video frames in all, given ones included; with Wan's VAE 1 + 4 n. 0: as long as "
                                      "the latent. Text-to-video models need no latent of that length: a short one "
