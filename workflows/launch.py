@@ -61,11 +61,11 @@ class Server:
     """A running ComfyUI with the pack in it. Use as a context manager.
 
     `models` are folders with checkpoints/, loras/, ... to search besides the host's own; `checkpoints` are
-    folders with checkpoint files; `threads` is torch's number of CPU threads, its own choice if None. Raises
-    HostError when the server or the pack does not come up.
+    folders with checkpoint files; `threads` is torch's number of CPU threads, its own choice if None; `arguments` are
+    further ones of ComfyUI's command line. Raises HostError when the server or the pack does not come up.
     """
 
-    def __init__(self, found, device="auto", models=(), checkpoints=(), threads=None):
+    def __init__(self, found, device="auto", models=(), checkpoints=(), threads=None, arguments=()):
         self.base = Path(tempfile.mkdtemp(prefix="stillmotion-server-"))
         self.process = None
         self.keep = False  # the folders, when something in them is still wanted
@@ -82,7 +82,7 @@ class Server:
             self.command = [
                 str(found.python), str(found.comfyui / "main.py"), "--listen", "127.0.0.1", "--disable-auto-launch",
                 "--disable-api-nodes", "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found.python, device)]
+                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found.python, device), *arguments]
             self._start()
             self._check_pack()
         except BaseException:

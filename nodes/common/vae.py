@@ -2,6 +2,7 @@
 
 import copy
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
@@ -101,6 +102,7 @@ def _in_chunks(work, frames, pixels_per_frame):
     progress = comfy.utils.ProgressBar(len(frames))
     done = []
     for chunk in frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame)):
+        comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the bar leaves out ticks
         done.append(work(chunk))
         progress.update(len(chunk))
     return torch.cat(done)

@@ -59,7 +59,8 @@ def test_a_new_model_in_inference_mode(demo, folders):
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert name == "tiny_00001.safetensors" and curves.shape[-1] == 3
-    assert [value for total, value, _ in shown if total == 3][-3:] == [1, 2, 3]
+    steps = [value for total, value, _ in shown if total == 3]  # newer releases leave out some ticks between
+    assert steps == sorted(steps) and steps[-1] == 3
     assert any(preview for _, _, preview in shown)
     with safe_open(folders / "checkpoints" / name, "pt") as file:
         header = file.metadata()
