@@ -7,14 +7,14 @@ import comfy.model_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..common.core_model import ClipLatent, ModelConfig, build_model, call_wrapped, check_width, size_words
+from ..common.core_model import ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_width, size_words
 from .model import CausalWan, WanParams
 
 TOWERS = "Connect the {} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
 MASK_CHANNELS = 4  # one for each of the video frames that a latent frame of Wan's VAE stands for
 
 
-class ManagedCausalWan(CausalWan):
+class ManagedCausalWan(HostNetwork, CausalWan):
     """The network with the host's attention, as core calls it, open to the wrappers that packs put around a network."""
 
     def __init__(self, params: WanParams, operations, dtype=None, device=None):

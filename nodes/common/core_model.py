@@ -49,6 +49,20 @@ def prediction_type(parameterization: str):
     return kinds.V_PREDICTION if parameterization == "v" else kinds.EPS
 
 
+class HostNetwork:
+    """Put before a network class that core will move about."""
+
+    def to(self, *args, memory_format: torch.memory_format | None = None, **kwargs):
+        """As of any module, but that core's --force-channels-last reaches the weights that it can mean, those in 4-D:
+        torch refuses a network with other convolutions."""
+        super().to(*args, **kwargs)
+        if memory_format is not None:
+            for weight in self.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.to(memory_format=memory_format)
+        return self
+
+
 def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
     """`forward` of `network`, inside the wrappers that other packs put around a network."""
     wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
@@ -67,6 +81,8 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
 def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
     model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    if comfy.model_management.force_channels_last():
+        model.diffusion_model.to(memory_format=torch.channels_last)
     return managed(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 

@@ -11,7 +11,8 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..common import core_model
-from ..common.core_model import ClipLatent, ModelConfig, build_model, call_wrapped, check_condition, check_width
+from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
+                                 check_width)
 from ..diffusion.schedule import DiffusionParams, make_scale_arr
 from .unet import UNetParams, VideoUNet
 
@@ -19,7 +20,7 @@ IMAGE_PROJECTOR = "image_proj_model."
 TOWERS = "Use the {} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H for the published models."
 
 
-class ManagedVideoUNet(VideoUNet):
+class ManagedVideoUNet(HostNetwork, VideoUNet):
     """The network with the host's attention, open to the wrappers that other packs put around a network."""
 
     def __init__(self, params: UNetParams, operations, dtype=None, device=None):

@@ -6,8 +6,8 @@ import comfy.model_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..common.core_model import (ClipLatent, ModelConfig, build_model, call_wrapped, check_condition, check_width,
-                                 prediction_type)
+from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
+                                 check_width, prediction_type)
 from ..diffusion.schedule import make_alphas_cumprod
 from .config import HEADER, TEXT_ENCODERS, VideoUNetConfig, to_json
 from .unet import VideoUNet
@@ -16,7 +16,7 @@ ENCODER_SOURCES = {"demo": "Load DynamiCrafter with its checkpoint demo",
                    "clip_l": "core's Load CLIP with CLIP-L, type stable_diffusion"}
 
 
-class HostCalls:
+class HostCalls(HostNetwork):
     """Put before a network class: core's names of the arguments, and the wrappers of other packs."""
 
     def forward(self, x, timesteps, context, transformer_options={}, additional_condition=None, **_):

@@ -5,6 +5,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfy.cli_args import args
 from core_calls import saved_by_core
 from stillmotion.nodes.diffusion.ddim import Clip
 from stillmotion.nodes.diffusion.schedule import DiffusionParams
@@ -170,3 +171,11 @@ def test_saved_state_has_the_published_layout(tmp_path):
     assert torch.equal(saved["image_proj_model.latents"], weights()["image_proj_model.latents"])
     assert "model.diffusion_model.init_attn.0.proj_in.weight" in saved
     assert saved["scale_arr"].shape == (1400,) and saved["scale_arr"][-1] == pytest.approx(0.7)
+
+
+def test_channels_last_reaches_the_weights_that_it_can(monkeypatch):
+    """ComfyUI's --force-channels-last; torch refuses it for a network with 3-D convolutions as a whole."""
+    monkeypatch.setattr(args, "force_channels_last", True)
+    network = make().model.diffusion_model
+    weights = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[-1] > 1]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
