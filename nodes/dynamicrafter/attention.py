@@ -5,12 +5,14 @@ W width, L tokens. An `attention(q, k, v, heads)` function is injected; it takes
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..diffusion.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
 
 class ContextKeys(NamedTuple):
@@ -28,8 +30,10 @@ class Step:
 
     frames: int                                    # T
     emb_NE: Tensor                                 # time and frame-stride embedding
+    text_BLC: Tensor
     context: dict[nn.Module, ContextKeys]          # by cross-attention layer
-    transformer_options: dict = field(default_factory=dict)
+    transformer_options: dict                      # of this evaluation alone; see diffusion/patches.py
+    skip_size: tuple[int, int] = (0, 0)            # height and width of the skip that the next output block takes
 
 
 class SelfAttention(nn.Module):
@@ -49,6 +53,13 @@ class SelfAttention(nn.Module):
         out = self.attention(self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC), self.heads,
                              transformer_options=step.transformer_options)
         return self.to_out(out)
+
+
+class FrameAttention(SelfAttention):
+    """Self-attention within a frame, which nodes of the host may step into."""
+
+    def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
+        return attend_frame(x_NLC, self, step.transformer_options)
 
 
 class ImageTextAttention(nn.Module):
@@ -76,16 +87,22 @@ class ImageTextAttention(nn.Module):
         return ContextKeys(self.to_k(text_BLC), self.to_v(text_BLC), self.to_k_ip(image_NQC), self.to_v_ip(image_NQC))
 
     def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
-        keys = step.context[self]
-        options = {"transformer_options": step.transformer_options}
-        q_NLC = self.to_q(x_NLC)
-        # All frames of a clip look at the same text, so they fold into one long sequence and the text is not repeated.
-        q_BMC = q_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
-        text = self.attention(q_BMC, keys.text_k, keys.text_v, self.heads, **options).reshape(q_NLC.shape)
-        image = self.attention(q_NLC, keys.image_k, keys.image_v, self.heads, **options)
+        keys, options = step.context[self], step.transformer_options
+        if is_patched("attn2", options):  # by functions that expect a text for every picture
+            text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
+            x_NLC, text_NLC, value_NLC = patch_inputs("attn2", x_NLC, text_NLC, self, options)
+            q_NLC = self.to_q(x_NLC)
+            text = mix("attn2", q_NLC, self.to_k(text_NLC), self.to_v(value_NLC), self, options)
+        else:
+            q_NLC = self.to_q(x_NLC)
+            # All frames of a clip look at the same text, so they fold into one long sequence: no text is repeated.
+            q_BMC = q_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
+            text = self.attention(q_BMC, keys.text_k, keys.text_v, self.heads,
+                                  transformer_options=options).reshape(q_NLC.shape)
+        image = self.attention(q_NLC, keys.image_k, keys.image_v, self.heads, transformer_options=options)
         if self.alpha is not None:
             image = image * (1 + torch.tanh(self.alpha.to(image)))
-        return self.to_out(text + image)
+        return patch_tokens("attn2_output_patch", self.to_out(text + image), self, options)
 
 
 class GatedGELU(nn.Module):
@@ -124,9 +141,18 @@ class TransformerBlock(nn.Module):
         self.norm3 = operations.LayerNorm(width, **factory)
 
     def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
-        x_BLC = x_BLC + self.attn1(self.norm1(x_BLC), step)
+        x_BLC = self.between(x_BLC + self.attn1(self.norm1(x_BLC), step), step)
         x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), step)
         return x_BLC + self.ff(self.norm3(x_BLC))
+
+    def between(self, x_BLC: Tensor, step: Step) -> Tensor:
+        """Tokens on their way from the first attention to the second."""
+        return x_BLC
+
+
+class SpatialBlock(TransformerBlock):
+    def between(self, x_NLC: Tensor, step: Step) -> Tensor:
+        return patch_tokens("middle_patch", x_NLC, self.attn1, step.transformer_options)
 
 
 class SpatialTransformer(nn.Module):
@@ -140,18 +166,21 @@ class SpatialTransformer(nn.Module):
         self.norm = operations.GroupNorm(32, channels, eps=1e-6, **factory)
         self.proj_in = operations.Linear(channels, inner, **factory)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, SelfAttention(inner, heads, head_dim, **layers),
-                             ImageTextAttention(inner, context_dim, heads, head_dim, learnable_scale, **layers),
-                             operations, **factory)
+            SpatialBlock(inner, FrameAttention(inner, heads, head_dim, **layers),
+                         ImageTextAttention(inner, context_dim, heads, head_dim, learnable_scale, **layers),
+                         operations, **factory)
             for _ in range(depth)
         )
         self.proj_out = operations.Linear(inner, channels, **factory)
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        height = x_NCHW.shape[-2]
+        height, options = x_NCHW.shape[-2], step.transformer_options
+        options["activations_shape"] = list(x_NCHW.shape)
         h_NLC = self.proj_in(self.norm(x_NCHW).flatten(2).transpose(1, 2))
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
+            options["block_index"] = index
             h_NLC = block(h_NLC, step)
+        options["transformer_index"] += 1
         return x_NCHW + self.proj_out(h_NLC).transpose(1, 2).unflatten(-1, (height, -1))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..diffusion.patches import join_skip, open_options, patch_hidden
 from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
 from .resampler import Resampler, ResamplerParams
 
@@ -126,7 +127,13 @@ class Upsample(nn.Module):
         self.conv = operations.Conv2d(channels, channels, 3, padding=1, **factory)
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        return self.conv(F.interpolate(x_NCHW, scale_factor=2, mode="nearest"))
+        return self.conv(F.interpolate(x_NCHW, size=step.skip_size, mode="nearest"))
+
+
+def run_block(layers: nn.ModuleList, h_NCHW: Tensor, step: Step) -> Tensor:
+    for layer in layers:
+        h_NCHW = layer(h_NCHW, step)
+    return h_NCHW
 
 
 class VideoUNet(nn.Module):
@@ -139,6 +146,8 @@ class VideoUNet(nn.Module):
         super().__init__()
         self.params = params
         self.dtype = dtype
+        self.stride = 2 ** (len(params.channel_mult) - 1)  # of the deepest level
+        self.frame_attention = {self.stride, *params.attention_resolutions}  # strides of levels that have it
         factory = {"dtype": dtype, "device": device}
         layers = {"operations": operations, "attention": attention, **factory}
         width, emb = params.model_channels, params.model_channels * 4
@@ -218,8 +227,8 @@ class VideoUNet(nn.Module):
         if cache is None:
             keys = self.project_context(context, image_tokens, frames)
         else:
-            # A batch is known by the conditions in it; core gives each a unique id.
-            slot = (tuple(transformer_options["uuids"]), context.shape)
+            # A batch is known by the conditions in it; core gives each a unique id. Windows may differ in length.
+            slot = (tuple(transformer_options["uuids"]), context.shape, frames)
             if slot not in cache:
                 cache[slot] = self.project_context(context, image_tokens, frames)
             keys = cache[slot]
@@ -227,24 +236,29 @@ class VideoUNet(nn.Module):
         dtype = x_BCTHW.dtype
         emb_BE = (self.time_embed(timestep_embedding(timesteps, self.params.model_channels).to(dtype))
                   + self.fps_embedding(timestep_embedding(frame_stride, self.params.model_channels).to(dtype)))
-        step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), keys, transformer_options)
-
         # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
-        multiple = 2 ** (len(self.params.channel_mult) - 1)
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
-        if height % multiple or width % multiple:
-            h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-        h = self.init_attn[0](self.input_blocks[0][0](h), step)
-        skips = [h]
-        for block in self.input_blocks[1:]:
-            for layer in block:
-                h = layer(h, step)
+        if height % self.stride or width % self.stride:
+            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        options = open_options(transformer_options, h)
+        step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), context, keys, options)
+        skips = []
+        for number, block in enumerate(self.input_blocks):
+            options["block"] = ("input", number)
+            if number == 0:
+                h = self.init_attn[0](block[0](h), step)
+            else:
+                h = run_block(block, h, step)
+            h = patch_hidden("input_block_patch", h, options)
             skips.append(h)
-        for layer in self.middle_block:
-            h = layer(h, step)
-        for block in self.output_blocks:
-            h = torch.cat((h, skips.pop()), dim=1)
-            for layer in block:
-                h = layer(h, step)
+            h = patch_hidden("input_block_patch_after_skip", h, options)
+        options["block"] = ("middle", 0)
+        h = run_block(self.middle_block, h, step)
+        for number, block in enumerate(self.output_blocks):
+            options["block"] = ("output", number)
+            h = join_skip(h, skips.pop(), options)
+            if skips:
+                step.skip_size = skips[-1].shape[-2:]
+            h = run_block(block, h, step)
         out_NCHW = self.out(h)[:, :, :height, :width]
         return out_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)

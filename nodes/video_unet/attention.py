@@ -7,10 +7,12 @@ W width, L tokens, E embedding. An `attention(q, k, v, heads)` function is injec
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ..diffusion.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Step:
     frames: int                                  # T
     emb_NE: Tensor                               # timestep and additional conditions
     text_BLC: Tensor
-    transformer_options: dict = field(default_factory=dict)
+    transformer_options: dict                    # of this evaluation alone; see diffusion/patches.py
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -55,19 +57,26 @@ class SpatialAttention(Attention):
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         x_NLC = x_NCHW.flatten(2).transpose(1, 2)
-        tokens = self.norm(x_NLC)
-        return (x_NLC + self.attend(tokens, tokens, step)).transpose(1, 2).reshape(x_NCHW.shape)
+        x_NLC = x_NLC + attend_frame(self.norm(x_NLC), self, step.transformer_options)
+        return x_NLC.transpose(1, 2).reshape(x_NCHW.shape)
 
 
 class TextAttention(Attention):
     """Every place of every frame looks at the text."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        # All frames of a clip read the same text, so they fold into one long sequence and the text is not repeated.
-        x_NLC = x_NCHW.flatten(2).transpose(1, 2)
-        x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
-        x_BMC = x_BMC + self.attend(self.norm(x_BMC), step.text_BLC, step)
-        return x_BMC.reshape(x_NLC.shape).transpose(1, 2).reshape(x_NCHW.shape)
+        options = step.transformer_options
+        x_NLC = patch_tokens("middle_patch", x_NCHW.flatten(2).transpose(1, 2), self, options)
+        if is_patched("attn2", options):  # by functions that expect a text for every picture
+            text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
+            queries, keys, values = patch_inputs("attn2", self.norm(x_NLC), text_NLC, self, options)
+            mixed = self.to_out(mix("attn2", self.to_q(queries), self.to_k(keys), self.to_v(values), self, options))
+        else:
+            # All frames of a clip read the same text, so they fold into one long sequence: no text is repeated.
+            x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
+            mixed = self.attend(self.norm(x_BMC), step.text_BLC, step).reshape(x_NLC.shape)
+        x_NLC = patch_tokens("attn2_output_patch", mixed, self, options) + x_NLC
+        return x_NLC.transpose(1, 2).reshape(x_NCHW.shape)
 
 
 class TemporalAttention(Attention):

@@ -10,6 +10,8 @@ W width, L text tokens, E embedding, D additional condition.
 """
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.attention import torch_attention
+from ..diffusion.patches import join_skip, open_options, patch_hidden
 from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention, sinusoids
 
 GROUPS = 16  # of every group norm; channel numbers are multiples of it
@@ -91,9 +94,12 @@ class Block(nn.Module):
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         h = self.res(x_NCHW, step)
+        step.transformer_options["activations_shape"] = list(h.shape)
         if self.spatial is not None:
             h = self.spatial(h, step)
-        return self.temporal(self.text(h, step), step)
+        h = self.text(h, step)
+        step.transformer_options["transformer_index"] += 1
+        return self.temporal(h, step)
 
 
 class VideoUNet(nn.Module):
@@ -107,6 +113,8 @@ class VideoUNet(nn.Module):
         super().__init__()
         self.params = params
         self.dtype = dtype
+        self.stride = 2 ** (len(params.channel_mult) - 1)  # of the deepest level
+        self.frame_attention = {2 ** level for level in params.spatial_attention}  # strides of levels that have it
         factory = {"dtype": dtype, "device": device}
         width, emb = params.model_channels, params.model_channels * 4
 
@@ -148,6 +156,13 @@ class VideoUNet(nn.Module):
         self.norm = operations.GroupNorm(GROUPS, channels, **factory)
         self.output = conv(channels, params.channels)
 
+    def _input_layers(self) -> Iterator[nn.Module]:
+        yield self.input
+        for stage in self.down:
+            yield from stage["blocks"]
+            if "resample" in stage:
+                yield stage["resample"]
+
     def embed(self, t_B: Tensor, additional_BD: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embedding [B, E] that steers every residual block: the timestep, and the additional condition if given."""
         emb_BE = self.time_embed(sinusoids(t_B, self.params.model_channels).to(dtype))
@@ -165,27 +180,32 @@ class VideoUNet(nn.Module):
         none is given), the mask (1: given). t_B: timesteps 0..999; text_BLC: text tokens."""
         frames, height, width = x_BCTHW.shape[2:]
         emb_BE = self.embed(t_B, additional_BD, x_BCTHW.dtype)
-        step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), text_BLC, transformer_options)
-
         # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
-        multiple = 2 ** (len(self.params.channel_mult) - 1)
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
-        if height % multiple or width % multiple:
-            h = F.pad(h, (0, -width % multiple, 0, -height % multiple), mode="replicate")
-        h, skips = self.input(h), []
-        for stage in self.down:
-            for block in stage["blocks"]:
-                h = block(h, step)
+        if height % self.stride or width % self.stride:
+            h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        size, options = h.shape[-2:], open_options(transformer_options, h)
+        step, skips = Step(frames, emb_BE.repeat_interleave(frames, dim=0), text_BLC, options), []
+        # Blocks are numbered as in core's U-Net: the first convolution and every halving are input blocks too.
+        for number, layer in enumerate(self._input_layers()):
+            options["block"] = ("input", number)
+            h = layer(h, step) if isinstance(layer, Block) else layer(h)
+            h = patch_hidden("input_block_patch", h, options)
+            if isinstance(layer, Block):
                 skips.append(h)
-            if "resample" in stage:
-                h = stage["resample"](h)
-        for block in self.middle:
+            h = patch_hidden("input_block_patch_after_skip", h, options)
+        options["block"] = ("middle", 0)
+        for options["block_index"], block in enumerate(self.middle):
             h = block(h, step)
+        options["block_index"], numbers = 0, itertools.count()
         for stage in self.up:
             for block in stage["blocks"]:
-                h = block(torch.cat((h, skips.pop()), dim=1), step)
+                options["block"] = ("output", next(numbers))
+                h = block(join_skip(h, skips.pop(), options), step)
             if "resample" in stage:
-                h = stage["resample"](F.interpolate(h, scale_factor=2, mode="nearest"))
+                h = stage["resample"](F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+        if h.shape[-2:] != size:  # a function has shrunk the first skip itself
+            h = F.interpolate(h, size=size, mode="nearest")
         out_NCHW = self.output(F.silu(self.norm(h)))[:, :, :height, :width]
         return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
 

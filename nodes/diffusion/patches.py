@@ -1,0 +1,85 @@
+"""Where nodes of the host step into a U-Net: places, order and arguments of ComfyUI's own.
+
+`options["patches"]` lists functions by place; `options["patches_replace"]` holds functions that take over an attention,
+by block, ("input", "middle" or "output", number), or by block and index of the transformer in it. Frames are folded
+into the batch, so that a function written for pictures sees pictures. Attention along time has no such place.
+
+Tensor names end in their layout: N frames, C channels, H height, W width, L tokens of a frame, M tokens looked at.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def open_options(options: dict, h_NCHW: Tensor) -> dict:
+    """A copy of `options` for one evaluation, with what functions at later places are told about it."""
+    return {**options, "original_shape": list(h_NCHW.shape), "transformer_index": 0, "block_index": 0}
+
+
+def patch_hidden(place: str, h_NCHW: Tensor, options: dict) -> Tensor:
+    """Hidden states after the functions at `place`: "input_block_patch" or "input_block_patch_after_skip"."""
+    for function in _functions(place, options):
+        h_NCHW = function(h_NCHW, options)
+    return h_NCHW
+
+
+def join_skip(h_NCHW: Tensor, skip_NCHW: Tensor, options: dict) -> Tensor:
+    """Input of an output block, [N, C of both, H, W]."""
+    for function in _functions("output_block_patch", options):
+        h_NCHW, skip_NCHW = function(h_NCHW, skip_NCHW, options)
+    return torch.cat((h_NCHW, skip_NCHW), dim=1)
+
+
+def patch_tokens(place: str, x_NLC: Tensor, layer, options: dict) -> Tensor:
+    """Tokens after the functions at `place`: "attn1_output_patch", "middle_patch" or "attn2_output_patch"."""
+    for function in _functions(place, options):
+        x_NLC = function(x_NLC, _told(layer, options))
+    return x_NLC
+
+
+def is_patched(name: str, options: dict) -> bool:
+    """Whether a function steps into attention `name`, "attn1" (in the frame) or "attn2" (to the text), of this block."""
+    return bool(_functions(f"{name}_patch", options)) or _replacement(name, options) is not None
+
+
+def patch_inputs(name: str, x_NLC: Tensor, context_NMC: Tensor, layer, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries, keys and values of attention `name` are projected from."""
+    value_NMC = context_NMC
+    for function in _functions(f"{name}_patch", options):
+        x_NLC, context_NMC, value_NMC = function(x_NLC, context_NMC, value_NMC, _told(layer, options))
+    return x_NLC, context_NMC, value_NMC
+
+
+def mix(name: str, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor, layer, options: dict) -> Tensor:
+    """Attention `name` of `layer`, or of the function that takes it over, before the last projection."""
+    function = _replacement(name, options)
+    if function is not None:
+        return function(q_NLC, k_NMC, v_NMC, _told(layer, options))
+    return layer.attention(q_NLC, k_NMC, v_NMC, layer.heads, transformer_options=options)
+
+
+def attend_frame(x_NLC: Tensor, layer, options: dict) -> Tensor:
+    """Self-attention of `layer` within the frame, with all that may step into it."""
+    queries, keys, values = patch_inputs("attn1", x_NLC, x_NLC, layer, options)
+    mixed = mix("attn1", layer.to_q(queries), layer.to_k(keys), layer.to_v(values), layer, options)
+    return patch_tokens("attn1_output_patch", layer.to_out(mixed), layer, options)
+
+
+def _functions(place: str, options: dict) -> list[Callable]:
+    return options.get("patches", {}).get(place, [])
+
+
+def _replacement(name: str, options: dict) -> Callable | None:
+    functions = options.get("patches_replace", {}).get(name)
+    if not functions:
+        return None
+    return functions.get((*options["block"], options["block_index"]), functions.get(options["block"]))
+
+
+def _told(layer, options: dict) -> dict:
+    """All options but the functions themselves, and the sizes of the attention."""
+    rest = {key: value for key, value in options.items() if key not in ("patches", "patches_replace")}
+    return {**rest, "n_heads": layer.heads, "dim_head": layer.to_q.out_features // layer.heads, "attn_precision": None}
