@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections import UserDict
 
 import comfy.conds
-import comfy.model_base
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -13,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from ..common import core_model
 from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
                                  check_width)
+from ..common.core_nodes import ClipModel, make_clip_patcher
 from ..diffusion.schedule import DiffusionParams, make_scale_arr
 from .unet import UNetParams, VideoUNet
 
@@ -52,7 +52,7 @@ class DynamiCrafterConfig(ModelConfig):
         return saved
 
 
-class DynamiCrafterModel(comfy.model_base.BaseModel):
+class DynamiCrafterModel(ClipModel):
     """`diffusion_params` tells samplers what the sigma table of core cannot: zero terminal SNR, dynamic rescale."""
 
     def __init__(self, model_config: DynamiCrafterConfig, model_type, device=None):
@@ -100,6 +100,6 @@ def make_model(unet: UNetParams, diffusion: DiffusionParams, scale_factor: float
 
 def make_patcher(model: DynamiCrafterModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
-    patcher = core_model.make_patcher(model)
+    patcher = make_clip_patcher(model)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "stillmotion_context", keep_projected_context)
     return patcher

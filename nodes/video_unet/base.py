@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import comfy.conds
-import comfy.model_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
                                  check_width, prediction_type)
+from ..common.core_nodes import ClipModel
 from ..diffusion.schedule import make_alphas_cumprod
 from .config import HEADER, TEXT_ENCODERS, VideoUNetConfig, to_json
 from .unet import VideoUNet
@@ -40,7 +40,7 @@ class VideoUNetModelConfig(ModelConfig):
         return {**super().process_unet_state_dict_for_saving(state_dict), HEADER: text}
 
 
-class VideoUNetModel(comfy.model_base.BaseModel):
+class VideoUNetModel(ClipModel):
     """`video_unet` is the `VideoUNetConfig`; `diffusion_params` tells samplers its schedule, in core's table too."""
 
     def __init__(self, model_config: VideoUNetModelConfig, model_type, device=None):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..common.core_model import make_patcher
+from ..common.core_nodes import make_clip_patcher
 from ..common.files import Checkpoint, check_keys
 from .base import make_model
 from .config import HEADER, VideoUNetConfig, from_json, to_json
@@ -68,4 +68,4 @@ def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[Video
              sum(value.numel() for value in tensors.values()) / 1e6, config.prediction, config.schedule, config.space,
              config.text_encoder)
     net.load_state_dict({key: value.to(net.dtype) for key, value in tensors.items()}, assign=True)
-    return make_patcher(model)
+    return make_clip_patcher(model)

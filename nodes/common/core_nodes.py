@@ -1,0 +1,99 @@
+"""Core's own nodes on the U-Nets of clips: what those ask of a model, what a window of frames sees, and who is refused.
+
+Layouts: B clips, C channels, T frames, H, W latent height and width.
+"""
+from __future__ import annotations
+
+import comfy.model_base
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from . import core_model
+
+FRAMES = 2  # axis of [B, C, T, H, W]
+
+
+class ClipModel(comfy.model_base.BaseModel):
+    """A U-Net of clips whose one condition with frames is `c_concat` [B, C, T, H, W]; the others belong to the clip."""
+
+    def __init__(self, model_config, model_type, device, unet_model):
+        super().__init__(model_config, model_type, device, unet_model)
+        params = self.diffusion_model.params
+        # FreeU asks for the one, RenormCFG for the other. With more names in `unet_config` core would take the network
+        # for Stable Diffusion's and look for its keys.
+        model_config.unet_config["model_channels"] = params.model_channels
+        self.diffusion_model.in_channels = params.in_channels
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
+        """Called by core's context windows since 0.18, which would otherwise cut along any axis as long as the clip."""
+        if cond_key == "c_concat":
+            return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=FRAMES,
+                                                           retain_index_list=retain_index_list))
+        return cond_value
+
+    def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        """Before 0.8 core's context windows leave `c_concat` as long as the clip."""
+        if c_concat is not None and c_concat.shape[FRAMES] != x.shape[FRAMES]:
+            c_concat = transformer_options["context_window"].get_tensor(c_concat, dim=FRAMES)
+        return super().apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+
+def make_clip_patcher(model: ClipModel) -> comfy.model_patcher.ModelPatcher:
+    """MODEL around a loaded model."""
+    patcher = core_model.make_patcher(model)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "stillmotion_core_nodes", refuse_misfits)
+    return patcher
+
+
+def refuse_misfits(executor, noise, *args, **kwargs):
+    """Wrapper around one whole sampler call. Raises ValueError where a node of core on the MODEL could not act."""
+    guider = executor.class_obj
+    check_nodes(nodes_on(guider.model_options), guider.model_patcher.model.diffusion_model, len(noise))
+    if "context_handler" in guider.model_options:
+        check_windows(guider.model_options["context_handler"], len(noise))
+    return executor(noise, *args, **kwargs)
+
+
+def nodes_on(model_options: dict) -> set[str]:
+    """Modules of core whose functions lie on a MODEL: {"nodes_sag", ...}."""
+    options = model_options.get("transformer_options", {})
+    functions = [model_options.get("sampler_cfg_function"), *model_options.get("sampler_post_cfg_function", [])]
+    for placed in options.get("patches", {}).values():
+        functions += placed
+    # Core names a module of nodes by its whole path.
+    return {str(getattr(function, "__module__", "")).replace("\\", "/").split("/")[-1].split(".")[-1]
+            for function in functions}
+
+
+def check_nodes(modules: set[str], network, clips: int) -> None:
+    """Raise ValueError for a node of core that could not act on `network` (`params`, `stride`, `frame_attention`)."""
+    width, mults = network.params.model_channels, network.params.channel_mult
+    if "nodes_sag" in modules:
+        raise ValueError("Self-Attention Guidance blurs single pictures, it cannot take clips. Take that node off the "
+                         "model; Perturbed-Attention Guidance has the same aim and acts here.")
+    if "nodes_freelunch" in modules and not {2, 4} & set(mults):
+        raise ValueError(f"FreeU changes levels that are {2 * width} or {4 * width} channels wide (2 or 4 times "
+                         f"model_channels), and this network has {', '.join(str(width * mult) for mult in mults)}. "
+                         "Take that node off the model: it would change nothing.")
+    for module, node in (("nodes_hypertile", "HyperTile"), ("nodes_tomesd", "TomePatchModel")):
+        if module in modules and 1 not in network.frame_attention:
+            raise ValueError(f"{node} saves time in attention within the frame at the latent's full size, and this "
+                             "network has none there. Take that node off the model: there is nothing to save.")
+    if "nodes_pag" in modules and network.stride not in network.frame_attention:
+        raise ValueError("Perturbed-Attention Guidance acts on attention within the frame in the middle of the "
+                         "network, and this network has none there. Take that node off the model, or train a network "
+                         "with its deepest level among spatial_attention.")
+    if "nodes_lumina2" in modules and clips > 1:
+        raise ValueError(f"RenormCFG takes one clip at a time, the latent is a batch of {clips}. Make a batch of 1, or "
+                         "use guidance_rescale of DDIM Sampler (fixed) for the same aim.")
+
+
+def check_windows(handler, clips: int) -> None:
+    """Raise ValueError for context windows that do not lie along the frames, or over a batch."""
+    if handler.dim != FRAMES:
+        raise ValueError(f"The context windows lie along dim {handler.dim}; the frames of this model lie along dim "
+                         f"{FRAMES} of [batch, channels, frames, height, width]. Set dim to {FRAMES} in Context "
+                         "Windows (Manual).")
+    if clips > 1:
+        raise ValueError(f"Core's context windows take one clip at a time, the latent is a batch of {clips}. Make a "
+                         "batch of 1, once for each seed.")
