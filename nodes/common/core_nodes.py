@@ -48,9 +48,12 @@ def make_clip_patcher(model: ClipModel) -> comfy.model_patcher.ModelPatcher:
 def refuse_misfits(executor, noise, *args, **kwargs):
     """Wrapper around one whole sampler call. Raises ValueError where a node of core on the MODEL could not act."""
     guider = executor.class_obj
-    check_nodes(nodes_on(guider.model_options), guider.model_patcher.model.diffusion_model, len(noise))
-    if "context_handler" in guider.model_options:
-        check_windows(guider.model_options["context_handler"], len(noise))
+    options, network = guider.model_options, guider.model_patcher.model.diffusion_model
+    check_nodes(nodes_on(options), network, len(noise))
+    if "rope_options" in options.get("transformer_options", {}):
+        raise ValueError("ScaleROPE changes rotary positions, and this network has none. Take that node off the model.")
+    if "context_handler" in options:
+        check_windows(options["context_handler"], noise.shape)
     return executor(noise, *args, **kwargs)
 
 
@@ -88,12 +91,16 @@ def check_nodes(modules: set[str], network, clips: int) -> None:
                          "use guidance_rescale of DDIM Sampler (fixed) for the same aim.")
 
 
-def check_windows(handler, clips: int) -> None:
-    """Raise ValueError for context windows that do not lie along the frames, or over a batch."""
+def check_windows(handler, shape_BCTHW) -> None:
+    """Raise ValueError for context windows that do not lie along the frames, that cut nothing, or over a batch."""
+    clips, frames = shape_BCTHW[0], shape_BCTHW[FRAMES]
     if handler.dim != FRAMES:
         raise ValueError(f"The context windows lie along dim {handler.dim}; the frames of this model lie along dim "
                          f"{FRAMES} of [batch, channels, frames, height, width]. Set dim to {FRAMES} in Context "
                          "Windows (Manual).")
+    if handler.context_length >= frames:
+        raise ValueError(f"The context windows are {handler.context_length} frames long, the clip has {frames}: there "
+                         "is nothing to cut. Take that node off the model, or give a smaller context_length.")
     if clips > 1:
         raise ValueError(f"Core's context windows take one clip at a time, the latent is a batch of {clips}. Make a "
                          "batch of 1, once for each seed.")
