@@ -9,7 +9,7 @@ import pytest
 import torch
 import video_unet_stub as plain_unet
 from comfy_extras import (nodes_context_windows, nodes_freelunch, nodes_hypertile, nodes_lumina2, nodes_model_advanced,
-                          nodes_model_downscale, nodes_pag, nodes_rope, nodes_sag, nodes_tomesd)
+                          nodes_model_downscale, nodes_pag, nodes_rope, nodes_sag, nodes_tomesd, nodes_video_model)
 from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.diffusion.ddim import Clip
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet as CrafterUNet
@@ -177,6 +177,7 @@ def test_core_reads_no_more_of_the_sizes_than_freeu_needs():
 
 @pytest.mark.parametrize("params, patch, clips, words", [
     ({}, lambda m: put(nodes_sag.SelfAttentionGuidance, m, 0.5, 2.0), 1, "Self-Attention Guidance .* Perturbed"),
+    ({}, lambda m: put(nodes_video_model.VideoLinearCFGGuidance, m, 1.0), 1, "Video Linear .* set cfg in the sampler"),
     ({"channel_mult": (1, 3)}, ACTING["FreeU"], 1, "FreeU changes levels that are 32 or 64 .* this network has 16, 48"),
     ({"spatial_attention": (1,)}, ACTING["HyperTile"], 1, "HyperTile .* has none there"),
     ({"spatial_attention": (1,)}, ACTING["TomePatchModel"], 1, "TomePatchModel .* has none there"),
