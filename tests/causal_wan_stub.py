@@ -8,7 +8,7 @@ import torch
 from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.diffusion.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
-from stillmotion.nodes.common.files import Checkpoint
+from stillmotion.nodes.common.files import Checkpoint, unwrapped
 
 HEADER = {"config": json.dumps({"num_heads": 4, "scale_factor": 0.5, "transformer": {"causal_ar": True}})}
 NETWORK = {"in_dim": 16, "out_dim": 16, "dim": 48, "ffn_dim": 80, "num_heads": 4, "num_layers": 2, "text_dim": 24,
@@ -32,7 +32,7 @@ def _tensors(kind, seed):
 
 
 def load(found, metadata=HEADER, path="causal.safetensors", **options):
-    return loader.load(Checkpoint(path, dict(found), metadata), **options)
+    return loader.load(Checkpoint(path, unwrapped(found, path), metadata), **options)
 
 
 def weights_of(model):

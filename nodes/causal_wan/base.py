@@ -8,6 +8,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..common.core_model import ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_width, size_words
+from ..common.quantized import Quantized
 from .model import CausalWan, WanParams
 
 TOWERS = "Connect the {} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
@@ -126,9 +127,10 @@ class CausalWanModel(comfy.model_base.BaseModel):
         return torch.cat((given_BMTHW, self.process_latent_in(latent_BCTHW)), dim=1)
 
 
-def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype) -> CausalWanModel:
+def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype,
+               quantized: Quantized | None = None) -> CausalWanModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`.
 
-    `scale_factor` belongs to 4-channel latents.
+    `scale_factor` belongs to 4-channel latents. `quantized`: the layers that are stored in 8 or 4 bits.
     """
-    return build_model(CausalWanConfig(params, scale_factor), weight_dtype)
+    return build_model(CausalWanConfig(params, scale_factor), weight_dtype, quantized=quantized)

@@ -5,7 +5,6 @@ cannot be read from them: keys and shapes are those of Wan 2.1.
 """
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -13,14 +12,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import torch
 
 from ..common.core_model import make_patcher
-from ..common.files import check_keys, take_prefix
+from ..common.files import check_keys, check_kinds, take_prefix
+from ..common.quantized import Quantized, take_quantized
+from ..common.values import DEEPEST, flag, number, parse_json, shown, whole
 from .base import make_model
 from .families import check_family
-from .model import PATCH, WanParams
+from .model import PATCH, CausalWan, WanParams
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +31,7 @@ WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "f
 WEIGHTS = ("auto", "ema", "raw")
 
 RAW, EMA = "generator.", "generator_ema."
-# Parts of a name that training wrappers (DDP, FSDP, torch.compile, activation checkpoints) put in, anywhere ...
-WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
-# ... and names of the network inside a larger model, at the front.
+# Names of the network inside a larger model, at the front of its keys.
 FRONT = {"model", "diffusion_model"}
 # Other parts of an all-in-one checkpoint, which core's loaders take.
 BESIDE = ("vae.", "text_encoders.", "clip_vision.")
@@ -66,18 +66,39 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
     _say_if_not_causal(checkpoint, header)
     tensors = pick(checkpoint, weights)
     check_family(path, tensors)
-    params = detect(tensors, header.heads, path)
-    model = make_model(params, header.scale_factor, WEIGHT_DTYPES[weight_dtype] or _auto_dtype(tensors))
+    quantized = take_quantized(tensors, checkpoint.metadata, native_key, path)
+    if quantized and weight_dtype != "auto":
+        raise ValueError(f"{path} holds {len(quantized)} layers in 8 or 4 bits with scale factors, which stay as they "
+                         f"are. Choose auto under weight_dtype, not {weight_dtype}.")
+    check_kinds(path, tensors)
+    params = detect(tensors, header.heads, path, quantized)
+    expected = expected_shapes(params)
+    _check(tensors, quantized, dict(expected))
+    dtype = WEIGHT_DTYPES[weight_dtype] or _auto_dtype(tensors, quantized)
+    model = make_model(params, header.scale_factor, dtype, quantized)
     network = model.diffusion_model
-    expected = {key: value.shape for key, value in network.state_dict().items()}
-    check_keys("network", tensors, expected,
+    log.info("%s: causal Wan %s, %d layers, %d wide, %d heads; %d of %d keys found, none left over%s.", path,
+             "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
+             len(expected), len(expected), f", {len(quantized)} in 8 or 4 bits" if quantized else "")
+    found = {key: _cast(tensors.pop(key), network.dtype) for key in list(tensors)}
+    network.load_state_dict(found | quantized.state_dict(network), assign=True)
+    return make_patcher(model)
+
+
+def expected_shapes(params):
+    """Key -> shape of the network's weights."""
+    with torch.device("meta"):
+        network = CausalWan(params, comfy.ops.disable_weight_init, None)
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+def _check(tensors, quantized, expected):
+    """Every key accounted for; the quantised layers by the shapes that their numbers have."""
+    shapes = {f"{name}.weight": layer for name, layer in quantized.items()}
+    found = tensors | {key: torch.empty(layer.shape, device="meta") for key, layer in shapes.items()}
+    check_keys("network", found, expected,
                "Missing keys: the file was pruned or saved in part; get it whole. Unknown keys or other shapes: an "
                "extension or another model was merged into it; use the original file.")
-    log.info("%s: causal Wan %s, %d layers, %d wide, %d heads; %d of %d keys found, none left over.", path,
-             "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
-             len(tensors), len(expected))
-    network.load_state_dict({key: _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
-    return make_patcher(model)
 
 
 def read_header(metadata, path):
@@ -85,23 +106,22 @@ def read_header(metadata, path):
 
     All entries may be missing. Core marks causal files with the last one.
     """
-    try:
-        config = json.loads(metadata.get("config", "{}"))
-    except ValueError as error:
-        raise ValueError(f"The header of {path} has a `config` that is not JSON ({error}). Write it anew, or remove "
-                         "it: published models need none.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("transformer", {}), dict):
-        raise ValueError(f"The header of {path} has a `config` that is no JSON object. Write it anew, or remove it.")
+    place = f"The entry config in the header of {path}"
+    config = parse_json(metadata.get("config", "{}"), place)
     transformer = config.get("transformer", {})
+    if not isinstance(transformer, dict):
+        raise ValueError(f"{place} has {shown(transformer)} as transformer, which is no JSON object. Write it anew, or "
+                         "remove it: published models need none.")
     heads = config.get("num_heads", transformer.get("num_heads"))
-    if heads is not None and (not isinstance(heads, int) or heads < 1):
-        raise ValueError(f"The header of {path} gives {heads!r} as num_heads. Write a whole number from 1.")
-    return Header(heads, config.get("scale_factor", 0.18215), bool(transformer.get("causal_ar")))
+    if heads is not None:
+        whole(heads, f"num_heads in the header of {path}", high=1024)
+    return Header(heads, number(config.get("scale_factor", 0.18215), f"scale_factor in the header of {path}", 0, 1000),
+                  flag(transformer.get("causal_ar", False), f"causal_ar in the header of {path}"))
 
 
 def native_key(key, front=FRONT):
-    """A key as core names it: without training wrappers, and without what encloses the network (`front`)."""
-    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    """A key as core names it: without what encloses the network (`front`)."""
+    parts = key.split(".")
     while len(parts) > 1 and parts[0] in front:
         parts.pop(0)
     return ".".join(parts)
@@ -149,31 +169,46 @@ def published_choice(path):
     return "raw" if re.search("chunk[-_ ]?wise", place) and "long" not in place else "ema"
 
 
-def detect(tensors, heads, path):
+def detect(tensors, heads, path, quantized=Quantized()):
     """`WanParams` from native keys and shapes; `heads` where they are not dim / 128, or None.
 
-    Raises ValueError for every input that a causal Wan of text or image to video does not have.
+    Raises ValueError for sizes that cannot be read or built, and for every input that a causal Wan of text or image to
+    video does not have.
     """
-    image = any(key.startswith("img_emb.") or ".cross_attn.k_img." in key for key in tensors)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    shapes |= {f"{name}.weight": layer.shape for name, layer in quantized.items()}
+    image = any(key.startswith("img_emb.") or ".cross_attn.k_img." in key for key in shapes)
     for key, axes in (SIZED | SIZED_IMAGE if image else SIZED).items():
-        if key not in tensors or tensors[key].ndim != axes:
-            found = f"is {list(tensors[key].shape)}" if key in tensors else "is missing"
+        if len(shapes.get(key, ())) != axes:
+            found = f"is {list(shapes[key])}" if key in shapes else "is missing"
             raise ValueError(f"{path}: the size of the network cannot be read, {key} {found}. The file was pruned, "
                              "changed or saved in part; get it whole.")
-    size = {key: tensors[key].shape for key in (SIZED | SIZED_IMAGE if image else SIZED)}
-    dim, in_dim = size["patch_embedding.weight"][:2]
+        for size in shapes[key]:
+            whole(size, f"{path}: an axis of {key}")
+    dim, in_dim = shapes["patch_embedding.weight"][:2]
     if heads is None and dim % HEAD_WIDTH:
         raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
                          'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}; '
                          "core's Save Model leaves it out.")
     params = WanParams(
-        in_dim=in_dim, out_dim=size["head.head.weight"][0] // math.prod(PATCH), dim=dim,
-        ffn_dim=size["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
-        num_layers=1 + max(int(found[1]) for found in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if found),
-        text_dim=size["text_embedding.0.weight"][1], freq_dim=size["time_embedding.0.weight"][1], i2v=image,
-        clip_dim=size["img_emb.proj.1.weight"][1] if image else 0)
+        in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // math.prod(PATCH), dim=dim,
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
+        num_layers=_count_layers(shapes, path), text_dim=shapes["text_embedding.0.weight"][1],
+        freq_dim=shapes["time_embedding.0.weight"][1], i2v=image,
+        clip_dim=shapes["img_emb.proj.1.weight"][0] if image else 0)
     _check_channels(params, path)
     return params
+
+
+def _count_layers(keys, path):
+    """Layers are numbered from 0 without a gap: no file can ask for a network larger than itself."""
+    found = {match[1] for match in map(re.compile(r"blocks\.([^.]*)\.").match, keys) if match}
+    numbers = {str(index) for index in range(min(len(found), DEEPEST))}
+    if found != numbers:
+        raise ValueError(f"{path}: layers are numbered from 0 without a gap, {DEEPEST} at most. The file has "
+                         f"{len(found)}, among them blocks.{min(found - numbers, key=len)[:20]}. It was changed, or "
+                         "saved in part; get it whole.")
+    return len(found)
 
 
 def _check_channels(params, path):
@@ -211,9 +246,11 @@ def _say_if_not_causal(checkpoint, header):
                     "if it is one, name the file so.", checkpoint.path)
 
 
-def _auto_dtype(tensors):
-    return comfy.model_management.unet_dtype(model_params=sum(value.numel() for value in tensors.values()),
-                                             weight_dtype=comfy.utils.weight_dtype(tensors))
+def _auto_dtype(tensors, quantized):
+    """Of the weights that are not quantised; beside such, whatever the device computes in."""
+    numbers = sum(value.numel() for value in (*tensors.values(), *(layer.weight for layer in quantized.values())))
+    return comfy.model_management.unet_dtype(
+        model_params=numbers, weight_dtype=None if quantized else comfy.utils.weight_dtype(tensors))
 
 
 def _cast(value, dtype):

@@ -1,8 +1,6 @@
 """Checkpoints that are no causal Wan, told by their keys: what each is, and what to use instead."""
 from __future__ import annotations
 
-import torch
-
 NATIVE = "Use the same model in Wan's own key layout (blocks.0.self_attn.q.weight), .safetensors or the original .pt."
 DIFFUSION = "Use core's Load Diffusion Model for this file."
 
@@ -35,23 +33,8 @@ EXTENDED = (
     ("Wan First-Last-Frame to Video", "img_emb.emb_pos"),
 )
 
-# Ends of the names of numbers that belong to quantised weights.
-NVFP4 = ("weight_scale_2", "weight_packed", "_extra_state", "_amax")
-SCALES = ("scaled_fp8", "scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant")
-
-
 def check_family(path, tensors):
     """Raise ValueError, with what was found and what to use, for anything but plain Wan weights (native keys)."""
-    packed = [key for key, value in tensors.items()
-              if key.endswith(NVFP4) or key.endswith("weight") and value.dtype in (torch.uint8, torch.int8)]
-    if packed:
-        raise ValueError(f"{path} holds packed 4-bit weights (NVFP4, or another integer format; {packed[0]}), which "
-                         "need kernels of their own. Use the bf16 file of the same model; fp8_e4m3fn under "
-                         "weight_dtype saves memory.")
-    scaled = [key for key in tensors if key.endswith(SCALES)]
-    if scaled:
-        raise ValueError(f"{path} holds 8-bit weights with scale factors ({scaled[0]}), which are not read here. Use "
-                         "the bf16 or fp16 file of the same model, with fp8_e4m3fn under weight_dtype.")
     wan = "patch_embedding.weight" in tensors and "head.modulation" in tensors
     extended = next((name for name, mark in EXTENDED if any(key.startswith(mark) for key in tensors)), None)
     if wan and extended:

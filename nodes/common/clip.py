@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from comfy import sd1_clip
 
 from .core_model import managed
+from .values import DEEPEST, WIDEST, flag, number, parse_json, shown, whole, word
 
 # ViT-H-14 of open_clip, the towers of every published DynamiCrafter (and, for text, of Stable Diffusion 2).
 VIT_H = {
@@ -46,12 +47,13 @@ def open_clip_config(arch, folder):
 
     Looked up in `folder` (`<arch>.json`, then `open_clip_config.json`), then among those that open_clip knows.
     """
+    word(arch, "The architecture (arch) of a tower")
     if arch == "ViT-H-14":
         return VIT_H
     for name in (f"{arch}.json", "open_clip_config.json"):
         path = Path(folder) / name
         if path.is_file():
-            return json.loads(path.read_text())
+            return parse_json(path.read_bytes(), str(path))
     import open_clip
 
     config = open_clip.get_model_config(arch)
@@ -72,14 +74,29 @@ def vision_config(config):
 
 
 def _tower(config, name, defaults):
-    given = config[name]
-    unknown = sorted(set(given) - set(defaults))
-    if unknown or not isinstance(given.get("layers", 1), int):
+    """Raises ValueError for towers of another build, and for sizes that cannot be."""
+    given = config.get(name)
+    unknown = sorted(set(given) - set(defaults)) if isinstance(given, dict) else [shown(given)]
+    if unknown:
         raise ValueError(f"The open_clip configuration's {name} is not a plain transformer tower: "
-                         f"{', '.join(unknown) or 'layers is a list'}. Allowed: {', '.join(defaults)}.")
-    tower = {**defaults, **given, "embed_dim": config["embed_dim"]}
-    tower["hidden_act"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    tower["mlp_width"] = int(tower["width"] * tower["mlp_ratio"])
+                         f"{', '.join(unknown)}. Allowed: {', '.join(defaults)}.")
+    tower = {**defaults, **given, "embed_dim": config.get("embed_dim")}
+    for entry, value in tower.items():
+        where = f"{entry} in the open_clip configuration's {name}"
+        if entry == "mlp_ratio":
+            number(value, where, 0, 64)
+        else:
+            whole(value, where, high=DEEPEST if entry == "layers" else WIDEST)
+    heads = tower["heads"] if "heads" in tower else tower["width"] // tower["head_width"]
+    if not heads or tower["width"] % heads:
+        raise ValueError(f"The open_clip configuration's {name} is {tower['width']} wide, which its attention heads "
+                         "do not share evenly. Correct width, and heads or head_width.")
+    if tower.get("patch_size", 1) > tower.get("image_size", 1):
+        raise ValueError(f"The open_clip configuration's {name} has patches of {tower['patch_size']} pixels in images "
+                         f"of {tower['image_size']}. Correct patch_size or image_size.")
+    quick = flag(config.get("quick_gelu", False), "quick_gelu in the open_clip configuration")
+    tower["hidden_act"] = "quick_gelu" if quick else "gelu"
+    tower["mlp_width"] = whole(int(tower["width"] * tower["mlp_ratio"]), f"The inner width (width x mlp_ratio) of {name}")
     return tower
 
 

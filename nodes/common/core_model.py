@@ -12,6 +12,8 @@ import comfy.supported_models_base
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from .quantized import Quantized
+
 
 class ClipLatent(comfy.latent_formats.SD15):
     """Clips [B, C, T, h, w] of Stable Diffusion's latents (or of pixels, C = 3), multiplied by one factor."""
@@ -70,10 +72,18 @@ def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
     return executor.execute(*args, transformer_options=transformer_options, **kwargs)
 
 
-def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "meta"):
-    """The model of `config`, by default without weights (on the meta device), to be loaded with `assign=True`."""
+def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "meta",
+                quantized: Quantized | None = None):
+    """The model of `config`, by default without weights (on the meta device), to be loaded with `assign=True`.
+
+    `quantized`: the layers that are stored in 8 or 4 bits; they choose the class of layers and where these are built.
+    """
+    if quantized:
+        quantized.prepare(config)
+        device = quantized.device
     compute_dtype = comfy.model_management.unet_manual_cast(
-        weight_dtype, comfy.model_management.get_torch_device(), config.supported_inference_dtypes)
+        None if quantized else weight_dtype, comfy.model_management.get_torch_device(),
+        config.supported_inference_dtypes)
     config.set_inference_dtype(weight_dtype, compute_dtype)
     return config.get_model({}, device=torch.device(device))
 
@@ -91,6 +101,22 @@ def managed(module: torch.nn.Module, load_device, offload_device) -> comfy.model
     # Since 0.16 core streams weights through a patcher of its own where the device can.
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(module, load_device=load_device, offload_device=offload_device)
+
+
+def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
+    """As the MODEL's `get_key_patches`: weight by weight the number and its function, then the patches on it. Core's
+    own also asks for what a state dict alone has, and fails: scales and marks of layers in 8 and 4 bits."""
+    saved = patcher.model_state_dict()
+    found = {}
+    for key, _ in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
+        if key in saved:
+            weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+            if key in patcher.backup:
+                weight = patcher.backup[key].weight
+            if key in patcher.hook_backup:
+                weight = patcher.hook_backup[key][0]
+            found[key] = [(weight, convert or (lambda value, **_: value)), *patcher.patches.get(key, [])]
+    return found
 
 
 def check_width(tower: str, tokens_BNC: torch.Tensor, width: int, remedy: str) -> None:

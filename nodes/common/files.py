@@ -14,6 +14,11 @@ log = logging.getLogger(__name__)
 FORMATS = "a .safetensors file, or a .ckpt / .pt file written by torch.save"
 AGAIN = "Compare its size with the source and download or copy it again."
 
+# Parts of a key that training wrappers (DDP, DeepSpeed, FSDP, torch.compile, activation checkpoints) put in, anywhere.
+WRAPPERS = {"module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+# Names under which a training keeps the one model of its file.
+ENVELOPES = ("state_dict", "module", "model_state_dict", "model")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -29,11 +34,12 @@ def read_checkpoint(path):
 
     The format is told from the first bytes, not from the name. Tensors are mapped from the disk where the
     format allows (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used.
-    A `state_dict` is unwrapped, so is DeepSpeed's `module`. Where several models lie in one file, each in a dictionary
-    of its own, the name of that dictionary and a dot begin their keys (`generator.`, `generator_ema.`).
+    A model that lies in a dictionary of its own (`ENVELOPES`) is taken out of it, and parts of keys that training
+    wrappers put in (`WRAPPERS`) are left away. Where several models lie in one file, each in a dictionary of its own,
+    the name of that dictionary and a dot begin their keys (`generator.`, `generator_ema.`).
 
-    Returns a `Checkpoint`. Raises ValueError for a file that is cut off, is no checkpoint, or is a pickle
-    that would run code.
+    Returns a `Checkpoint`. Raises ValueError for a file that is cut off, is no checkpoint, names weights twice, or is
+    a pickle that would run code.
     """
     path = str(path)
     with open(path, "rb") as file:
@@ -63,7 +69,7 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return Checkpoint(path, tensors, file.metadata() or {})
+            return Checkpoint(path, unwrapped(tensors, path), file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole .safetensors file ({error}). {AGAIN}") from error
 
@@ -87,29 +93,54 @@ def _read_pickle(path, mmap):
 
 def _unwrap(path, found):
     """The dict of tensors inside what torch.save stored."""
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    elif isinstance(found, dict) and isinstance(found.get("module"), dict):
-        found = _without_wrapper(found["module"])
+    for _ in ENVELOPES:  # one may lie in another
+        found = next((found[name] for name in ENVELOPES if _is_only_model(found, name)), found)
     if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) and value.ndim for value in found.values()):
         # A number beside them may be a tensor, too: the step.
         found = {f"{name}.{key}": value for name, part in found.items() if isinstance(part, dict)
-                 for key, value in part.items() if isinstance(value, torch.Tensor)}
-    if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds no weights: a {type(found).__name__} without tensors was found. "
+                 for key, value in part.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
+    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and isinstance(key, str)
+               } if isinstance(found, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds no weights: a {type(found).__name__} without named tensors was found. "
                          "Give a file with a state dict (tensors by name).")
-    others = [key for key, value in found.items() if not isinstance(value, torch.Tensor)]
+    if any(value.is_meta for value in tensors.values()):
+        raise ValueError(f"{path} holds names and shapes without numbers (tensors on the meta device). Save it again "
+                         "after the weights were loaded.")
+    others = [str(key) for key in found if key not in tensors]
     if others:
-        log.info("%s: entries that are not tensors are left aside: %s", path, ", ".join(map(str, others)))
-    return {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+        log.info("%s: entries that are not tensors are left aside: %s", path, ", ".join(others))
+    return unwrapped(tensors, path)
 
 
-def _without_wrapper(state_dict):
-    """DeepSpeed puts the name of its wrapper (`_forward_module.`) before every key of the model."""
-    first = {key.partition(".")[0] for key in state_dict}
-    if len(first) != 1:
-        return state_dict
-    return {key.partition(".")[2]: value for key, value in state_dict.items()}
+def _is_only_model(found, name):
+    """Whether `found[name]` is a dictionary, beside which no other model lies. With state_dict and module it is
+    always the model."""
+    if not isinstance(found, dict) or not isinstance(found.get(name), dict):
+        return False
+    return name in ENVELOPES[:2] or sum(
+        isinstance(part, dict) and any(isinstance(value, torch.Tensor) and value.ndim for value in part.values())
+        for part in found.values()) == 1
+
+
+def unwrapped(tensors, path):
+    """`tensors` without the parts of their keys that training wrappers put in."""
+    named = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in tensors.items()}
+    if len(named) < len(tensors):
+        raise ValueError(f"{path}: {len(tensors) - len(named)} keys name the same weights twice, with and without a "
+                         "wrapper's prefix. Save the state dict of the network alone.")
+    return named
+
+
+def check_kinds(path, tensors):
+    """Raise ValueError for weights that are no plain floating-point numbers: whole, complex, true or false, sparse."""
+    strange = [f"{key} is {'quantised' if value.is_quantized else str(value.dtype).removeprefix('torch.')}"
+               f"{'' if value.layout == torch.strided else ', sparse'}" for key, value in tensors.items()
+               if not value.is_floating_point() or value.is_quantized or value.layout != torch.strided]
+    if strange:
+        raise ValueError(f"{path}: {len(strange)} weights are not of a kind that a network is made of: "
+                         f"{'; '.join(strange[:3])}. Allowed are floating-point numbers (fp32, fp16, bf16, fp8). The "
+                         "file was changed, or is of another kind; use the original one.")
 
 
 def take_prefix(tensors, prefix):

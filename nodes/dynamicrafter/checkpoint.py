@@ -4,7 +4,6 @@ Type and size are read from keys and shapes, or from a configuration; never from
 """
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -15,8 +14,9 @@ import comfy.utils
 import torch
 
 from ..common import clip as towers
-from ..common.files import check_keys, take_prefix
+from ..common.files import check_keys, check_kinds, take_prefix
 from ..common.vae import VideoVAE, vae_shapes
+from ..common.values import parse_json
 from .base import make_model, make_patcher
 from .config import VARIANTS, parse, published, read_yaml
 
@@ -94,6 +94,8 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
         raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
     tensors = checkpoint.tensors
     check_family(checkpoint)
+    check_kinds(checkpoint.path, {key: value for key, value in tensors.items()
+                                  if key not in UNUSED and not key.startswith(TRAINING)})
     config, clip_config = find_config(checkpoint, variant, yaml_path)
     dtype = WEIGHT_DTYPES[weight_dtype]
     tower_dtype = None if weight_dtype == "fp8_e4m3fn" else dtype
@@ -155,11 +157,13 @@ def find_config(checkpoint, variant, yaml_path):
                 lambda arch: towers.open_clip_config(arch, Path(yaml_path).parent))
     header = checkpoint.metadata
     if "stillmotion.config" in header:
-        config = parse(json.loads(header["stillmotion.config"]), f"The header of {checkpoint.path}")
-        return config, lambda arch: json.loads(header["stillmotion.open_clip"])
+        place = f"The header of {checkpoint.path}"
+        config = parse(parse_json(header["stillmotion.config"], f"{place}, stillmotion.config,"), place)
+        return config, lambda _: parse_json(header.get("stillmotion.open_clip", ""),
+                                            f"{place}, stillmotion.open_clip,")
     first = checkpoint.tensors.get(f"{UNET}input_blocks.0.0.weight")
-    if first is not None and first.shape[0] != 320:
-        raise ValueError(f"{checkpoint.path}: the network is {first.shape[0]} channels wide, the published models are "
+    if first is not None and first.shape[:1] != (320,):
+        raise ValueError(f"{checkpoint.path}: the network is {first.shape[:1].numel()} channels wide, the published models are "
                          "320. Give the YAML that it was trained with.")
     found = detect_variant(checkpoint.tensors, variant)
     return parse(published(found), f"DynamiCrafter {found}"), lambda arch: towers.VIT_H

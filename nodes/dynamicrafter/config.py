@@ -4,8 +4,12 @@ The published variants (arXiv 2310.12190) are written here as the same kind of d
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from ..common.values import flag, number, shown, whole, wholes
 from ..diffusion.schedule import DiffusionParams
 from .resampler import ResamplerParams
 from .unet import UNetParams
@@ -26,6 +30,20 @@ FIXED_UNET = {
 UNUSED_UNET = {"dropout", "use_checkpoint", "use_fp16", "temporal_length"}  # training and length: no change here
 UNET_DEFAULTS = {"transformer_depth": 1, "image_cross_attention_scale_learnable": False, "default_fs": 4}
 RESAMPLER_DEFAULTS = {"ff_mult": 4}
+
+GROUPS = 32  # of every group norm, in the U-Net and in the autoencoder
+CHANNELS, LEVELS, REPEATS = partial(whole, high=1024), partial(wholes, high=1024), partial(whole, low=0, high=16)
+# How the entries of each part are checked; each needs all of its own.
+UNET = {"in_channels": CHANNELS, "out_channels": CHANNELS, "model_channels": whole, "attention_resolutions": LEVELS,
+        "num_res_blocks": REPEATS, "channel_mult": partial(wholes, high=64), "num_head_channels": whole,
+        "transformer_depth": partial(whole, high=16), "context_dim": whole,
+        "image_cross_attention_scale_learnable": flag, "default_fs": partial(whole, low=0, high=1000)}
+RESAMPLER = {"dim": whole, "depth": partial(whole, high=64), "dim_head": whole, "heads": CHANNELS,
+             "num_queries": CHANNELS, "embedding_dim": whole, "output_dim": whole, "ff_mult": partial(whole, high=64),
+             "video_length": CHANNELS}
+AUTOENCODER = {"double_z": flag, "z_channels": CHANNELS, "resolution": whole, "in_channels": CHANNELS,
+               "out_ch": CHANNELS, "ch": whole, "ch_mult": partial(wholes, high=64), "num_res_blocks": REPEATS,
+               "attn_resolutions": partial(wholes, least=0), "dropout": partial(number, low=-1, high=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +92,37 @@ def published(variant):
 
 
 def read_yaml(path):
-    """An official-format YAML file as a plain dict, references resolved."""
+    """An official-format YAML file as a plain dict. Of references only `${entry.of.the.file}` is resolved, and only to
+    a word or a number; nothing else that OmegaConf would look up or compute is."""
     import omegaconf
     import yaml
 
     try:
-        config = omegaconf.OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError(f"{path} repeats parts of itself with aliases (*name). Write them out.")
+        config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text))
+    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
-    return omegaconf.OmegaConf.to_container(config, resolve=True)
+    return _resolved(config, config, path)
+
+
+def _resolved(part, config, path):
+    """`part` of `config` with its references replaced."""
+    if isinstance(part, dict):
+        return {key: _resolved(value, config, path) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_resolved(value, config, path) for value in part]
+    if not isinstance(part, str) or "${" not in part:
+        return part
+    found = re.fullmatch(r"\$\{([\w.]+)\}", part)
+    target = config
+    for name in found[1].split(".") if found else [""]:
+        target = target.get(name) if isinstance(target, dict) else None
+    if target is None or isinstance(target, (dict, list)) or isinstance(target, str) and "${" in target:
+        raise ValueError(f"{path} has the entry {shown(part)}, which is not resolved: only ${{entry.of.the.file}} is, "
+                         "where that entry is a word or a number. Write the value itself.")
+    return target
 
 
 def parse(config, source):
@@ -90,53 +130,73 @@ def parse(config, source):
 
     Raises ValueError for a missing entry and for a setting that this network does not have.
     """
-    params = _entry(config, "model.params", source)
+    params = _section(config, "model.params", source)
     if params.get("timesteps", 1000) != 1000 or params.get("beta_schedule", "linear") != "linear":
         raise ValueError(f"{source}: only 1000 timesteps of the linear schedule are supported; it asks for "
-                         f"{params.get('timesteps', 1000)}, {params.get('beta_schedule', 'linear')}.")
-    vae = _entry(params, "first_stage_config.params", source)
-    text, vision = (((params.get(name) or {}).get("params") or {}) for name in ("cond_stage_config",
-                                                                                "img_cond_stage_config"))
+                         f"{shown(params.get('timesteps', 1000))}, {shown(params.get('beta_schedule', 'linear'))}.")
+    vae = _section(params, "first_stage_config.params", source)
+    text, vision = (_section(params, f"{name}.params", source) if params.get(name) else {}
+                    for name in ("cond_stage_config", "img_cond_stage_config"))
+    layer = text.get("layer", "last")
+    if layer not in ("penultimate", "last"):
+        raise ValueError(f"{source}: the layer of the text tower is {shown(layer)}. Allowed: penultimate, last.")
     return CheckpointConfig(
-        unet=_unet(params, source), diffusion=_diffusion(params),
-        scale_factor=params.get("scale_factor", 0.18215), ddconfig=_entry(vae, "ddconfig", source),
-        embed_dim=_entry(vae, "embed_dim", source), text_arch=text.get("arch", DEFAULT_ARCH),
-        text_layer=text.get("layer", "last"), vision_arch=vision.get("arch", DEFAULT_ARCH))
+        unet=_unet(params, source), diffusion=_diffusion(params, source),
+        scale_factor=number(params.get("scale_factor", 0.18215), f"{source}: scale_factor", 0, 1000),
+        ddconfig=_autoencoder(vae, source),
+        embed_dim=whole(vae.get("embed_dim"), f"{source}: embed_dim of the VAE", high=1024),
+        text_arch=text.get("arch", DEFAULT_ARCH), text_layer=layer, vision_arch=vision.get("arch", DEFAULT_ARCH))
 
 
-def _entry(config, path, source):
+def _section(config, path, source):
     for name in path.split("."):
-        if not isinstance(config, dict) or name not in config:
-            raise ValueError(f"{source} is not a DynamiCrafter configuration: it has no {path}. Give a YAML in the "
-                             "format of the official configs/inference_*.yaml.")
+        if not isinstance(config, dict) or not isinstance(config.get(name), dict):
+            raise ValueError(f"{source} is not a DynamiCrafter configuration: it has no {path} with entries of its "
+                             "own. Give a YAML in the format of the official configs/inference_*.yaml.")
         config = config[name]
     return config
 
 
 def _unet(params, source):
-    given = {**UNET_DEFAULTS, **_entry(params, "unet_config.params", source)}
+    given = {**UNET_DEFAULTS, **_section(params, "unet_config.params", source)}
     for name, value in given.items():
         if name in FIXED_UNET and value != FIXED_UNET[name]:
-            raise ValueError(f"{source}: unet_config sets {name} to {value}; this network has {FIXED_UNET[name]} only, "
-                             "as all published DynamiCrafter models.")
-    resampler = {**RESAMPLER_DEFAULTS, **_entry(params, "image_proj_stage_config.params", source)}
+            raise ValueError(f"{source}: unet_config sets {name} to {shown(value)}; this network has "
+                             f"{FIXED_UNET[name]} only, as all published DynamiCrafter models.")
+    resampler = {**RESAMPLER_DEFAULTS, **_section(params, "image_proj_stage_config.params", source)}
     given = {name: value for name, value in given.items() if name not in FIXED_UNET.keys() | UNUSED_UNET}
-    return _build(UNetParams, given | {"resampler": _build(ResamplerParams, resampler, source)}, source)
+    unet = UNetParams(**_checked(UNET, given, "unet_config", source),
+                      resampler=ResamplerParams(**_checked(RESAMPLER, resampler, "image_proj_stage_config", source)))
+    if unet.model_channels % GROUPS or unet.model_channels < unet.num_head_channels:
+        raise ValueError(f"{source}: model_channels is {unet.model_channels}. It must be a multiple of {GROUPS}, and "
+                         f"no less than num_head_channels ({unet.num_head_channels}).")
+    return unet
 
 
-def _build(kind, given, source):
-    names = kind.__dataclass_fields__.keys()
-    missing, unknown = [name for name in names if name not in given], [name for name in given if name not in names]
+def _autoencoder(vae, source):
+    found = _checked(AUTOENCODER, {"dropout": 0.0, **_section(vae, "ddconfig", source)}, "ddconfig", source)
+    if found["ch"] % GROUPS:
+        raise ValueError(f"{source}: ch of ddconfig is {found['ch']}. It must be a multiple of {GROUPS}.")
+    return found
+
+
+def _checked(kinds, given, part, source):
+    """The entries `given` in `part` of the configuration, each checked by its function in `kinds`."""
+    missing, unknown = [name for name in kinds if name not in given], [name for name in given if name not in kinds]
     if missing or unknown:
-        raise ValueError(f"{source}: {kind.__name__} lacks {missing or 'nothing'} and does not know "
-                         f"{unknown or 'nothing'} of what is given. Give a YAML in the official format.")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        raise ValueError(f"{source}: {part} lacks {shown(missing or 'nothing')} and does not know "
+                         f"{shown(unknown or 'nothing')} of what is given. Give a YAML in the official format.")
+    return {name: kinds[name](value, f"{source}: {name} of {part}") for name, value in given.items()}
 
 
-def _diffusion(params):
-    zero_snr = bool(params.get("rescale_betas_zero_snr", False))
+def _diffusion(params, source):
+    def checked(check, name, default, *limits):
+        return check(params.get(name, default), f"{source}: {name}", *limits)
+
+    zero_snr = checked(flag, "rescale_betas_zero_snr", False)
+    scaled = checked(flag, "use_dynamic_rescale", False)
     return DiffusionParams(
         parameterization=params.get("parameterization", "eps"),
-        linear_start=params.get("linear_start", 1e-4), linear_end=params.get("linear_end", 2e-2),
-        zero_snr=zero_snr, base_scale=params.get("base_scale", 0.7) if params.get("use_dynamic_rescale") else None,
+        linear_start=checked(number, "linear_start", 1e-4, 0, 1), linear_end=checked(number, "linear_end", 2e-2, 0, 1),
+        zero_snr=zero_snr, base_scale=checked(number, "base_scale", 0.7, 0, 100) if scaled else None,
         spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0)

@@ -10,8 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+<<<<<<< HEAD
 from ..common.core_nodes import make_clip_patcher
 from ..common.files import Checkpoint, check_keys
+=======
+from ..common.core_model import make_patcher
+from ..common.files import Checkpoint, check_keys, check_kinds
+>>>>>>> 5ccac42 (Files: wrappers of training are left away in one place; kinds and ranges of every number, layer numbers and references of YAMLs are checked before anything is built; weights in 8 and 4 bits with scales go to the host's layers)
 from .base import make_model
 from .config import HEADER, VideoUNetConfig, from_json, to_json
 from .unet import VideoUNet
@@ -40,6 +45,9 @@ def read_config(checkpoint: Checkpoint) -> VideoUNetConfig:
     text = checkpoint.metadata.get(HEADER)
     stored = checkpoint.tensors.pop(HEADER, checkpoint.tensors.pop(PREFIX + HEADER, None))
     if text is None and stored is not None:
+        if stored.ndim != 1 or stored.is_complex() or not 0 < len(stored) < 100_000:
+            raise ValueError(f"{checkpoint.path}: the tensor {HEADER}, which should hold the configuration byte by "
+                             f"byte, is {list(stored.shape)}, {stored.dtype}. The file is damaged.")
         text = bytes(stored.to(torch.uint8).tolist()).decode(errors="replace")
     if text is None:
         raise ValueError(f"{checkpoint.path} is no video U-Net of this pack: its header has no entry {HEADER}. Give a "
@@ -58,6 +66,7 @@ def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[Video
     config = read_config(checkpoint)
     tensors = {key.removeprefix(PREFIX): checkpoint.tensors.pop(key) for key in list(checkpoint.tensors)}
     tensors = {key: value for key, value in tensors.items() if key not in MARKS}
+    check_kinds(checkpoint.path, tensors)
     dtype = WEIGHT_DTYPES[weight_dtype] or comfy.model_management.unet_dtype(
         model_params=sum(value.numel() for value in tensors.values()), weight_dtype=comfy.utils.weight_dtype(tensors))
     model = make_model(config, dtype, network)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
+from ..common.values import number, parse_json, shown, whole, wholes
 from ..diffusion.schedule import DiffusionParams
 from .unet import VideoUNetParams
 
@@ -12,6 +14,13 @@ TEXT_ENCODERS = {"demo": 32, "clip_l": 768}      # by the width of their tokens
 SPACES = {"pixels": 3, "latent": None}           # by the number of channels, None: any
 CHOICES = {"schedule": ("cosine", "linear"), "prediction": ("eps", "v"), "space": tuple(SPACES),
            "text_encoder": tuple(TEXT_ENCODERS)}
+# How the sizes are checked; the other entries are words out of CHOICES, or checked by the configuration itself.
+FACTOR = partial(whole, high=64)
+SIZES = {"frames": whole, "height": whole, "width": whole, "spatial_factor": FACTOR, "temporal_factor": FACTOR,
+         "scale_factor": partial(number, low=0, high=1e6)}
+PARAMS = {"channels": partial(whole, high=1024), "model_channels": whole, "channel_mult": partial(wholes, high=64),
+          "num_res_blocks": partial(whole, high=16), "spatial_attention": partial(wholes, low=0, high=7, least=0),
+          "head_channels": whole, "context_dim": whole, "additional_condition_dim": partial(whole, low=0)}
 LINEAR_BETAS = (0.00085, 0.012)                  # linear in their square root, as in Stable Diffusion
 
 
@@ -64,21 +73,17 @@ def to_json(config: VideoUNetConfig) -> str:
 def from_json(text: str, source: str) -> VideoUNetConfig:
     """The configuration in `text`; `source` says in messages where it stands. Raises ValueError for what is no such
     configuration, for unknown or missing entries and for bad values."""
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source}: the entry {HEADER} is not JSON ({error}). The file is damaged.") from error
-    params = _checked(values, VideoUNetConfig, source)["params"]
-    params = _checked(params, VideoUNetParams, f"{source}, params")
-    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in params.items()}
-    return VideoUNetConfig(**{**values, "params": VideoUNetParams(**sizes)})
+    values = _checked(parse_json(text, f"{source}: the entry {HEADER}"), VideoUNetConfig, SIZES, source)
+    params = _checked(values["params"], VideoUNetParams, PARAMS, f"{source}, params")
+    return VideoUNetConfig(**{**values, "params": VideoUNetParams(**params)})
 
 
-def _checked(values, kind, source):
-    """`values`, if they are just the fields of the dataclass `kind`."""
+def _checked(values, kind, checks, source):
+    """`values`, if they are just the fields of the dataclass `kind`, each as its function in `checks` takes it."""
     names = {field.name for field in fields(kind)}
     if not isinstance(values, dict) or set(values) != names:
         found = ", ".join(sorted(values)) if isinstance(values, dict) else repr(values)
         raise ValueError(f"{source}: the configuration of a video U-Net has the entries {', '.join(sorted(names))}; "
-                         f"found: {found}. The file was written by another version, or is of another kind.")
-    return values
+                         f"found: {shown(found)}. The file was written by another version, or is of another kind.")
+    return {name: checks[name](value, f"{source}: {name}") if name in checks else value
+            for name, value in values.items()}

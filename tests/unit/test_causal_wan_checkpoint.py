@@ -152,6 +152,28 @@ def test_one_extra(key):
         load(tensors() | {key: torch.ones(2)})
 
 
+@pytest.mark.parametrize("key", ["blocks.999999.norm3.weight", "blocks.3.norm3.weight", "blocks.02.norm3.weight",
+                                 f"blocks.{'9' * 5000}.x", "blocks.x.norm3.weight"])
+def test_no_key_asks_for_layers_that_are_not_there(key):
+    with pytest.raises(ValueError, match=r"layers are numbered from 0 without a gap.*The file has 3, among them blocks"):
+        load(tensors() | {key: torch.zeros(1)})
+    with pytest.raises(ValueError, match="256 at most. The file has 1000"):
+        load(tensors() | {f"blocks.{layer}.norm3.weight": torch.zeros(1) for layer in range(1000)})
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 1, 2, 2), (48, 0, 1, 2, 2), (10 ** 9, 0, 1, 2, 2)])
+def test_sizes_that_no_network_has(shape):
+    with pytest.raises(ValueError, match="an axis of patch_embedding.weight is .*from 1 to 65536"):
+        load(tensors() | {"patch_embedding.weight": torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("dtype, word", [(torch.bool, "bool"), (torch.int64, "int64"), (torch.complex64, "complex64")])
+def test_weights_that_are_no_floating_point_numbers(dtype, word):
+    key = "blocks.0.self_attn.q.bias"
+    with pytest.raises(ValueError, match=f"{key} is {word}.*Allowed are floating-point"):
+        load(tensors() | {key: tensors()[key].to(dtype)})
+
+
 def shaped(in_dim, out_dim, dim=48, image=False):
     """Keys of a Wan with other channels (weights on the meta device)."""
     params = WanParams(**NETWORK | {"in_dim": in_dim, "out_dim": out_dim, "dim": dim, "i2v": image,
@@ -172,7 +194,6 @@ def shaped(in_dim, out_dim, dim=48, image=False):
     (lambda: tensors() | {"blocks.0.ffn.0.weight": torch.zeros(80, 24, dtype=torch.uint8),
                           "blocks.0.ffn.0.weight_scale_2": torch.ones(())}, "packed 4-bit.*NVFP4.*Use the bf16"),
     (lambda: tensors() | {"blocks.0.ffn.0.weight": torch.zeros(80, 24, dtype=torch.uint8)}, "packed 4-bit"),
-    (lambda: tensors() | {"scaled_fp8": torch.ones(0)}, "scale factors .scaled_fp8.*Use"),
     (lambda: {"blocks.0.attn1.to_q.weight": torch.ones(1), "condition_embedder.x": torch.ones(1)}, "of diffusers.*Use"),
     (lambda: {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, "a LoRA. Choose it under lora"),
     (lambda: {"image_proj_model.latents": torch.ones(1)}, "DynamiCrafter. Use Load DynamiCrafter"),
@@ -199,7 +220,10 @@ def test_other_models_in_full_size(in_dim, out_dim, dim, layers, words):
 
 @pytest.mark.parametrize("config, words", [
     ("{", "not JSON"), ("[1]", "no JSON object"), ('{"transformer": 1}', "no JSON object"),
-    ('{"num_heads": 0}', "0 as num_heads"), ('{"num_heads": "4"}', "'4' as num_heads"),
+    ('{"num_heads": 0}', "num_heads .* is 0.*1 to 1024"), ('{"num_heads": "4"}', "num_heads .* is '4'"),
+    ('{"num_heads": true}', "num_heads .* is True"), ('{"scale_factor": 0}', "scale_factor .* is 0.*above 0"),
+    ('{"scale_factor": NaN}', "scale_factor .* is nan"), ('{"transformer": {"causal_ar": 1}}', "causal_ar .* is 1"),
+    ('[' * 100_000, "not JSON"),
     ('{"num_heads": 5}', "5 heads do not share the width 48"), ("{}", "48 wide.*no multiple of 128.*header"),
 ])
 def test_bad_header(config, words):

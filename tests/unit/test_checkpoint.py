@@ -16,7 +16,7 @@ from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 from stillmotion.nodes.common.vae import vae_shapes
 from stillmotion.nodes.dynamicrafter import checkpoint as loader
 from stillmotion.nodes.diffusion.attention import torch_attention
-from stillmotion.nodes.dynamicrafter.config import parse, published
+from stillmotion.nodes.dynamicrafter.config import parse, published, read_yaml
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet
 
 OPEN_CLIP = {"embed_dim": 12,
@@ -333,3 +333,78 @@ def test_bad_yaml(tmp_path, change, words):
         path.write_text(text)
         with pytest.raises(ValueError, match=words):
             loader.load(Checkpoint("model.ckpt", tensors(), {}), yaml_path=path)
+
+
+@pytest.mark.parametrize("part, entry, value, words", [
+    ("", "scale_factor", 0, "scale_factor is 0.*above 0"), ("", "scale_factor", float("nan"), "scale_factor is nan"),
+    ("", "use_dynamic_rescale", 1, "use_dynamic_rescale is 1.*true or false"),
+    ("", "linear_end", "0.1x", "linear_end is '0.1x'"), ("", "unet_config", [1], "no unet_config.params"),
+    ("unet_config", "model_channels", 40, "model_channels is 40.*multiple of 32"),
+    ("unet_config", "num_res_blocks", 1000, "num_res_blocks of unet_config is 1000"),
+    ("unet_config", "channel_mult", 2, "channel_mult of unet_config is 2.*list"),
+    ("unet_config", "in_channels", True, "in_channels of unet_config is True"),
+    ("image_proj_stage_config", "depth", 1000, "depth of image_proj_stage_config is 1000"),
+    ("first_stage_config", "embed_dim", "4", "embed_dim of the VAE is '4'"),
+    ("first_stage_config", "ddconfig", 7, "no ddconfig with entries"),
+    ("cond_stage_config", "arch", "../../etc/x", "arch.*letters, digits"),
+    ("cond_stage_config", "layer", ["last"], "layer of the text tower is"),
+])
+def test_every_entry_of_a_yaml_is_checked(tmp_path, part, entry, value, words):
+    config = tiny()
+    params = config["model"]["params"]
+    (params[part]["params"] if part else params)[entry] = value
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    with pytest.raises(ValueError, match=words):
+        loader.load(Checkpoint("model.ckpt", tensors(), {}), yaml_path=tmp_path / "model.yaml")
+
+
+@pytest.mark.parametrize("text", ["${oc.env:SM_SECRET}", "${oc.env:SM_SECRET,none}", "a ${oc.env:SM_SECRET}", "${b.c}",
+                                  "${oc.decode:'${oc.env:SM_SECRET}'}", "${nope}", "${model}", "${${b.d}}", "${b.e}",
+                                  "${oc.create:{x: 1}}", "${a"])
+def test_a_yaml_resolves_nothing_but_plain_references(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("SM_SECRET", "hunter2")
+    path = tmp_path / "model.yaml"
+    path.write_text(f"model: {{params: {{timesteps: \"{text}\"}}}}\nb: {{c: '${{oc.env:SM_SECRET}}', d: b.c, e: [1]}}\n")
+    with pytest.raises(ValueError, match="is not resolved: only|is not a YAML") as refused:
+        parse(read_yaml(path), "m.yaml")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_plain_references_of_a_yaml(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("size: {width: 32, name: x}\na: ${size.width}\nb: [\"${size.name}\", 1e-4]\n")
+    assert read_yaml(path) == {"size": {"width": 32, "name": "x"}, "a": 32, "b": ["x", 1e-4]}
+    path.write_text("a: &a [1]\nb: [*a, *a]\n")
+    with pytest.raises(ValueError, match="aliases.*Write them out"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_forward_module.module."])
+def test_wrapped_files(tmp_path, prefix):
+    found = tensors()
+    torch.save({"model": {prefix + key: value for key, value in found.items()}, "step": 3}, tmp_path / "a.pt")
+    wrapped = read_checkpoint(tmp_path / "a.pt")
+    assert wrapped.tensors.keys() == found.keys()
+    assert load(wrapped.tensors).model is not None
+
+
+@pytest.mark.parametrize("key", ["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias", "betas"])
+def test_weights_that_are_no_floating_point_numbers(key):
+    with pytest.raises(ValueError, match=f"1 weights are not of a kind.*{key} is int64"):
+        load(tensors() | {key: tensors()[key].long()})
+    assert load(tensors() | {"model_ema.num_updates": torch.tensor(3)}).model is not None
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"stillmotion.config": "{"}, "stillmotion.config, is not JSON"),
+    ({"stillmotion.open_clip": None}, "stillmotion.open_clip, is not JSON"),
+    ({"stillmotion.open_clip": "[]"}, "stillmotion.open_clip, is no JSON object"),
+    ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"text_cfg": {"layers": 1000}})}, "layers in .* is 1000"),
+    ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"text_cfg": {"heads": 3}})}, "heads do not share"),
+    ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"embed_dim": None})}, "embed_dim in .* is None"),
+])
+def test_bad_headers(change, words):
+    header = HEADER | {"stillmotion.config": json.dumps(tiny())} | change
+    with pytest.raises(ValueError, match=words):
+        loader.load(Checkpoint("a.safetensors", tensors(), {key: text for key, text in header.items() if text}))

@@ -212,7 +212,7 @@ def test_other_towers_are_refused(case):
 def test_bad_configurations_are_refused(tmp_path):
     with pytest.raises(ValueError, match="timm_model_name"):
         towers.vision_config({"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}})
-    with pytest.raises(ValueError, match="layers is a list"):
+    with pytest.raises(ValueError, match=r"layers in the open_clip configuration's vision_cfg is \[1, 2, 3, 4\]"):
         towers.vision_config({"embed_dim": 8, "vision_cfg": {"layers": [1, 2, 3, 4]}})
     tower = towers.text_config({"embed_dim": 8, "text_cfg": {"vocab_size": 100}})
     with pytest.raises(ValueError, match="100 tokens"):

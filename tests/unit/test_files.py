@@ -29,7 +29,14 @@ def same(found):
     lambda w: {"state_dict": w, "epoch": 3, "global_step": 7},
     lambda w: {"module": {f"_forward_module.{k}": v for k, v in w.items()}, "dp_world_size": 8},
     lambda w: {"module": w},
-], ids=["flat", "state_dict", "deepspeed", "module"])
+    lambda w: {"model": w, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "step": 3},
+    lambda w: {"model_state_dict": w, "epoch": 3},
+    lambda w: {"state_dict": {"model": {f"module.{k}": v for k, v in w.items()}}},
+    lambda w: {f"_orig_mod.module.{k}": v for k, v in w.items()},
+    lambda w: {k.replace(".", "._fsdp_wrapped_module._checkpoint_wrapped_module."): v for k, v in w.items()},
+    lambda w: w | {7: torch.ones(1)},
+], ids=["flat", "state_dict", "deepspeed", "module", "model", "model_state_dict", "twice", "ddp-compiled", "fsdp",
+        "a number for a name"])
 def test_pickles(tmp_path, wrap, zipped):
     path = tmp_path / "model.ckpt"
     torch.save(wrap(WEIGHTS), path, _use_new_zipfile_serialization=zipped)
@@ -46,6 +53,40 @@ def test_several_models_in_one_pickle(tmp_path, step):
     found = files.read_checkpoint(tmp_path / "model.pt").tensors
     assert found.keys() == {"generator.model.a", "generator.first.b", "generator_ema.model.a"}
     same(files.take_prefix(found, "generator."))
+
+
+def test_wrappers_in_safetensors(tmp_path):
+    save_file({f"module._orig_mod.{key}": value for key, value in WEIGHTS.items()}, tmp_path / "a.safetensors")
+    same(files.read_checkpoint(tmp_path / "a.safetensors").tensors)
+    save_file(WEIGHTS | {"model.module.a": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="1 keys name the same weights twice"):
+        files.read_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_pickle_that_holds_itself(tmp_path):
+    loop = {"epoch": 3}
+    loop["state_dict"] = loop
+    torch.save(loop, tmp_path / "loop.pt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        files.read_checkpoint(tmp_path / "loop.pt")
+
+
+def test_pickles_without_numbers(tmp_path):
+    for found, words in (({"model.a": torch.empty(3, device="meta")}, "names and shapes without numbers"),
+                         ({1: torch.ones(3)}, "without named tensors"), ({"module": {1: torch.ones(3)}}, "holds no w")):
+        torch.save(found, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=words):
+            files.read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("value, word", [
+    (torch.ones(2, dtype=torch.bool), "bool"), (torch.ones(2, dtype=torch.int64), "int64"),
+    (torch.ones(2, dtype=torch.complex64), "complex64"), (torch.ones(2).to_sparse(), "float32, sparse"),
+    (torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "quantised")])
+def test_kinds_of_weights(value, word):
+    files.check_kinds("a.pt", WEIGHTS | {"half": torch.ones(1).half(), "eight": torch.ones(1).to(torch.float8_e5m2)})
+    with pytest.raises(ValueError, match=f"a.pt: 1 weights are not of a kind.*: odd is {word}.*Allowed are floating"):
+        files.check_kinds("a.pt", WEIGHTS | {"odd": value})
 
 
 def test_pickle_named_safetensors(tmp_path):

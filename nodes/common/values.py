@@ -1,0 +1,59 @@
+"""Numbers and entries out of headers and configurations: their kind and range are checked before anything is built."""
+from __future__ import annotations
+
+import json
+import math
+
+WIDEST = 65536   # of any layer; the widest published one has 49408 rows
+DEEPEST = 256    # layers of a kind
+
+
+def whole(value, name, low=1, high=WIDEST):
+    """`value`, if it is a whole number in low..high; true and false are none. `name` begins the message."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}. It must be a whole number from {low} to {high}.")
+    return value
+
+
+def wholes(values, name, low=1, high=WIDEST, least=1, most=8):
+    """A list of `least` to `most` whole numbers, as a tuple."""
+    if not isinstance(values, (list, tuple)) or not least <= len(values) <= most:
+        raise ValueError(f"{name} is {shown(values)}. It must be a list of {least} to {most} whole numbers.")
+    return tuple(whole(value, f"An entry of {name}", low, high) for value in values)
+
+
+def number(value, name, low, high):
+    """`value`, if it is a number above `low` and up to `high`; neither NaN nor true or false is one."""
+    if type(value) not in (int, float) or not low < value <= high:
+        raise ValueError(f"{name} is {shown(value)}. It must be a number above {low:g} and up to {high:g}.")
+    return value
+
+
+def flag(value, name):
+    if type(value) is not bool:
+        raise ValueError(f"{name} is {shown(value)}. It must be true or false.")
+    return value
+
+
+def word(value, name):
+    """`value`, if it is a name that can stand in a file's name: letters, digits and . _ - + alone."""
+    if not isinstance(value, str) or not 0 < len(value) <= 100 or not all(c.isalnum() or c in "._-+" for c in value):
+        raise ValueError(f"{name} is {shown(value)}. It must be a name of letters, digits and . _ - + alone.")
+    return value
+
+
+def parse_json(text, source):
+    """The JSON object in `text`, whose place `source` names in messages."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON ({error}). The file is damaged, or was edited by hand.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} is no JSON object but {shown(found)}. The file is damaged, or of another kind.")
+    return found
+
+
+def shown(value):
+    """A value in a message, cut to a length that can be read."""
+    text = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
