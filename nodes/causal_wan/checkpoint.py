@@ -59,7 +59,7 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
     `WEIGHT_DTYPES`. Raises ValueError for another model family or variant, for a key that is missing, unknown or of
     another shape, and for unknown options.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
+    if weight_dtype not in (*WEIGHT_DTYPES,):
         raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
     path = checkpoint.path
     header = read_header(checkpoint.metadata, path)

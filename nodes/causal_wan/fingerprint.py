@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.core_model import key_patches
+
 SAMPLES = 1024     # numbers of each weight that are looked at: a fine-tune changes nearly all of them
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -72,7 +74,7 @@ def _feed(found, value) -> None:
 def model_digests(patcher) -> dict:
     """Names for the weights of a MODEL and for all that lies on them: LoRAs, patches, wrappers, overrides."""
     weights, patches = {}, {}
-    for key, (weight, *added) in patcher.get_key_patches().items():
+    for key, (weight, *added) in key_patches(patcher).items():
         flat = weight[0].detach().flatten()  # with the function that turns it into its type
         weights[key] = (list(weight[0].shape), flat[::max(1, len(flat) // SAMPLES)])
         if added:

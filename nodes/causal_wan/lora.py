@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.utils
 
-from ..common.files import take_prefix
+from ..common.files import check_kinds, take_prefix
+from ..common.values import shown
 from .checkpoint import FRONT, native_key
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ def add_lora(patcher, checkpoint, strength=1.0):
         raise ValueError(f"{checkpoint.path}: none of its {len(lora)} keys is a LoRA for this model "
                          f"({', '.join(list(lora)[:3])}, ...). Choose a LoRA for Wan 2.1, written by PEFT or for "
                          "ComfyUI.")
-    _check_sizes(patcher.model.state_dict(), patches, checkpoint.path)
+    _check_sizes(patcher.model, patches, checkpoint.path)
     patched = patcher.clone()
     added = patched.add_patches(patches, strength)
     log.info("%s: LoRA of %d keys on %d weights, strength %g.", checkpoint.path, len(lora), len(added), strength)
@@ -53,20 +56,35 @@ def _is_for(key, names):
 
 
 def _check_halves(lora, path):
-    pairs = (("lora_A.", "lora_B."), ("lora_down.", "lora_up."))
-    alone = [key for pair in pairs for one, other in (pair, pair[::-1]) for key in lora
-             if one in key and key.replace(one, other) not in lora]
-    if alone:
-        raise ValueError(f"{path}: {len(alone)} matrices of the LoRA lack their other half: "
-                         f"{', '.join(alone[:3])}. The file was saved in part; get it whole.")
+    """Both halves of every pair are there, are matrices of floating-point numbers, and have one rank."""
+    for down_name, up_name in (("lora_A.", "lora_B."), ("lora_down.", "lora_up.")):
+        downs = {key: key.replace(down_name, up_name) for key in lora if down_name in key}
+        ups = {key: key.replace(up_name, down_name) for key in lora if up_name in key}
+        alone = [key for key, other in (downs | ups).items() if other not in lora]
+        if alone:
+            raise ValueError(f"{path}: {len(alone)} matrices of the LoRA lack their other half: "
+                             f"{', '.join(alone[:3])}. The file was saved in part; get it whole.")
+        check_kinds(path, {key: lora[key] for key in (*downs, *ups)})
+        apart = [f"{down} is {list(lora[down].shape)}, {up} {list(lora[up].shape)}" for down, up in downs.items()
+                 if min(lora[down].ndim, lora[up].ndim) < 2 or lora[down].shape[0] != lora[up].shape[1]]
+        if apart:
+            raise ValueError(f"{path}: {len(apart)} pairs of the LoRA do not fit each other: {'; '.join(apart[:3])}. "
+                             "The rows of the first are the columns of the second, the rank. The file was changed; "
+                             "get the original one.")
+    for key in [key for key in lora if key.endswith(".alpha")]:
+        alpha = lora[key]
+        if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
+            raise ValueError(f"{path}: {key} is {shown(alpha.flatten()[:3].tolist())}; it must be one number. The file "
+                             "was changed; get the original one.")
 
 
-def _check_sizes(weights, patches, path):
+def _check_sizes(model, patches, path):
     for key, patch in patches.items():
         if getattr(patch, "name", "") != "lora":
             continue
         up, down = patch.weights[:2]
-        made_for, here = [up.shape[0], *down.shape[1:]], list(weights[key].shape)
+        # The size of the numbers: in 4 bits the state dict holds two in one.
+        made_for, here = [up.shape[0], *down.shape[1:]], list(comfy.utils.get_attr(model, key).shape)
         if made_for != here:
             raise ValueError(f"{path}: the LoRA was made for a model of another size: {key} is {here} here, "
                              f"{made_for} in the LoRA. Choose the one for this model (1.3B is 1536 wide, 14B 5120).")

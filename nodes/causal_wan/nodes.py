@@ -7,7 +7,7 @@ import folder_paths
 import node_helpers
 from comfy_api.latest import io
 
-from ..common.files import read_checkpoint
+from ..common.files import find_model, read_checkpoint
 from ..common.schema import schema
 from . import checkpoint as loader
 from .base import wan_params
@@ -168,13 +168,5 @@ def _names(folders):
 
 def _paths(checkpoint, lora):
     """Checkpoint and LoRA (None where none is named) as paths."""
-    return (DEMO if checkpoint == "demo" else _path(FOLDERS, checkpoint),
-            None if lora == "none" else _path(("loras",), lora))
-
-
-def _path(folders, name):
-    path = next(filter(None, (folder_paths.get_full_path(folder, name) for folder in folders)), None)
-    if path is None:
-        places = " or ".join(f"models/{folder}" for folder in folders)
-        raise ValueError(f"There is no file {name!r} in {places}. Files there: {', '.join(_names(folders)) or 'none'}.")
-    return Path(path)
+    return (DEMO if checkpoint == "demo" else find_model(checkpoint, FOLDERS, ["demo"]),
+            None if lora == "none" else find_model(lora, ("loras",)))

@@ -53,11 +53,11 @@ FORMATS = {
     "nvfp4": Format(torch.uint8, 2, {"weight_scale": _blocks, "weight_scale_2": _one}),
     "int8_tensorwise": Format(torch.int8, 1, {"weight_scale": _one_or_rows}),
 }
-EIGHT_BITS = {FORMATS[name].stored: name for name in ("float8_e4m3fn", "float8_e5m2")}
-
-
 # What a layer may have beside: a factor for its input in 8 bits, and one for each column of its input.
 BESIDE = {"input_scale": _one, "pre_quant_scale": _columns}
+# Ends of the names that parameters of quantised layers have beside weight and bias.
+SCALES = tuple(f".{name}" for name in (*OLD_NAMES, *BESIDE))
+EIGHT_BITS = {FORMATS[name].stored: name for name in ("float8_e4m3fn", "float8_e5m2")}
 
 
 class Layer(NamedTuple):

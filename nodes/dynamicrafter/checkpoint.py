@@ -90,7 +90,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     """
     if variant not in ("auto", *VARIANTS):
         raise ValueError(f"Variant {variant!r} is unknown: choose one of auto, {', '.join(VARIANTS)}.")
-    if weight_dtype not in WEIGHT_DTYPES:
+    if weight_dtype not in (*WEIGHT_DTYPES,):
         raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
     tensors = checkpoint.tensors
     check_family(checkpoint)

@@ -1,5 +1,6 @@
 """Nodes of the DynamiCrafter family."""
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..common.files import read_checkpoint
+from ..common.files import find_model, read_checkpoint
 from ..common.schema import schema
+from ..common.values import shown
 from . import checkpoint as loader
 from .conditioning import MODES, image_conditions
 from .config import VARIANTS
@@ -136,17 +138,13 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
 
 def _paths(name, yaml):
     """Checkpoint and YAML (None where none is named) as paths; names are taken as relative to the model folders."""
-    path = DEMO if name == "demo" else folder_paths.get_full_path("checkpoints", name)
-    if path is None:
-        known = ["demo", *folder_paths.get_filename_list("checkpoints")]
-        raise ValueError(f"There is no checkpoint {name!r} in models/checkpoints. Choose one of: {', '.join(known)}.")
-    path = Path(path)
+    path = DEMO if name == "demo" else find_model(name, ("checkpoints",), ["demo"])
     if not yaml:
         return path, None
     folders = [path.parent, *map(Path, folder_paths.get_folder_paths("configs"))]
     inside = not Path(yaml).anchor and ".." not in Path(yaml).parts
     for folder in folders:
-        if inside and (folder / yaml).is_file():
+        if inside and os.path.isfile(folder / yaml):  # no error for names that no file can have
             return path, folder / yaml
-    raise ValueError(f"There is no YAML {yaml!r} in {' or '.join(map(str, folders))}. Put it there, or leave the "
+    raise ValueError(f"There is no YAML {shown(yaml)} in {' or '.join(map(str, folders))}. Put it there, or leave the "
                      "field empty for a published model.")

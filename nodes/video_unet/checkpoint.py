@@ -61,7 +61,7 @@ def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[Video
     `network`: the subclass of `VideoUNet` that the file was trained as. Raises ValueError for files of another kind,
     for a key that is missing, unknown or of another shape, and for unknown options.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
+    if weight_dtype not in (*WEIGHT_DTYPES,):
         raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
     config = read_config(checkpoint)
     tensors = {key.removeprefix(PREFIX): checkpoint.tensors.pop(key) for key in list(checkpoint.tensors)}

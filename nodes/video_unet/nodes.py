@@ -8,7 +8,7 @@ import node_helpers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..common.files import read_checkpoint
+from ..common.files import find_model, read_checkpoint
 from ..common.schema import schema
 from ..common.vae import fold_frames, pixel_vae
 from . import checkpoint as loader
@@ -130,11 +130,6 @@ def _names():
 
 
 def _path(name):
-    if name in DEMOS:
+    if name in (*DEMOS,):
         return Path(__file__).parents[1] / "demo" / DEMOS[name]
-    for folder in FOLDERS:
-        path = folder_paths.get_full_path(folder, name)
-        if path:
-            return Path(path)
-    raise ValueError(f"There is no checkpoint {name!r} in models/checkpoints or models/diffusion_models. Choose one "
-                     f"of: {', '.join([*DEMOS, *_names()])}.")
+    return find_model(name, FOLDERS, DEMOS)

@@ -102,6 +102,15 @@ def test_lora_that_does_not_fit(caplog):
         add({key: value for key, value in named("").items() if key != "blocks.0.ffn.0.lora_A.weight"})
     with pytest.raises(ValueError, match=r"of another size: .*ffn.0.weight is \[80, 48\] here, \[160, 48\] in"):
         add(named("") | {"blocks.0.ffn.0.lora_B.weight": torch.ones(160, 3)})
+    for name, value, words in (
+            ("lora_A", torch.ones(4, 48), r"1 pairs of the LoRA do not fit each other: .*lora_A.* is \[4, 48\]"),
+            ("lora_B", torch.ones(80), r"1 pairs of the LoRA do not fit each other: .*lora_B.weight \[80\]"),
+            ("lora_A", torch.ones(3, 48).bool(), "1 weights are not of a kind.*lora_A.weight is bool"),
+            ("alpha", torch.ones(2), r"ffn.0.alpha is \[1.0, 1.0\]; it must be one number"),
+            ("alpha", torch.tensor(float("nan")), r"ffn.0.alpha is \[nan\]; it must")):
+        key = f"blocks.0.ffn.0.{name}" + (".weight" if "lora" in name else "")
+        with pytest.raises(ValueError, match=words):
+            add(named("") | {key: value})
     assert not base.patches
     add(named("") | {"blocks.7.ffn.0.lora_A.weight": torch.ones(3, 48),
                      "blocks.7.ffn.0.lora_B.weight": torch.ones(80, 3)})
@@ -136,7 +145,7 @@ def test_the_node_loads_from_both_folders_with_a_lora(folders):
     by_hand = run(load(merged(0.7), weight_dtype="fp32"))
     assert (run(patched) - by_hand).norm() / by_hand.norm() < 1e-4
     for given, words in (({"checkpoint": "other.pt"}, "no file 'other.pt' in models/diffusion_models or models/check"),
-                         ({"lora": "demo"}, "no file 'demo' in models/loras. Files there: lora.pt")):
+                         ({"lora": "demo"}, "no file 'demo' in models/loras. Choose one of: lora.pt")):
         with pytest.raises(ValueError, match=words):
             execute(**given)
 

@@ -9,6 +9,8 @@ import comfy.lora
 import torch
 from torch import Tensor, nn
 
+from ...common.core_model import key_patches
+from ...common.quantized import SCALES
 from ...diffusion.ddim import Clip, ddim_step
 from ...diffusion.schedule import make_tables
 from .encoding import Encoded, Encoders
@@ -77,7 +79,9 @@ def plain_weights(model) -> dict[str, Tensor]:
     """The weights of a MODEL's network in float32 by the network's keys, copied, with its LoRAs in them. The MODEL
     itself stays as it is, wherever its weights are at the moment."""
     weights = {}
-    for key, ((weight, convert), *patches) in model.get_key_patches("diffusion_model.").items():
+    for key, ((weight, convert), *patches) in key_patches(model).items():
+        if not key.startswith("diffusion_model.") or key.endswith(SCALES):
+            continue
         weight = convert(weight, inplace=False).to("cpu", torch.float32, copy=True)
         weights[key.removeprefix("diffusion_model.")] = comfy.lora.calculate_weight(patches, weight, key)
     return weights
