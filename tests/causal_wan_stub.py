@@ -61,3 +61,50 @@ def run(model, kind="t2v"):
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     return model.model.apply_model(noise(1, params.out_dim, 3, 4, 6), torch.tensor([0.7]), c_concat=y,
                                    c_crossattn=noise(1, 7, params.text_dim), **image)
+
+
+# ---- LoRAs
+
+LAYERS = [f"blocks.{block}.{layer}" for block in range(2) for layer in
+          ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v",
+           "cross_attn.o", "ffn.0", "ffn.2")]
+
+
+def lora_halves(rank=3, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    found = tensors()
+    return {layer: (torch.randn(rank, found[f"{layer}.weight"].shape[1], generator=generator),
+                    torch.randn(found[f"{layer}.weight"].shape[0], rank, generator=generator)) for layer in LAYERS}
+
+
+def named(prefix, down="lora_A.weight", up="lora_B.weight", replace=(".", ".")):
+    return {f"{prefix}{layer.replace(*replace)}.{name}": value for layer, pair in lora_halves().items()
+            for name, value in zip((down, up), pair)}
+
+
+# ---- layers in 8 bits
+
+SMALL = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")]
+EIGHT = torch.float8_e4m3fn
+
+
+def stored(kind=EIGHT):
+    """A tiny model with `SMALL` in 8 bits: the file's tensors without their scales, the scales, and what they mean."""
+    found, scales, meant = tensors(), {}, tensors()
+    largest = 127 if kind == torch.int8 else torch.finfo(kind).max
+    for layer in SMALL:
+        weight = found[f"{layer}.weight"]
+        scales[layer] = weight.abs().amax() / largest
+        small = weight / scales[layer]
+        found[f"{layer}.weight"] = (small.round() if kind == torch.int8 else small).to(kind)
+        meant[f"{layer}.weight"] = found[f"{layer}.weight"].float() * scales[layer]
+    return found, scales, meant
+
+
+def mark(**settings):
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def marked(found, scales, name="float8_e4m3fn"):
+    return found | {f"{layer}.weight_scale": scale for layer, scale in scales.items()} | {
+        f"{layer}.comfy_quant": mark(format=name) for layer in scales}, HEADER

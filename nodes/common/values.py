@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 WIDEST = 65536   # of any layer; the widest published one has 49408 rows
 DEEPEST = 256    # layers of a kind
@@ -55,5 +54,5 @@ def parse_json(text, source):
 
 def shown(value):
     """A value in a message, cut to a length that can be read."""
-    text = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

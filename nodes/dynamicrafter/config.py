@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..common.values import flag, number, shown, whole, wholes
+from ..common.values import flag, number, shown, whole, wholes, word
 from ..diffusion.schedule import DiffusionParams
 from .resampler import ResamplerParams
 from .unet import UNetParams
@@ -103,7 +103,7 @@ def read_yaml(path):
             raise ValueError(f"{path} repeats parts of itself with aliases (*name). Write them out.")
         config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text))
     except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException, RecursionError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from error
+        raise ValueError(f"{path} is not a YAML file: {error}. Correct it, or copy the official one.") from error
     return _resolved(config, config, path)
 
 
@@ -196,7 +196,7 @@ def _diffusion(params, source):
     zero_snr = checked(flag, "rescale_betas_zero_snr", False)
     scaled = checked(flag, "use_dynamic_rescale", False)
     return DiffusionParams(
-        parameterization=params.get("parameterization", "eps"),
+        parameterization=checked(word, "parameterization", "eps"),
         linear_start=checked(number, "linear_start", 1e-4, 0, 1), linear_end=checked(number, "linear_end", 2e-2, 0, 1),
         zero_snr=zero_snr, base_scale=checked(number, "base_scale", 0.7, 0, 100) if scaled else None,
         spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0)

@@ -4,7 +4,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from causal_wan_stub import HEADER, load, run, same, tensors, weights_of
+from causal_wan_stub import HEADER, LAYERS, load, lora_halves, named, run, same, tensors, weights_of
 from safetensors.torch import save_file
 from stillmotion.nodes.causal_wan import nodes
 from stillmotion.nodes.causal_wan.lora import add_lora
@@ -15,23 +15,6 @@ from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 def as_in_the_host():
     with torch.inference_mode():
         yield
-
-
-LAYERS = [f"blocks.{block}.{layer}" for block in range(2) for layer in
-          ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v",
-           "cross_attn.o", "ffn.0", "ffn.2")]
-
-
-def lora_halves(rank=3, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    found = tensors()
-    return {layer: (torch.randn(rank, found[f"{layer}.weight"].shape[1], generator=generator),
-                    torch.randn(found[f"{layer}.weight"].shape[0], rank, generator=generator)) for layer in LAYERS}
-
-
-def named(prefix, down="lora_A.weight", up="lora_B.weight", replace=(".", ".")):
-    return {f"{prefix}{layer.replace(*replace)}.{name}": value for layer, pair in lora_halves().items()
-            for name, value in zip((down, up), pair)}
 
 
 LORAS = {

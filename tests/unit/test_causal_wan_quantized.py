@@ -6,7 +6,7 @@ import comfy.quant_ops
 import comfy.supported_models_base
 import pytest
 import torch
-from causal_wan_stub import HEADER, load, prefixed, run, tensors
+from causal_wan_stub import EIGHT, HEADER, SMALL, load, mark, marked, prefixed, run, stored, tensors
 from core_calls import saved_by_core
 from stillmotion.nodes.causal_wan.fingerprint import model_digests
 from stillmotion.nodes.causal_wan.lora import add_lora
@@ -14,36 +14,11 @@ from stillmotion.nodes.common import quantized
 from stillmotion.nodes.common.files import Checkpoint
 from stillmotion.nodes.training.trainer.base import plain_weights
 
-LAYERS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")]
-EIGHT = torch.float8_e4m3fn
-
 
 @pytest.fixture(autouse=True)
 def as_in_the_host():
     with torch.inference_mode():
         yield
-
-
-def stored(kind=EIGHT):
-    """A tiny model with `LAYERS` in 8 bits: the file's tensors without their scales, the scales, and what they mean."""
-    found, scales, meant = tensors(), {}, tensors()
-    largest = 127 if kind == torch.int8 else torch.finfo(kind).max
-    for layer in LAYERS:
-        weight = found[f"{layer}.weight"]
-        scales[layer] = weight.abs().amax() / largest
-        small = weight / scales[layer]
-        found[f"{layer}.weight"] = (small.round() if kind == torch.int8 else small).to(kind)
-        meant[f"{layer}.weight"] = found[f"{layer}.weight"].float() * scales[layer]
-    return found, scales, meant
-
-
-def mark(**settings):
-    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-
-
-def marked(found, scales, name="float8_e4m3fn"):
-    return found | {f"{layer}.weight_scale": scale for layer, scale in scales.items()} | {
-        f"{layer}.comfy_quant": mark(format=name) for layer in scales}, HEADER
 
 
 def marked_in_header(found, scales):
@@ -88,7 +63,7 @@ def test_the_other_eight_bits():
 def test_weights_stay_small_in_memory():
     found, scales, _ = stored()
     model, whole = load(marked(found, scales)[0]), load(tensors(), weight_dtype="fp32")
-    saved = sum(3 * found[f"{layer}.weight"].numel() for layer in LAYERS)
+    saved = sum(3 * found[f"{layer}.weight"].numel() for layer in SMALL)
     assert whole.model_size() - model.model_size() > 0.9 * saved
 
 
@@ -132,7 +107,7 @@ def test_whole_numbers(rows):
 @reads("nvfp4")
 def test_four_bits():
     found, meant = tensors(), tensors()
-    for layer in LAYERS:
+    for layer in SMALL:
         packed = comfy.quant_ops.QuantizedTensor.from_float(found.pop(f"{layer}.weight"), "TensorCoreNVFP4Layout")
         found |= packed.state_dict(f"{layer}.weight") | {f"{layer}.comfy_quant": mark(format="nvfp4")}
         meant[f"{layer}.weight"] = packed.dequantize()
