@@ -36,7 +36,7 @@ FRONT = {"model", "diffusion_model"}
 # Other parts of an all-in-one checkpoint, which core's loaders take.
 BESIDE = ("vae.", "text_encoders.", "clip_vision.")
 CAUSAL_NAMES = re.compile(r"causal|causvid|self[-_ ]?forcing|longlive|autoregressive|(?<![a-z])ar(?![a-z])"
-                          r"|krea[-_ ]?realtime|memflow|reward[-_ ]?forcing|streamdiffusion")
+                          r"|krea[-_ ]?realtime|memflow|(?:reward|one)[-_ ]?forcing|raven|streamdiffusion")
 HEAD_WIDTH = 128  # of every published Wan 2.1
 # Keys, with their numbers of axes, from which the sizes are read.
 SIZED = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2, "text_embedding.0.weight": 2,

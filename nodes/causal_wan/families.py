@@ -6,6 +6,8 @@ DIFFUSION = "Use core's Load Diffusion Model for this file."
 
 # First match wins; a key that contains the mark tells the family.
 FOREIGN = (
+    ("a model with a LoRA beside its weights, not yet merged (PEFT)", ".base_layer.",
+     "Use the merged file of the same model."),
     ("a LoRA", "lora_", "Choose it under lora, and the model that it was made for under checkpoint."),
     ("a LoRA", ".lora.", "Choose it under lora, and the model that it was made for under checkpoint."),
     ("Wan in the layout of diffusers", "condition_embedder.", NATIVE),

@@ -96,7 +96,7 @@ def _tower(config, name, defaults):
                          f"of {tower['image_size']}. Correct patch_size or image_size.")
     quick = flag(config.get("quick_gelu", False), "quick_gelu in the open_clip configuration")
     tower["hidden_act"] = "quick_gelu" if quick else "gelu"
-    tower["mlp_width"] = whole(int(tower["width"] * tower["mlp_ratio"]), f"The inner width (width x mlp_ratio) of {name}")
+    tower["mlp_width"] = whole(int(tower["width"] * tower["mlp_ratio"]), f"width x mlp_ratio of {name}")
     return tower
 
 

@@ -163,8 +163,8 @@ def find_config(checkpoint, variant, yaml_path):
                                             f"{place}, stillmotion.open_clip,")
     first = checkpoint.tensors.get(f"{UNET}input_blocks.0.0.weight")
     if first is not None and first.shape[:1] != (320,):
-        raise ValueError(f"{checkpoint.path}: the network is {first.shape[:1].numel()} channels wide, the published models are "
-                         "320. Give the YAML that it was trained with.")
+        raise ValueError(f"{checkpoint.path}: the network is {first.shape[:1].numel()} channels wide, the published "
+                         "models are 320. Give the YAML that it was trained with.")
     found = detect_variant(checkpoint.tensors, variant)
     return parse(published(found), f"DynamiCrafter {found}"), lambda arch: towers.VIT_H
 

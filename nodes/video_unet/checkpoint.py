@@ -10,13 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-<<<<<<< HEAD
 from ..common.core_nodes import make_clip_patcher
-from ..common.files import Checkpoint, check_keys
-=======
-from ..common.core_model import make_patcher
 from ..common.files import Checkpoint, check_keys, check_kinds
->>>>>>> 5ccac42 (Files: wrappers of training are left away in one place; kinds and ranges of every number, layer numbers and references of YAMLs are checked before anything is built; weights in 8 and 4 bits with scales go to the host's layers)
 from .base import make_model
 from .config import HEADER, VideoUNetConfig, from_json, to_json
 from .unet import VideoUNet

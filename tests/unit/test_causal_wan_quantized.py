@@ -29,7 +29,8 @@ def marked_in_header(found, scales):
 
 def old(found, scales):
     return found | {f"{layer}.scale_weight": scale for layer, scale in scales.items()} | {
-        f"{layer}.scale_input": torch.ones(()) for layer in scales} | {"scaled_fp8": torch.empty(0, dtype=EIGHT)}, HEADER
+        f"{layer}.scale_input": torch.ones(()) for layer in scales} | {
+        "scaled_fp8": torch.empty(0, dtype=EIGHT)}, HEADER
 
 
 def kijai(found, scales):
@@ -81,7 +82,8 @@ def test_what_core_saves_loads_again(tmp_path):
 def test_a_lora_on_it_its_fingerprint_and_its_training():
     found, scales, meant = stored()
     model = load(marked(found, scales)[0])
-    halves = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 48) * 0.1, "blocks.0.ffn.0.lora_B.weight": torch.ones(80, 2)}
+    halves = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 48) * 0.1,
+              "blocks.0.ffn.0.lora_B.weight": torch.ones(80, 2)}
     patched = add_lora(model, Checkpoint("lora.pt", halves, {}), 1.0)
     meant["blocks.0.ffn.0.weight"] = meant["blocks.0.ffn.0.weight"] + 0.2
     before = model_digests(model)
@@ -122,7 +124,7 @@ def test_four_bits():
 def test_formats_that_the_host_does_not_read(monkeypatch, format):
     monkeypatch.setattr(quantized, "host_formats", lambda: ["float8_e4m3fn"])
     found = tensors() | {"blocks.0.ffn.0.comfy_quant": mark(format=format)}
-    with pytest.raises(ValueError, match="blocks.0.ffn.0 holds weights in the format .*it reads float8_e4m3fn. Use the b"):
+    with pytest.raises(ValueError, match="blocks.0.ffn.0 holds weights in the format .*it reads float8_e4m3fn. Use"):
         load(found)
 
 
@@ -137,10 +139,10 @@ def test_a_host_without_such_layers(monkeypatch):
 @pytest.mark.parametrize("change, words", [
     (lambda f: f.pop("blocks.0.ffn.0.weight"), "marked as float8_e4m3fn, but its weight is missing"),
     (lambda f: f.update({"blocks.0.ffn.0.weight": torch.ones(80, 48)}), r"its weight is \[80, 48\], torch.float32"),
-    (lambda f: f.update({"blocks.1.ffn.0.weight": f["blocks.1.ffn.0.weight"][:40]}), r"is \[40, 48\], expected \[80, 4"),
+    (lambda f: f.update({"blocks.1.ffn.0.weight": f["blocks.1.ffn.0.weight"][:40]}), r"is \[40, 48\], expected \[80"),
     (lambda f: f.pop("blocks.0.ffn.0.weight_scale"), "ffn.0.weight_scale is missing. Expected: 1 scale"),
     (lambda f: f.update({"blocks.0.ffn.0.weight_scale": torch.ones(80, 1)}), r"weight_scale is \[80, 1\].*Expected: 1"),
-    (lambda f: f.update({"blocks.0.ffn.0.weight_scale": torch.tensor(0.0)}), r"weight_scale is \[\], \[0.0\]. Expected"),
+    (lambda f: f.update({"blocks.0.ffn.0.weight_scale": torch.tensor(0.0)}), r"weight_scale is \[\], \[0.0\]. Exp"),
     (lambda f: f.update({"blocks.0.ffn.0.weight_scale": torch.tensor(float("nan"))}), r"\[nan\]. Expected: 1 scale"),
     (lambda f: f.update({"blocks.0.ffn.0.comfy_quant": torch.ones(3)}), "comfy_quant is torch.float32.*byte by byte"),
     (lambda f: f.update({"blocks.0.ffn.0.comfy_quant": torch.ones(3, dtype=torch.uint8)}), "comfy_quant is not JSON"),

@@ -316,7 +316,8 @@ def test_every_entry_of_a_yaml_is_checked(tmp_path, part, entry, value, words):
 def test_a_yaml_resolves_nothing_but_plain_references(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SM_SECRET", "hunter2")
     path = tmp_path / "model.yaml"
-    path.write_text(f"model: {{params: {{timesteps: \"{text}\"}}}}\nb: {{c: '${{oc.env:SM_SECRET}}', d: b.c, e: [1]}}\n")
+    path.write_text(f"model: {{params: {{timesteps: \"{text}\"}}}}\n"
+                    "b: {c: '${oc.env:SM_SECRET}', d: b.c, e: [1]}\n")
     with pytest.raises(ValueError, match="is not resolved: only|is not a YAML") as refused:
         parse(read_yaml(path), "m.yaml")
     assert "hunter2" not in str(refused.value)
