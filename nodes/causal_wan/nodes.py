@@ -7,7 +7,8 @@ import folder_paths
 import node_helpers
 from comfy_api.latest import io
 
-from ..common.files import find_model, read_checkpoint
+from ..common.files import read_checkpoint
+from ..common.nodes import find_model
 from ..common.schema import schema
 from . import checkpoint as loader
 from .base import wan_params

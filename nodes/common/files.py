@@ -5,13 +5,9 @@ import pickle
 import re
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
-import folder_paths
 import safetensors
 import torch
-
-from .values import shown
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +53,6 @@ def read_checkpoint(path):
     if head[:1] == b"\x80":
         return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
     raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Give {FORMATS}.")
-
-
-def find_model(name, folders, builtin=()):
-    """Path of the file `name` in the first of ComfyUI's model `folders` that has it.
-
-    Only names that the folder lists are looked up: the host does not check those of a saved or written graph.
-    Raises ValueError with the names that there are, those of the pack's own models (`builtin`) first.
-    """
-    held = {folder: folder_paths.get_filename_list(folder) for folder in folders}
-    for folder, names in held.items():
-        if name in names:
-            return Path(folder_paths.get_full_path_or_raise(folder, name))
-    places = " or ".join(f"models/{folder}" for folder in folders)
-    known = dict.fromkeys([*builtin, *(name for names in held.values() for name in names)])
-    raise ValueError(f"There is no file {shown(name)} in {places}. Choose one of: {', '.join(known) or 'none there'}.")
 
 
 def _look(head):

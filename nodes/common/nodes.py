@@ -8,6 +8,7 @@ from comfy_api.latest import InputImpl, Types, io, ui
 
 from . import video as files
 from .schema import schema
+from .values import shown
 
 EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
 
@@ -88,3 +89,18 @@ def workflow_tags(hidden) -> dict:
     if hidden.prompt is not None:
         tags["prompt"] = hidden.prompt
     return tags
+
+
+def find_model(name, folders, builtin=()):
+    """Path of the file `name` in the first of ComfyUI's model `folders` that has it.
+
+    Only names that the folder lists are looked up: the host does not check those of a saved or written graph.
+    Raises ValueError with the names that there are, those of the pack's own models (`builtin`) first.
+    """
+    held = {folder: folder_paths.get_filename_list(folder) for folder in folders}
+    for folder, names in held.items():
+        if name in names:
+            return Path(folder_paths.get_full_path_or_raise(folder, name))
+    places = " or ".join(f"models/{folder}" for folder in folders)
+    known = dict.fromkeys([*builtin, *(name for names in held.values() for name in names)])
+    raise ValueError(f"There is no file {shown(name)} in {places}. Choose one of: {', '.join(known) or 'none there'}.")

@@ -10,7 +10,8 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..common.files import find_model, read_checkpoint
+from ..common.files import read_checkpoint
+from ..common.nodes import find_model
 from ..common.schema import schema
 from ..common.values import shown
 from . import checkpoint as loader

@@ -8,7 +8,8 @@ import node_helpers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..common.files import find_model, read_checkpoint
+from ..common.files import read_checkpoint
+from ..common.nodes import find_model
 from ..common.schema import schema
 from ..common.vae import fold_frames, pixel_vae
 from . import checkpoint as loader
