@@ -14,10 +14,7 @@ from core_release import Release, Signature
 from core_uses import GIVEN, GIVEN_CLASSES, Pack
 
 # What may stay as it is, and why. One that is found in no release any more has to go.
-EXCEPTIONS = {
-    "nodes/causal_wan/live.py: comfy.ldm.wan.vae.count_cache_layers is not there":
-        "until 0.12 it is count_conv3d, which is looked for first",
-}
+EXCEPTIONS: dict[str, str] = {}
 RECORDED = core_api.load()
 PACK = Pack.of_folder(Path(stillmotion.__file__).parent)
 
