@@ -10,37 +10,37 @@ from importlib.util import find_spec
 
 from .common.examples import offer_examples
 
-# (folder, class in its nodes.py), in menu order; the node's id is Stillmotion_<class without "Node" at its end>
+# (module, class), in menu order; the node's id is Stillmotion_<class without "Node" at its end>
 NODES = [
-    ("dynamicrafter", "LoadDynamiCrafter"),
-    ("dynamicrafter", "DynamiCrafterImageToVideo"),
-    ("sampling", "DDIMSampler"),
-    ("sampling", "DDIMSamplerSelect"),
-    ("sampling", "SamplingReport"),
-    ("diagnosis", "DiagnoseModel"),
-    ("causal_wan", "LoadCausalWan"),
-    ("causal_wan", "CausalWanImageToVideo"),
-    ("causal_wan", "PromptTimelineNode"),
-    ("causal_wan.sampling", "BlockAutoregressiveSampler"),
-    ("causal_wan.sampling", "BlockAutoregressiveToFile"),
-    ("video_unet", "LoadVideoUNet"),
-    ("video_unet", "VideoUNetConditions"),
-    ("training.trainer", "TrainVideoModel"),
-    ("training.data_sets", "VideoFolderNode"),
-    ("training.data_sets", "MovingShapesNode"),
-    ("training.data_sets", "LatentShardsNode"),
-    ("training.data_sets", "DataSetClip"),
-    ("training.data_sets", "EvaluateVideo"),
-    ("common", "SaveVideo"),
+    ("dynamicrafter.nodes", "LoadDynamiCrafter"),
+    ("dynamicrafter.nodes", "DynamiCrafterImageToVideo"),
+    ("ddim.nodes", "DDIMSampler"),
+    ("ddim.nodes", "DDIMSamplerSelect"),
+    ("ddim.nodes", "SamplingReport"),
+    ("diagnosis.nodes", "DiagnoseModel"),
+    ("causal_wan.nodes_loading", "LoadCausalWan"),
+    ("causal_wan.nodes_loading", "CausalWanImageToVideo"),
+    ("causal_wan.nodes_loading", "PromptTimelineNode"),
+    ("causal_wan.nodes_sampling", "BlockAutoregressiveSampler"),
+    ("causal_wan.nodes_sampling", "BlockAutoregressiveToFile"),
+    ("video_unet.nodes", "LoadVideoUNet"),
+    ("video_unet.nodes", "VideoUNetConditions"),
+    ("training.nodes", "TrainVideoModel"),
+    ("training.data.nodes", "VideoFolderNode"),
+    ("training.data.nodes", "MovingShapesNode"),
+    ("training.data.nodes", "LatentShardsNode"),
+    ("training.data.nodes", "DataSetClip"),
+    ("evaluation.nodes", "EvaluateVideo"),
+    ("common.nodes", "SaveVideo"),
 ]
 
 
 def load_nodes(listed):
     """The node classes of `listed`, shaped as NODES; those that do not load are left out, and named in the log."""
     loaded, lost = [], {}
-    for family, name in listed:
+    for module, name in listed:
         try:
-            node = getattr(import_module(f".{family}.nodes", __name__), name)
+            node = getattr(import_module(f".{module}", __name__), name)
             node.GET_SCHEMA()  # ComfyUI asks for it next, and would drop the whole pack where one schema fails
         except Exception as error:  # whatever it is, the other nodes can do without
             cause = " ".join(f"{type(error).__name__}: {error}".split())

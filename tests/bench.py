@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent / "workflows"), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent / "workflows" / "runner"), str(TESTS)]
 
 import bench_causal_wan  # noqa: E402
 import bench_dynamicrafter  # noqa: E402

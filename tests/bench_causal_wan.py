@@ -41,7 +41,7 @@ def load_model(options):
     import torch
     from comfy import model_management
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.diffusion.attention import torch_attention
+    from stillmotion.nodes.common.attention import torch_attention
     from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
@@ -112,7 +112,7 @@ def plain_loop(model, conditionings, shape, settings, seed, keep_context):
     """The latent [1, C, T, h, w] in the VAE's scale; nothing of the host around the network."""
     import torch
     from stillmotion.nodes.causal_wan.noise import seeded_noise
-    from stillmotion.nodes.causal_wan.sampler import inference_dtype, parse_steps
+    from stillmotion.nodes.causal_wan.run import inference_dtype, parse_steps
     from stillmotion.nodes.causal_wan.schedule import make_steps, predict_x0, renoise
 
     base, device, dtype = model.model, model.load_device, inference_dtype(model.model)
@@ -187,7 +187,7 @@ def compiled(model):
 
 
 def make_settings(options, windowed):
-    from stillmotion.nodes.causal_wan.sampler import BlockSettings
+    from stillmotion.nodes.causal_wan.run import BlockSettings
     sink = options.block if options.sink is None else options.sink
     return BlockSettings(
         steps=options.steps, first_steps="", shift=5.0, warp=True, block=options.block, independent_first=False,
@@ -198,7 +198,7 @@ def make_settings(options, windowed):
 def make_loops(model, running, settings, conditionings, shape):
     """The loops to compare by name, each without arguments; `running` is the model of ours, compiled or not."""
     import torch
-    from stillmotion.nodes.causal_wan.sampler import prepare
+    from stillmotion.nodes.causal_wan.run import prepare
 
     def ours(chosen=running):
         latent = {"samples": torch.zeros(shape)}
@@ -214,7 +214,7 @@ def measure_length(options, model, running, settings, shape, words):
     """Figures of one length, with a window or without."""
     import torch
     from stillmotion.nodes.causal_wan.cache import KVCache
-    from stillmotion.nodes.causal_wan.sampler import inference_dtype, make_plan
+    from stillmotion.nodes.causal_wan.run import inference_dtype, make_plan
 
     params, device = model.model.wan_params, model.load_device
     frames, height, width = shape[2:]

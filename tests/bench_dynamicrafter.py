@@ -83,8 +83,8 @@ def make_conditioning(loaded, width, height, frames):
 
 
 def make_settings(options):
-    from stillmotion.nodes.diffusion.ddim import Clip
-    from stillmotion.nodes.sampling.sampler import DDIMSettings
+    from stillmotion.nodes.ddim.step import Clip
+    from stillmotion.nodes.ddim.sampler import DDIMSettings
 
     return DDIMSettings(
         steps=options.steps, cfg=options.cfg, eta=1.0, spacing="auto", guidance_rescale=-1.0, denoise=1.0,
@@ -95,9 +95,9 @@ def plain_loop(model, positive, negative, shape, settings, seed):
     """Two passes a step, nothing kept between steps, no host around it: the latent [B, 4, T, h, w], VAE scale."""
     import comfy.sample
     import torch
-    from stillmotion.nodes.diffusion import guidance
-    from stillmotion.nodes.diffusion.ddim import ddim_step
-    from stillmotion.nodes.sampling.sampler import make_sampler, seeded_noise
+    from stillmotion.nodes.ddim import guidance
+    from stillmotion.nodes.ddim.step import ddim_step
+    from stillmotion.nodes.ddim.sampler import make_sampler, seeded_noise
 
     base, device = model.model, model.load_device
     dtype = base.manual_cast_dtype or base.get_dtype()
@@ -129,7 +129,7 @@ def plain_loop(model, positive, negative, shape, settings, seed):
 def measure(options, folder):
     """All figures of one model as a dict."""
     import torch
-    from stillmotion.nodes.sampling.sampler import sample_latent
+    from stillmotion.nodes.ddim.sampler import sample_latent
 
     loaded, load_seconds, name, width, height, frames = load_model(options, folder)
     model, settings = loaded.model, make_settings(options)

@@ -1,7 +1,7 @@
 """A tiny causal Wan with random weights, and the block loop evaluated the slow way: without cache, video by video."""
 
 import torch
-from stillmotion.nodes.diffusion.attention import torch_attention
+from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.blocks import BlockLoop, Plan
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams

@@ -6,7 +6,7 @@ import torch
 from causal_wan_stub import SIZES, load
 from causal_wan_stub import tensors as weak_tensors
 from stillmotion.nodes.causal_wan.conditioning import START_KEY
-from stillmotion.nodes.causal_wan.sampler import BlockSettings, prepare
+from stillmotion.nodes.causal_wan.run import BlockSettings, prepare
 from stillmotion.nodes.causal_wan.timeline import PromptTimeline
 
 HEIGHT, WIDTH = 4, 6

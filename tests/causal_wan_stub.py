@@ -6,7 +6,7 @@ from functools import cache
 import comfy.model_management
 import torch
 from stillmotion.nodes.causal_wan import checkpoint as loader
-from stillmotion.nodes.diffusion.attention import torch_attention
+from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
 from stillmotion.nodes.common.files import Checkpoint, unwrapped
 

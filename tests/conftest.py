@@ -37,6 +37,6 @@ def import_pack():
     spec.loader.exec_module(module)
 
 
-sys.path += [str(PACK / "workflows"), str(PACK / "tests")]
+sys.path += [str(PACK / "workflows" / "runner"), str(PACK / "workflows"), str(PACK / "tests")]
 use_comfyui(comfyui_root())
 import_pack()

@@ -20,7 +20,7 @@ GIVEN = {"clip": "comfy.sd.CLIP", "clip_vision": "comfy.clip_vision.ClipVisionMo
          "model": "comfy.model_patcher.ModelPatcher", "patcher": "comfy.model_patcher.ModelPatcher",
          "vae": "comfy.sd.VAE"}
 # Files whose `model` is another.
-OTHER_MODEL = {"nodes/causal_wan/engine.py": "comfy.model_base.BaseModel", "nodes/diffusion/official.py": "elsewhere"}
+OTHER_MODEL = {"nodes/causal_wan/sampler.py": "comfy.model_base.BaseModel", "nodes/ddim/official.py": "elsewhere"}
 
 
 class Ref(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 PACK = TESTS.parent
-sys.path[:0] = [str(PACK / "workflows"), str(TESTS)]
+sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 
 import host  # noqa: E402
 

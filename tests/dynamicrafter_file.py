@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from stillmotion.nodes.common import clip as towers
 from stillmotion.nodes.common.vae import vae_shapes
-from stillmotion.nodes.diffusion.attention import torch_attention
+from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.dynamicrafter.config import parse, published
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet
 

@@ -1,12 +1,12 @@
 """A small DynamiCrafter with random weights as a MODEL, and what the tests need around it."""
 import torch
-from stillmotion.nodes.diffusion.attention import torch_attention
-from stillmotion.nodes.diffusion.ddim import Clip
-from stillmotion.nodes.diffusion.schedule import DiffusionParams
+from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.ddim.step import Clip
+from stillmotion.nodes.ddim.schedule import DiffusionParams
 from stillmotion.nodes.dynamicrafter import base
 from stillmotion.nodes.dynamicrafter.resampler import ResamplerParams
 from stillmotion.nodes.dynamicrafter.unet import UNetParams, VideoUNet
-from stillmotion.nodes.sampling.sampler import DDIMSettings, sample_latent
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 
 RESAMPLER = ResamplerParams(dim=16, depth=1, dim_head=8, heads=2, num_queries=4, embedding_dim=24, output_dim=16,
                             ff_mult=2, video_length=4)

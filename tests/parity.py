@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent / "workflows"), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent / "workflows" / "runner"), str(TESTS)]
 
 import host  # noqa: E402
 import parity_causal_wan  # noqa: E402

@@ -46,9 +46,9 @@ def network_outputs(loaded, case: dict, given: dict, ours: dict) -> dict:
 def sampling_run(loaded, case: dict, given: dict, ours: dict, eta: int) -> dict:
     """A whole run of the sampler, the recorded noise injected, and its decoded video."""
     import torch
-    from stillmotion.nodes.diffusion.ddim import Clip
-    from stillmotion.nodes.diffusion.schedule import make_timesteps
-    from stillmotion.nodes.sampling.sampler import DDIMSettings, make_sampler, sample_latent
+    from stillmotion.nodes.ddim.step import Clip
+    from stillmotion.nodes.ddim.schedule import make_timesteps
+    from stillmotion.nodes.ddim.sampler import DDIMSettings, make_sampler, sample_latent
     shared = {"concat_latent_image": ours["condition"], "frame_stride": case["fs"]}
     positive = [[ours["text_emb"], {**shared, "image_tokens": ours["clip_image_tokens"]}]]
     negative = [[ours["text_emb_empty"], {**shared, "image_tokens": ours["clip_image_tokens_uncond"]}]]
@@ -76,7 +76,7 @@ def sampling_run(loaded, case: dict, given: dict, ours: dict, eta: int) -> dict:
 def schedule(loaded, expected: dict) -> dict:
     """The float64 schedule, and the official timestep tables as the switch `original` reproduces them."""
     import torch
-    from stillmotion.nodes.diffusion.schedule import make_alphas_cumprod, make_scale_arr, make_timesteps
+    from stillmotion.nodes.ddim.schedule import make_alphas_cumprod, make_scale_arr, make_timesteps
     params = loaded.model.model.diffusion_params
     out = {"alphas_cumprod": make_alphas_cumprod(params)}
     if params.base_scale is not None:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "workflows")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "workflows" / "runner")]
 
 import host  # noqa: E402
 from nodes import NODES  # noqa: E402

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent / "workflows"))
+sys.path.insert(0, str(TESTS.parent / "workflows" / "runner"))
 
 import host  # noqa: E402
 

@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()
@@ -60,8 +62,8 @@ def parse(arguments):
 
 
 def make_shapes(options):
-    from stillmotion.nodes.training.dataset import MovingShapes
-    from stillmotion.nodes.training.folders import write_shapes
+    from stillmotion.nodes.training.data.clips import MovingShapes
+    from stillmotion.nodes.training.data.folders import write_shapes
     shapes = MovingShapes(options.count, options.num_frames, options.frame_size, held_out=options.held_out,
                           seed=options.seed)
     write_shapes(shapes, options.folder)
@@ -69,7 +71,7 @@ def make_shapes(options):
 
 
 def open_folder(options, **settings):
-    from stillmotion.nodes.training.folders import VideoFolder
+    from stillmotion.nodes.training.data.folders import VideoFolder
     return VideoFolder(options.folder, options.num_frames, options.frame_size, stride=options.stride,
                        sizes="same" if options.same_size else "any", **settings)
 
@@ -86,8 +88,8 @@ def check_folder(options):
 
 
 def pack_folder(options):
-    from stillmotion.nodes.training.shards import LatentShards, pack
-    from stillmotion.nodes.training.trainer.encoding import Encoders
+    from stillmotion.nodes.training.data.shards import LatentShards, pack
+    from stillmotion.nodes.training.encoding import Encoders
     clips = open_folder(options, problems=options.problems, max_samples=options.max_samples)
     encode = Encoders(load_vae(options.vae), None, None).latent
     pack(clips, options.output, encode, Path(options.vae).name, per_shard=options.per_shard,

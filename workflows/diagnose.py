@@ -19,6 +19,8 @@ import signal
 import sys
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()

@@ -20,6 +20,8 @@ import urllib.error
 import urllib.parse
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()
@@ -27,7 +29,7 @@ host.check_python()
 import client  # noqa: E402
 import graph  # noqa: E402
 import pipeline  # noqa: E402
-from run import Progress  # noqa: E402
+from progress import Progress  # noqa: E402
 
 LOADER = "Stillmotion_LoadVideoUNet"
 CONDITIONS = "Stillmotion_VideoUNetConditions"

@@ -17,12 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()
 
 import client  # noqa: E402
 import pipeline  # noqa: E402
+from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # the workflow has its prompt
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tiff")
@@ -111,26 +114,6 @@ def jobs(options):
     texts = [(image, image.with_suffix(".txt")) for image in images]
     return [(image, text.read_text(encoding="utf-8").strip(), folder / image.stem)
             for image, text in texts if text.is_file()]
-
-
-class Progress:
-    """One line that grows on a terminal, one line a step elsewhere."""
-
-    def __init__(self):
-        self.node = None
-        self.start = time.monotonic()
-
-    def __call__(self, node, value, maximum):
-        if node != self.node:
-            self.close()
-            self.node = node
-        end = "\r" if sys.stdout.isatty() else "\n"
-        print(f"  {node}: {value}/{maximum}, {time.monotonic() - self.start:.1f} s ", end=end, flush=True)
-
-    def close(self):
-        if self.node and sys.stdout.isatty():
-            print()
-        self.node = None
 
 
 def animate(pipe, options):

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 FRAME, GAP = 192, 4  # pixels

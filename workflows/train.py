@@ -20,6 +20,8 @@ import signal
 import sys
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()
@@ -53,10 +55,10 @@ def train(settings):
     """Train as the settings say; returns the result's path."""
     import torch
     from stillmotion.nodes.training.parallel import make_processes
-    from stillmotion.nodes.training.trainer import parts
-    from stillmotion.nodes.training.trainer.families import make_family
-    from stillmotion.nodes.training.trainer.inflate import inflate
-    from stillmotion.nodes.training.trainer.run import Training
+    from stillmotion.nodes.training import load as parts
+    from stillmotion.nodes.training.families.registry import make_family
+    from stillmotion.nodes.training.families.inflate import inflate
+    from stillmotion.nodes.training.run import Training
 
     processes = make_processes(settings.mixed_precision, parts.choose_device(settings.device))
     stop, result = Stop(), Path(settings.output)
@@ -79,7 +81,7 @@ def main():
     early.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
     early.add_argument("--config", type=Path, help="YAML file with settings")
     inprocess.import_pack(host.reexec(early.parse_known_args()[0].comfyui))
-    from stillmotion.nodes.training.trainer.config import add_flags, make_config
+    from stillmotion.nodes.training.config import add_flags, make_config
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[early])
     add_flags(parser)

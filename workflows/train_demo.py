@@ -10,6 +10,8 @@ import argparse
 import logging
 from pathlib import Path
 
+import runner  # noqa: F401  brings host, client, ... within reach
+
 import host
 
 host.check_python()
@@ -30,10 +32,10 @@ def main():
     import conftest  # noqa: F401  ComfyUI and the pack, importable without a server
     import torch
     torch.set_num_threads(options.threads)
-    from stillmotion.nodes.training.causal_wan_demo import make_causal_wan_demo
-    from stillmotion.nodes.training.demo import make_demo
-    from stillmotion.nodes.training.early_demo import make_early_demo
-    from stillmotion.nodes.training.video_unet_demo import make_video_unet_demo
+    from stillmotion.nodes.training.recipes.causal_wan import make_causal_wan_demo
+    from stillmotion.nodes.training.recipes.dynamicrafter_64 import make_demo
+    from stillmotion.nodes.training.recipes.video_unet_early import make_early_demo
+    from stillmotion.nodes.training.recipes.video_unet import make_video_unet_demo
     make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo,
             "video_unet": make_video_unet_demo, "early": make_early_demo}[options.family]
     name = "video_unet_early" if options.family == "early" else f"{options.family}_demo"

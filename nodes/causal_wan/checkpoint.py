@@ -16,18 +16,16 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ..common.core_model import make_patcher
+from ..common.core_model import check_weight_dtype, make_patcher, storage_dtype
 from ..common.files import check_keys, check_kinds, take_prefix
 from ..common.quantized import Quantized, take_quantized
 from ..common.values import DEEPEST, flag, number, parse_json, shown, whole
 from .base import make_model
-from .families import check_family
+from .foreign import check_family
 from .model import PATCH, CausalWan, WanParams
 
 log = logging.getLogger(__name__)
 
-WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-                 "fp8_e4m3fn": torch.float8_e4m3fn}
 WEIGHTS = ("auto", "ema", "raw")
 
 RAW, EMA = "generator.", "generator_ema."
@@ -59,8 +57,7 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
     `WEIGHT_DTYPES`. Raises ValueError for another model family or variant, for a key that is missing, unknown or of
     another shape, and for unknown options.
     """
-    if weight_dtype not in (*WEIGHT_DTYPES,):
-        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    check_weight_dtype(weight_dtype)
     path = checkpoint.path
     header = read_header(checkpoint.metadata, path)
     _say_if_not_causal(checkpoint, header)
@@ -74,8 +71,7 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
     params = detect(tensors, header.heads, path, quantized)
     expected = expected_shapes(params)
     _check(tensors, quantized, dict(expected))
-    dtype = WEIGHT_DTYPES[weight_dtype] or _auto_dtype(tensors, quantized)
-    model = make_model(params, header.scale_factor, dtype, quantized)
+    model = make_model(params, header.scale_factor, storage_dtype(weight_dtype, tensors, quantized), quantized)
     network = model.diffusion_model
     log.info("%s: causal Wan %s, %d layers, %d wide, %d heads; %d of %d keys found, none left over%s.", path,
              "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
@@ -244,13 +240,6 @@ def _say_if_not_causal(checkpoint, header):
         log.warning("%s does not say that it is causal, neither in its header nor by its name. Bidirectional Wan has "
                     "the same keys and loads too, but its videos fall apart from block to block. Use a causal model; "
                     "if it is one, name the file so.", checkpoint.path)
-
-
-def _auto_dtype(tensors, quantized):
-    """Of the weights that are not quantised; beside such, whatever the device computes in."""
-    numbers = sum(value.numel() for value in (*tensors.values(), *(layer.weight for layer in quantized.values())))
-    return comfy.model_management.unet_dtype(
-        model_params=numbers, weight_dtype=None if quantized else comfy.utils.weight_dtype(tensors))
 
 
 def _cast(value, dtype):

@@ -9,11 +9,15 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from .quantized import Quantized
 
+# names of the loaders' weight_dtype; auto: as ComfyUI decides for this device
+WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+                 "fp8_e4m3fn": torch.float8_e4m3fn}
 
 class ClipLatent(comfy.latent_formats.SD15):
     """Clips [B, C, T, h, w] of Stable Diffusion's latents (or of pixels, C = 3), multiplied by one factor."""
@@ -86,6 +90,20 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
         config.supported_inference_dtypes)
     config.set_inference_dtype(weight_dtype, compute_dtype)
     return config.get_model({}, device=torch.device(device))
+
+
+def check_weight_dtype(name: str, names=tuple(WEIGHT_DTYPES)) -> None:
+    """Raise ValueError for a `weight_dtype` that is none of `names`."""
+    if name not in names:
+        raise ValueError(f"Weight dtype {name!r} is unknown: choose one of {', '.join(names)}.")
+
+
+def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quantized | None = None) -> torch.dtype:
+    """Type in which a network's weights are kept; beside quantised layers "auto" is what the device computes in."""
+    weights = [*tensors.values(), *(layer.weight for layer in (quantized or {}).values())]
+    return WEIGHT_DTYPES[name] or comfy.model_management.unet_dtype(
+        model_params=sum(weight.numel() for weight in weights),
+        weight_dtype=None if quantized else comfy.utils.weight_dtype(tensors))
 
 
 def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import folder_paths
 import latent_preview
-import numpy as np
 import torch
 from comfy_api.latest import io
 
+from ..common.drawing import as_images
 from ..common.schema import schema
-from ..diffusion.ddim import CLIP_MODES
+from ..ddim.step import CLIP_MODES
 from .plot import draw_diagnosis
 from .run import DEPTHS, Request, diagnose
 
@@ -73,10 +73,9 @@ class DiagnoseModel(io.ComfyNode):
         request = Request(seed, steps, cfg, clip_x0, clip_value, depth, compare_clipping, _path(checkpoint))
         found, frames = diagnose(model, positive, negative, latent, vae, request, reference,
                                  latent_preview.prepare_callback(model, steps))
-        plot_HWC = np.asarray(draw_diagnosis(found), dtype=np.float32) / 255
         if frames is None:
             frames = torch.full((1, 64, 64, 3), 0.5)
-        return io.NodeOutput(torch.from_numpy(plot_HWC)[None], found.text(), found.level, frames,
+        return io.NodeOutput(as_images(draw_diagnosis(found)), found.text(), found.level, frames,
                              ui={"diagnosis": [found.data()]})
 
 

@@ -3,8 +3,9 @@ import textwrap
 
 from PIL import Image
 
-from ..diffusion.diagnosis import Diagnosis
-from ..sampling.plot import HEIGHT, INK, LEFT, LEVELS, PAPER, SCALE, WIDTH, Pen, draw_report
+from .judgement import Diagnosis
+from ..common.drawing import INK, LEVELS, PAPER, Pen, blank, shrink
+from ..ddim.plot import HEIGHT, LEFT, WIDTH, draw_report
 
 LINE, TOP, CHARACTERS = 19, 60, 112
 
@@ -13,7 +14,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Image.Image:
     """RGB picture, WIDTH pixels wide and as high as its findings need."""
     texts = [textwrap.wrap(f"{f.topic}: {f.text}", CHARACTERS) for f in diagnosis.findings]
     height = TOP + LINE * sum(len(lines) + 1 for lines in texts)
-    image = Image.new("RGB", (WIDTH * SCALE, height * SCALE), PAPER)
+    image = blank(WIDTH, height)
     pen = Pen(image)
     _badge(pen, diagnosis.level, 32, 17)
     pen.text(LEFT + 110, 32, "Diagnosis", 17, INK, "lm")
@@ -24,7 +25,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Image.Image:
             pen.text(LEFT + 110, y, line, 13, INK, "lm")
             y += LINE
         y += LINE
-    image = image.resize((WIDTH, height), Image.Resampling.LANCZOS)
+    image = shrink(image)
     if diagnosis.report is None:
         return image
     both = Image.new("RGB", (WIDTH, height + HEIGHT), PAPER)

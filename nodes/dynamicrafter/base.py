@@ -13,7 +13,7 @@ from ..common import core_model
 from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
                                  check_width)
 from ..common.core_nodes import ClipModel, make_clip_patcher
-from ..diffusion.schedule import DiffusionParams, make_scale_arr
+from ..ddim.schedule import DiffusionParams, make_scale_arr
 from .unet import UNetParams, VideoUNet
 
 IMAGE_PROJECTOR = "image_proj_model."

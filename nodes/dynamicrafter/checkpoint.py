@@ -9,11 +9,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.model_management
-import comfy.utils
 import torch
 
 from ..common import clip as towers
+from ..common.core_model import WEIGHT_DTYPES, check_weight_dtype, storage_dtype
 from ..common.files import check_keys, check_kinds, take_prefix
 from ..common.vae import VideoVAE, vae_shapes
 from ..common.values import parse_json
@@ -22,8 +21,6 @@ from .config import VARIANTS, parse, published, read_yaml
 
 log = logging.getLogger(__name__)
 
-WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-                 "fp8_e4m3fn": torch.float8_e4m3fn}
 
 UNET, RESAMPLER, VAE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
 TEXT, VISION = "cond_stage_model.model.", "embedder.model.visual."
@@ -90,17 +87,16 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     """
     if variant not in ("auto", *VARIANTS):
         raise ValueError(f"Variant {variant!r} is unknown: choose one of auto, {', '.join(VARIANTS)}.")
-    if weight_dtype not in (*WEIGHT_DTYPES,):
-        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    check_weight_dtype(weight_dtype)
     tensors = checkpoint.tensors
     check_family(checkpoint)
     check_kinds(checkpoint.path, {key: value for key, value in tensors.items()
                                   if key not in UNUSED and not key.startswith(TRAINING)})
     config, clip_config = find_config(checkpoint, variant, yaml_path)
-    dtype = WEIGHT_DTYPES[weight_dtype]
-    tower_dtype = None if weight_dtype == "fp8_e4m3fn" else dtype
+    tower_dtype = None if weight_dtype == "fp8_e4m3fn" else WEIGHT_DTYPES[weight_dtype]
 
-    model = make_model(config.unet, config.diffusion, config.scale_factor, dtype or _auto_dtype(tensors))
+    dtype = storage_dtype(weight_dtype, {key: value for key, value in tensors.items() if key.startswith(UNET)})
+    model = make_model(config.unet, config.diffusion, config.scale_factor, dtype)
     network = model.diffusion_model
     text = towers.text_config(clip_config(config.text_arch)) if _has(tensors, TEXT) else None
     vision = towers.vision_config(clip_config(config.vision_arch)) if _has(tensors, VISION) else None
@@ -244,13 +240,6 @@ def _leave_aside(checkpoint):
                "They belong to no part of DynamiCrafter: another model or an extension was merged into this file.")
     for key in rest:
         tensors.pop(key)
-
-
-def _auto_dtype(tensors):
-    weights = {key: value for key, value in tensors.items() if key.startswith(UNET)}
-    return comfy.model_management.unet_dtype(
-        model_params=sum(value.numel() for value in weights.values()),
-        weight_dtype=comfy.utils.weight_dtype(weights))
 
 
 def _cast(value, dtype):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ..common.values import flag, number, shown, whole, wholes, word
-from ..diffusion.schedule import DiffusionParams
+from ..ddim.schedule import DiffusionParams
 from .resampler import ResamplerParams
 from .unet import UNetParams
 

@@ -10,6 +10,8 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..common.core_model import WEIGHT_DTYPES
+from ..common.demo import DYNAMICRAFTER
 from ..common.files import read_checkpoint
 from ..common.nodes import find_model
 from ..common.schema import schema
@@ -18,7 +20,6 @@ from . import checkpoint as loader
 from .conditioning import MODES, image_conditions
 from .config import VARIANTS
 
-DEMO = Path(__file__).parents[1] / "demo" / "dynamicrafter_demo.safetensors"
 
 # Shown by the node that needs the part, where a pruned file lacks it.
 MISSING = {
@@ -49,7 +50,7 @@ class LoadDynamiCrafter(io.ComfyNode):
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="Read from the file with auto. Only 512 and 512_interp look the same: choose "
                                        "512_interp for the two-image model. Not used with a YAML or for demo."),
-                io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device. "
                                        "fp8_e4m3fn halves the memory of fp16 (the towers and VAE keep more)."),
                 io.String.Input("yaml", default="",
@@ -139,7 +140,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
 
 def _paths(name, yaml):
     """Checkpoint and YAML (None where none is named) as paths; names are taken as relative to the model folders."""
-    path = DEMO if name == "demo" else find_model(name, ("checkpoints",), ["demo"])
+    path = DYNAMICRAFTER if name == "demo" else find_model(name, ("checkpoints",), ["demo"])
     if not yaml:
         return path, None
     folders = [path.parent, *map(Path, folder_paths.get_folder_paths("configs"))]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion.patches import join_skip, open_options, patch_hidden
+from ..common.patches import join_skip, open_options, patch_hidden
 from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
 from .resampler import Resampler, ResamplerParams
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
+from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
 
 @dataclass

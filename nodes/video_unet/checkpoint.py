@@ -4,12 +4,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..common.core_model import check_weight_dtype, storage_dtype
 from ..common.core_nodes import make_clip_patcher
 from ..common.files import Checkpoint, check_keys, check_kinds
 from .base import make_model
@@ -18,7 +17,7 @@ from .unet import VideoUNet
 
 log = logging.getLogger(__name__)
 
-WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_DTYPES = ("auto", "fp32", "bf16", "fp16")
 PREFIX = "model.diffusion_model."  # of core's Save Model
 MARKS = ("v_pred", "ztsnr")        # empty tensors by which it says what is in our configuration already
 
@@ -56,15 +55,12 @@ def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[Video
     `network`: the subclass of `VideoUNet` that the file was trained as. Raises ValueError for files of another kind,
     for a key that is missing, unknown or of another shape, and for unknown options.
     """
-    if weight_dtype not in (*WEIGHT_DTYPES,):
-        raise ValueError(f"Weight dtype {weight_dtype!r} is unknown: choose one of {', '.join(WEIGHT_DTYPES)}.")
+    check_weight_dtype(weight_dtype, WEIGHT_DTYPES)
     config = read_config(checkpoint)
     tensors = {key.removeprefix(PREFIX): checkpoint.tensors.pop(key) for key in list(checkpoint.tensors)}
     tensors = {key: value for key, value in tensors.items() if key not in MARKS}
     check_kinds(checkpoint.path, tensors)
-    dtype = WEIGHT_DTYPES[weight_dtype] or comfy.model_management.unet_dtype(
-        model_params=sum(value.numel() for value in tensors.values()), weight_dtype=comfy.utils.weight_dtype(tensors))
-    model = make_model(config, dtype, network)
+    model = make_model(config, storage_dtype(weight_dtype, tensors), network)
     net = model.diffusion_model
     check_keys(f"network of {checkpoint.path}", tensors, {key: value.shape for key, value in net.state_dict().items()},
                "The file is damaged, or was trained as a subclass of the network: load it with that class.")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 from ..common.values import number, parse_json, shown, whole, wholes
-from ..diffusion.schedule import DiffusionParams
+from ..ddim.schedule import DiffusionParams
 from .unet import VideoUNetParams
 
 HEADER = "stillmotion.video_unet"                # entry of the .safetensors header

@@ -1,13 +1,13 @@
 """Nodes of the video U-Net family."""
 
 from hashlib import sha256
-from pathlib import Path
 
 import folder_paths
 import node_helpers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..common.demo import VIDEO_UNET, VIDEO_UNET_EARLY
 from ..common.files import read_checkpoint
 from ..common.nodes import find_model
 from ..common.schema import schema
@@ -16,7 +16,7 @@ from . import checkpoint as loader
 from .base import VideoUNetModel
 from .conditioning import GIVEN, clip_conditions
 
-DEMOS = {"demo": "video_unet_demo.safetensors", "demo, early in training": "video_unet_early.safetensors"}
+DEMOS = {"demo": VIDEO_UNET, "demo, early in training": VIDEO_UNET_EARLY}
 FOLDERS = ("checkpoints", "diffusion_models")
 
 
@@ -132,5 +132,5 @@ def _names():
 
 def _path(name):
     if name in (*DEMOS,):
-        return Path(__file__).parents[1] / "demo" / DEMOS[name]
+        return DEMOS[name]
     return find_model(name, FOLDERS, DEMOS)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..diffusion.attention import torch_attention
-from ..diffusion.patches import join_skip, open_options, patch_hidden
+from ..common.attention import torch_attention
+from ..common.patches import join_skip, open_options, patch_hidden
 from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention, sinusoids
 
 GROUPS = 16  # of every group norm; channel numbers are multiples of it

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PACK / "workflows"))
+sys.path.insert(0, str(PACK / "workflows" / "runner"))
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from client import JobError
 from saved_frames import lossless_frames
-from stillmotion.nodes.training import data
+from stillmotion.nodes.training.data import shapes as data
 from tracking import track
 
 SAMPLER = "Stillmotion_DDIMSampler"

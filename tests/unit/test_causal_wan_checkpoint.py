@@ -10,7 +10,7 @@ from causal_wan_stub import HEADER, NETWORK, SIZES, load, prefixed, same, tensor
 from safetensors.torch import save_file
 from core_calls import saved_by_core
 from stillmotion.nodes.causal_wan import checkpoint as loader
-from stillmotion.nodes.diffusion.attention import torch_attention
+from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 

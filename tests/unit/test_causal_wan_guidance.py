@@ -7,7 +7,7 @@ import torch
 from causal_wan_run_stub import conditioning, distance, latent, sample, settings, tensors
 from causal_wan_stub import load
 from comfy_extras import nodes_cfg, nodes_context_windows, nodes_easycache, nodes_model_advanced, nodes_rope
-from stillmotion.nodes.causal_wan.sampler import prepare
+from stillmotion.nodes.causal_wan.run import prepare
 
 
 @pytest.fixture(autouse=True)

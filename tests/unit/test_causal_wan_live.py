@@ -19,16 +19,15 @@ from causal_wan_run_stub import HEIGHT, WIDTH, conditioning, draw, latent, make_
 from causal_wan_stub import load
 from core_calls import with_hidden
 from PIL import Image
-from stillmotion.nodes.causal_wan import nodes as loaders
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, StartFrames
 from stillmotion.nodes.causal_wan.live import LiveDecoder, check_vae, decode_bytes, moving_picture
-from stillmotion.nodes.causal_wan.sampler import prepare
-from stillmotion.nodes.causal_wan.sampling import nodes
+from stillmotion.nodes.causal_wan.run import prepare
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
+from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.video import encode_mp4, frames_uint8
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 
-DEMO = loaders.DEMO.with_name("dynamicrafter_demo.safetensors")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from causal_wan_stub import HEADER, LAYERS, load, lora_halves, named, run, same, tensors, weights_of
 from safetensors.torch import save_file
-from stillmotion.nodes.causal_wan import nodes
+from stillmotion.nodes.causal_wan import nodes_loading as nodes
 from stillmotion.nodes.causal_wan.lora import add_lora
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 

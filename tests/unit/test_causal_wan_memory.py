@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from causal_wan_stub import load, tensors
-from stillmotion.nodes.causal_wan.sampler import BlockSettings, prepare
+from stillmotion.nodes.causal_wan.run import BlockSettings, prepare
 from stillmotion.nodes.causal_wan.timeline import PromptTimeline
 
 BLOCK, BLOCKS, SIDE, CHANNELS = 1, 200, 8, 16

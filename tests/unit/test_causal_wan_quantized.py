@@ -12,7 +12,7 @@ from stillmotion.nodes.causal_wan.fingerprint import model_digests
 from stillmotion.nodes.causal_wan.lora import add_lora
 from stillmotion.nodes.common import quantized
 from stillmotion.nodes.common.files import Checkpoint
-from stillmotion.nodes.training.trainer.base import plain_weights
+from stillmotion.nodes.training.families.base import plain_weights
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from causal_wan_stub import load
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.fingerprint import digest, model_digests
 from stillmotion.nodes.causal_wan.resume import BlockFolder
-from stillmotion.nodes.causal_wan.sampling import nodes
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ from stillmotion.nodes.causal_wan import conditioning
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-from stillmotion.nodes.training import causal_wan_demo as recipe
-from stillmotion.nodes.training import data, objectives
+from stillmotion.nodes.training.recipes import causal_wan as recipe
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training import objectives
 
 
 @pytest.fixture(scope="module")

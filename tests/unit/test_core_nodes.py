@@ -10,12 +10,11 @@ import torch
 import video_unet_stub as plain_unet
 from comfy_extras import (nodes_context_windows, nodes_freelunch, nodes_hypertile, nodes_lumina2, nodes_model_advanced,
                           nodes_model_downscale, nodes_pag, nodes_rope, nodes_sag, nodes_tomesd, nodes_video_model)
-from stillmotion.nodes.diffusion.attention import torch_attention
-from stillmotion.nodes.diffusion.ddim import Clip
+from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet as CrafterUNet
-from stillmotion.nodes.sampling.sampler import DDIMSettings, sample_latent
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.video_unet.conditioning import clip_conditions
-from stillmotion.nodes.video_unet.unet import VideoUNet
 
 FAMILIES = ("dynamicrafter", "video_unet")
 

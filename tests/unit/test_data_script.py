@@ -5,8 +5,8 @@ import os
 import data as script
 import pytest
 import torch
-from stillmotion.nodes.training.folders import VideoFolder
-from stillmotion.nodes.training.shards import LatentShards
+from stillmotion.nodes.training.data.folders import VideoFolder
+from stillmotion.nodes.training.data.shards import LatentShards
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 import folder_paths
 import pytest
 import torch
-from stillmotion.nodes.training.data_sets.nodes import (
-    DataSetClip, EvaluateVideo, LatentShardsNode, MovingShapesNode, VideoFolderNode)
-from stillmotion.nodes.training.dataset import MovingShapes
-from stillmotion.nodes.training.folders import write_shapes
-from stillmotion.nodes.training.shards import pack
+from stillmotion.nodes.evaluation.nodes import EvaluateVideo
+from stillmotion.nodes.training.data.nodes import (DataSetClip, LatentShardsNode, MovingShapesNode,
+                                                   VideoFolderNode)
+from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.data.folders import write_shapes
+from stillmotion.nodes.training.data.shards import pack
 
 FOLDER = {"frames": 4, "width": 64, "height": 48, "stride": 0, "problems": "skip", "sizes": "any", "mirror": False,
           "max_samples": 0, "seed": 0}

@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 import torch
-from stillmotion.nodes.training import data
-from stillmotion.nodes.training.dataset import IMAGENET_MEAN, IMAGENET_STD, Clips, MovingShapes, swap_sides
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.data.clips import IMAGENET_MEAN, IMAGENET_STD, Clips, MovingShapes, swap_sides
 from torch.utils.data import DataLoader
 
 

@@ -11,8 +11,8 @@ from sampler_stub import SHAPE, conditioning, empty_latent, stub_model
 from stillmotion.nodes.diagnosis import nodes
 from stillmotion.nodes.diagnosis.plot import draw_diagnosis
 from stillmotion.nodes.diagnosis.run import Request, diagnose
-from stillmotion.nodes.diffusion import diagnosis as judge
-from stillmotion.nodes.diffusion.report import COLUMNS, SamplingReport
+from stillmotion.nodes.diagnosis import judgement as judge
+from stillmotion.nodes.ddim.report import COLUMNS, SamplingReport
 from torch import nn
 
 NAN = float("nan")

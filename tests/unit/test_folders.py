@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from stillmotion.nodes.common.video import encode_gif, encode_mp4, encode_png
-from stillmotion.nodes.training import data, folders
-from stillmotion.nodes.training.dataset import MovingShapes
-from stillmotion.nodes.training.folders import VideoFolder, write_shapes
-from stillmotion.nodes.training.frames import count_frames, fit_frames, open_video, pick_frames, read_frames
+from stillmotion.nodes.training.data import shapes as data, folders
+from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.data.folders import VideoFolder, write_shapes
+from stillmotion.nodes.training.data.frames import count_frames, fit_frames, open_video, pick_frames, read_frames
 from torch.utils.data import DataLoader
 
 

@@ -1,7 +1,7 @@
 """Guidance formulas, and that the standard deviation is one a sample over everything else."""
 import pytest
 import torch
-from stillmotion.nodes.diffusion import guidance
+from stillmotion.nodes.ddim import guidance
 
 
 def randn(seed, shape=(2, 4, 3, 5, 5)):

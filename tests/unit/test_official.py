@@ -3,12 +3,8 @@ import types
 
 import pytest
 import torch
-from stillmotion.nodes.diffusion.official import (
-    exact_alphas_cumprod,
-    get_fixed_ddim_sampler,
-    image_guided_synthesis_fixed,
-)
-from stillmotion.nodes.diffusion.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr, make_timesteps
+from stillmotion.nodes.ddim.official import exact_alphas_cumprod, get_fixed_ddim_sampler, image_guided_synthesis_fixed
+from stillmotion.nodes.ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr, make_timesteps
 
 SHAPE = (2, 4, 3, 4, 4)
 

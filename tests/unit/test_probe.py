@@ -1,7 +1,7 @@
 """Which layer is the first to return NaN or Inf."""
 import pytest
 import torch
-from stillmotion.nodes.diffusion.probe import finite, tensors, watch
+from stillmotion.nodes.diagnosis.probe import finite, tensors, watch
 from torch import nn
 
 

@@ -4,8 +4,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.diffusion.report import COLUMNS, Recorder, SamplingReport
-from stillmotion.nodes.sampling.plot import ALARM, CLIPPED, HEIGHT, LEVELS, WIDTH, draw_report
+from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
+from stillmotion.nodes.common.drawing import ALARM, LEVELS
+from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, WIDTH, draw_report
 
 SHAPE = (1, 4, 2, 8, 8)
 

@@ -4,8 +4,8 @@ import comfy.utils
 import pytest
 import torch
 from sampler_stub import SHAPE, conditioning, empty_latent, run, settings, stub_model
-from stillmotion.nodes.sampling import nodes
-from stillmotion.nodes.sampling import sampler as ours
+from stillmotion.nodes.ddim import nodes
+from stillmotion.nodes.ddim import sampler as ours
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from stillmotion.nodes.training import shards
-from stillmotion.nodes.training.dataset import MovingShapes
-from stillmotion.nodes.training.folders import VideoFolder, write_shapes
-from stillmotion.nodes.training.shards import LatentShards, pack
+from stillmotion.nodes.training.data import shards
+from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.data.folders import VideoFolder, write_shapes
+from stillmotion.nodes.training.data.shards import LatentShards, pack
 from torch.utils.data import DataLoader
 
 pytest.importorskip("lmdb")

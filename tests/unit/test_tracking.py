@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stillmotion.nodes.common.video import encode_mp4
-from stillmotion.nodes.training import data
+from stillmotion.nodes.training.data import shapes as data
 
 spec = importlib.util.spec_from_file_location("tracking", Path(__file__).parents[1] / "tracking.py")
 tracking = importlib.util.module_from_spec(spec)

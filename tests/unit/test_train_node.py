@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as causal_wan
-from stillmotion.nodes.causal_wan.nodes import DEMO as CAUSAL_WAN
+from stillmotion.nodes.common.demo import CAUSAL_WAN
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.dynamicrafter.attention import SpatialTransformer
-from stillmotion.nodes.dynamicrafter.nodes import DEMO
-from stillmotion.nodes.training.dataset import MovingShapes
-from stillmotion.nodes.training.trainer import base
-from stillmotion.nodes.training.trainer.nodes import TrainVideoModel
+from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
+from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.families import base
+from stillmotion.nodes.training.nodes import TrainVideoModel
 
 SETTINGS = {"name": "tiny", "resume": False, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "model_channels": 16,
             "train": "all", "caption_dropout": 0.1, "motion_weight": 1.0, "seed": 0, "sample_every": 3,

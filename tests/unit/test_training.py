@@ -9,8 +9,10 @@ from random import Random
 import pytest
 import torch
 from safetensors import safe_open
-from stillmotion.nodes.dynamicrafter.nodes import DEMO
-from stillmotion.nodes.training import data, demo, objectives
+from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
+from stillmotion.nodes.training import objectives
 from stillmotion.nodes.training.loop import fit
 
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stillmotion.nodes.diffusion.attention import torch_attention
-from stillmotion.nodes.diffusion.schedule import NUM_TIMESTEPS, make_alphas_cumprod, make_betas
-from stillmotion.nodes.training import objectives, video_unet_demo
+from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.ddim.schedule import NUM_TIMESTEPS, make_alphas_cumprod, make_betas
+from stillmotion.nodes.training import objectives
+from stillmotion.nodes.training.recipes import video_unet as video_unet_demo
 from stillmotion.nodes.video_unet.attention import Attention
 from stillmotion.nodes.video_unet.unet import Block, ResBlock, new_network
 from torch import nn

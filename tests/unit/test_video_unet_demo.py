@@ -4,22 +4,23 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from stillmotion.nodes.common.demo import DYNAMICRAFTER, VIDEO_UNET
 from stillmotion.nodes.common.files import read_checkpoint
-from stillmotion.nodes.diffusion.ddim import Clip
+from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-from stillmotion.nodes.sampling.sampler import DDIMSettings, sample_latent
-from stillmotion.nodes.training import data
-from stillmotion.nodes.training.video_unet_demo import CONFIG, TOWERS
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.recipes.video_unet import CONFIG
 from stillmotion.nodes.video_unet.nodes import LoadVideoUNet, VideoUNetConditions
 from tracking import psnr, track
 
-DEMO = TOWERS.with_name("video_unet_demo.safetensors")
+DEMO = VIDEO_UNET
 
 
 @pytest.fixture(scope="module")
 def demo():
     with torch.inference_mode():
-        return LoadVideoUNet.execute("demo", "fp32").args[0], dynamicrafter.load(read_checkpoint(TOWERS))
+        return LoadVideoUNet.execute("demo", "fp32").args[0], dynamicrafter.load(read_checkpoint(DYNAMICRAFTER))
 
 
 def make(demo, prompt, given="none", images=None, seed=1):

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from core_calls import saved_by_core
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.vae import fold_frames, pixel_vae
-from stillmotion.nodes.diffusion.ddim import Clip
-from stillmotion.nodes.diffusion.schedule import make_alphas_cumprod
-from stillmotion.nodes.sampling.sampler import DDIMSettings, model_schedule, sample_latent
+from stillmotion.nodes.ddim.step import Clip
+from stillmotion.nodes.ddim.schedule import make_alphas_cumprod
+from stillmotion.nodes.ddim.sampler import DDIMSettings, model_schedule, sample_latent
 from stillmotion.nodes.video_unet import checkpoint as loader
 from stillmotion.nodes.video_unet.conditioning import clip_conditions
 from stillmotion.nodes.video_unet.config import HEADER, from_json, to_json

@@ -1,0 +1,198 @@
+"""Block-Autoregressive Sampler: as LATENT, or straight to a file for videos longer than memory."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import latent_preview
+from comfy_api.latest import InputImpl, io, ui
+
+from ..common.nodes import output_path, workflow_tags
+from ..common.schema import schema
+from ..common.video import MAX_FPS, frames_uint8, stream_mp4
+from .live import BlockPreview, LiveDecoder
+from .resume import BlockFolder
+from .run import BlockSettings, prepare
+
+Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
+ADVANCED = ["first_steps", "shift", "warp", "independent_first", "short_last_block", "context_noise", "refresh_sink"]
+
+
+def _inputs():
+    return [
+        io.Model.Input("model", tooltip="From Load Causal Wan; LoRAs and other model patches may lie between."),
+        io.Conditioning.Input("positive", tooltip="What to see."),
+        io.Conditioning.Input("negative", tooltip="What to avoid; not used at cfg 1."),
+        io.Latent.Input("latent", tooltip="From Causal Wan Image to Video, or an empty Wan video latent."),
+        io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                     tooltip="Every latent frame draws noise of its own from it, on the CPU: a longer video "
+                             "begins with the frames of a shorter one, on every machine."),
+        io.String.Input("steps", default="1000, 750, 500, 250",
+                        tooltip="Denoising steps as trained. Self-Forcing, LongLive: 1000, 750, 500, 250."),
+        io.String.Input("first_steps", default="",
+                        tooltip="Steps of the first block, empty: the same. Models with 1 or 2 steps "
+                                "(Causal-Forcing++) need 1000, 750, 500, 250 here."),
+        io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.01,
+                       tooltip="Shift of the schedule towards noise: 5, CausVid 8."),
+        io.Boolean.Input("warp", default=True,
+                         tooltip="On: the steps count on the shifted table (Self-Forcing, LongLive). Off: they "
+                                 "are timesteps (CausVid: 1000, 757, 522)."),
+        io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames a block, as trained: 3 or 1."),
+        io.Boolean.Input("independent_first", default=False,
+                         tooltip="The first latent frame is a block of its own, for models trained so. With a "
+                                 "prefix frame or a still chunk the image decides."),
+        io.Boolean.Input("short_last_block", default=False,
+                         tooltip="Allow a length that ends inside a block."),
+        io.Int.Input("window", default=-1, min=-1, max=100000,
+                     tooltip="Latent frames that a block sees, sink and itself included; memory grows with it. "
+                             "-1: all of the video. LongLive: 12."),
+        io.Int.Input("sink", default=0, min=0, max=1000,
+                     tooltip="First latent frames that stay in the window for ever. LongLive: 3."),
+        io.Boolean.Input("endless", default=False,
+                         tooltip="Keeps the sink near in position, for videos far longer than the model was "
+                                 "trained on."),
+        io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0,
+                       tooltip="Timestep by which finished blocks are told to the model. 0 is as published."),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                       tooltip="Guidance. 1 for models with few steps; others need twice the time and cache."),
+        io.Boolean.Input("refresh_sink", default=False,
+                         tooltip="At a prompt switch the oldest frames in the window become the sink, under "
+                                 "the new prompt. Off: the sink stays as it was, as LongLive does."),
+    ]
+
+
+def _resume_input():
+    return io.String.Input("resume_folder", default="", optional=True,
+                           tooltip="A folder in ComfyUI's output folder, empty: none. Every finished block is kept "
+                                   "there, and an interrupted run with the same settings goes on from them.")
+
+
+class BlockAutoregressiveSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Stillmotion_BlockAutoregressiveSampler",
+            display_name="Block-Autoregressive Sampler",
+            category="Stillmotion/Causal Wan",
+            description="Makes a video block by block, each in a few steps from a cache of those before it: any "
+                        "length in bounded memory, with prompts that change on the way.",
+            search_aliases=["long video", "LongLive", "Self Forcing", "causal sampler", "streaming", "text to video",
+                            "t2v", "image to video", "i2v"],
+            advanced=ADVANCED,
+            inputs=[
+                *_inputs(),
+                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
+                io.Vae.Input("vae", optional=True,
+                             tooltip="Decodes every block when it is finished and shows it here, moving. Wan 2.1's "
+                                     "VAE, its tiny one (lighttaew2_1: far faster) or the demo's."),
+                _resume_input(),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The whole video, for VAE Decode."),
+                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, timeline=None, vae=None, resume_folder="", **widgets):
+        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae)
+        folder = _open_folder(resume_folder, run)
+        if vae is None:
+            callback, show = latent_preview.prepare_callback(model, run.steps), None
+        else:
+            preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
+            callback, show = preview.on_step, lambda part_CFHW: preview.show(decoder.decode(part_CFHW))
+        with _memory_advice(run):
+            return io.NodeOutput(run.sample(callback, folder, show), run.summary)
+
+
+class BlockAutoregressiveToFile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Stillmotion_BlockAutoregressiveToFile",
+            display_name="Block-Autoregressive Sampler to File",
+            category="Stillmotion/Causal Wan",
+            description="For videos longer than memory: like Block-Autoregressive Sampler, but every finished block is "
+                        "decoded and goes straight into an MP4, so that nothing of the video is held.",
+            search_aliases=["endless video", "long video", "LongLive", "Self Forcing", "streaming", "save mp4"],
+            advanced=[*ADVANCED, "crf"],
+            inputs=[
+                *_inputs(),
+                io.Vae.Input("vae", tooltip="Decodes every block when it is finished: Wan 2.1's VAE, its tiny one "
+                                            "(lighttaew2_1: far faster, a little softer) or the demo's."),
+                io.Int.Input("length", default=0, min=0, max=10000000,
+                             tooltip="Video frames in all, given ones included; with Wan's VAE 1 + 4 n. 0: as long as "
+                                     "the latent. Text-to-video models need no latent of that length: a short one "
+                                     "tells size and start."),
+                io.String.Input("filename_prefix", default="video/Stillmotion",
+                                tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
+                                        "%year%, %month%, %day%, %hour%, %minute%, %second%, %width%, %height% are "
+                                        "filled in; in the page also %date:yyyy-MM-dd% and %Node.widget%."),
+                io.Float.Input("fps", default=16.0, min=0.1, max=MAX_FPS, step=0.1,
+                               tooltip="Frames shown a second. Wan 2.1 was trained on 16."),
+                io.Int.Input("crf", default=16, min=1, max=51,
+                             tooltip="1 is best, 16 looks lossless, 23 is small, 51 is worst."),
+                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
+                _resume_input(),
+            ],
+            outputs=[
+                io.Video.Output(display_name="video", tooltip="The saved file."),
+                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, vae, length, filename_prefix, fps, crf, timeline=None,
+                resume_folder="", **widgets):
+        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae, length)
+        batch, _, _, height, width = latent["samples"].shape
+        if batch > 1:
+            raise ValueError(f"The latent is a batch of {batch} videos, a file holds one: set batch_size to 1 in the "
+                             "node that makes the latent.")
+        folder = _open_folder(resume_folder, run)
+        scale = vae.spacial_compression_decode()
+        path, subfolder = output_path(filename_prefix, width * scale, height * scale, ".mp4")
+        preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
+        with _memory_advice(run), stream_mp4(path, fps, crf, workflow_tags(cls.hidden)) as add:
+            def show(part_CFHW):
+                frames_THWC = decoder.decode(part_CFHW)
+                preview.show(frames_THWC)
+                for frame in frames_uint8(frames_THWC):
+                    add(frame)
+
+            run.stream(preview.on_step, folder, show)
+        shown = [ui.SavedResult(path.name, subfolder, io.FolderType.output)]
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), run.summary,
+                             ui={"images": shown, "animated": (True,)})
+
+
+def _settings(short_last_block, refresh_sink, **widgets):
+    return BlockSettings(short_last=short_last_block, global_sink=not refresh_sink, **widgets)
+
+
+def _open_folder(name, run):
+    """The resume folder of this name, None for an empty one."""
+    if not name.strip():
+        return None
+    output = Path(folder_paths.get_output_directory()).resolve()
+    path = (output / name.strip()).resolve()
+    if output not in path.parents:
+        raise ValueError(f"resume_folder is {name!r}, which does not lie in ComfyUI's output folder: give a name such "
+                         "as runs/balloon.")
+    return BlockFolder(path, run.fingerprint())
+
+
+@contextmanager
+def _memory_advice(run):
+    try:
+        yield
+    except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
+        if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
+            raise
+        raise comfy.model_management.OOM_EXCEPTION(
+            f"Out of memory with {run.summary}. Use a smaller window, size or block, or cfg 1 (half the cache). "
+            f"({error})") from error

@@ -1,0 +1,305 @@
+"""From settings and ComfyUI's objects to a checked run of the block-autoregressive sampler.
+
+Layouts: B videos, C channels, T latent frames of the video, F those of one block, H, W latent height and width.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from .base import wan_params
+from .blocks import Plan, split_frames
+from .conditioning import CHUNK, CONCAT, PREFIX, START_KEY, StartFrames, latent_frames
+from .sampler import BlockSampler, count_steps, given_blocks, inference_dtype
+from .fingerprint import Fingerprint, digest, model_digests
+from .live import check_vae, decode_bytes
+from .model import PATCH
+from .noise import seeded_noise
+from .resume import BlockFolder
+from .schedule import make_steps
+from .timeline import PromptTimeline, apply_timeline
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # of the stored runs: to be raised when the same settings come to give other numbers
+UNSUPPORTED = ("control", "gligen", "area", "mask", "hooks", "start_percent", "end_percent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """Settings of one run as a user states them; see `Plan` for those that it takes as they are."""
+
+    steps: str               # denoising_step_list, "1000, 750, 500, 250"
+    first_steps: str         # of the first block, "": the same
+    shift: float
+    warp: bool               # see `make_steps`
+    block: int               # latent frames
+    independent_first: bool  # the first latent frame is a block of its own
+    short_last: bool
+    window: int
+    sink: int
+    endless: bool
+    context_noise: float
+    cfg: float
+    global_sink: bool
+
+
+def parse_steps(text: str) -> list[int]:
+    """Numbers of a denoising step list, separated by commas or spaces."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise ValueError(f"The denoising steps are {text!r}: give whole numbers separated by commas, as the model was "
+                         "trained with, for example 1000, 750, 500, 250.")
+    return [int(word) for word in words]
+
+
+def lay_out(frames: int, start: StartFrames | None, settings: BlockSettings) -> tuple[int, ...]:
+    """Blocks of the video. Frames that are given to the cache decide whether the first one stands alone."""
+    if start is not None and start.block != settings.block:
+        raise ValueError(f"The latent was made for blocks of {start.block}, the sampler is set to {settings.block}: "
+                         "give Causal Wan Image to Video and the sampler the same block.")
+    first = settings.independent_first
+    if start is not None and start.mechanism in (PREFIX, CHUNK):
+        first = start.mechanism == PREFIX
+    return split_frames(frames, settings.block, first, settings.short_last)
+
+
+def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, switches: tuple[int, ...]) -> Plan:
+    """Plan of a run over `frames` latent frames, given ones included; `switches` are counted likewise."""
+    if not 0 <= settings.cfg < float("inf"):
+        raise ValueError(f"cfg is {settings.cfg}: give 0 or more. Models with few steps were trained for 1.")
+    steps = make_steps(parse_steps(settings.steps), settings.shift, settings.warp)
+    first_steps = steps
+    if settings.first_steps.strip():
+        first_steps = make_steps(parse_steps(settings.first_steps), settings.shift, settings.warp)
+    return Plan(blocks=lay_out(frames, start, settings), steps=steps, first_steps=first_steps,
+                context_noise=settings.context_noise, window=settings.window, sink=settings.sink,
+                endless=settings.endless, switches=switches, global_sink=settings.global_sink, cfg=settings.cfg,
+                freeze_sink=False)
+
+
+def check_latent(model, latent: dict) -> None:
+    """Raise ValueError unless MODEL is a causal Wan and LATENT one that it can sample."""
+    params, samples = wan_params(model), latent["samples"]
+    shape = " x ".join(map(str, samples.shape))
+    start = latent.get(START_KEY)
+    if samples.ndim != 5 or samples.shape[1] != params.out_dim or 0 in samples.shape:
+        raise ValueError(f"The latent is {shape}, this model takes [batch, {params.out_dim}, frames, height, width]: "
+                         "use the latent of Causal Wan Image to Video, or an empty Wan video latent.")
+    if samples.shape[3] % PATCH[1] or samples.shape[4] % PATCH[2]:
+        raise ValueError(f"The latent is {shape}: height and width must be multiples of {PATCH[1]} (16 pixels with "
+                         "Wan's VAE). Choose another video size.")
+    if not samples.isfinite().all():
+        raise ValueError(f"The latent holds {(~samples.isfinite()).sum().item()} NaN or infinite values. Look at the "
+                         "node that made it (a VAE in half precision?).")
+    if "noise_mask" in latent:
+        raise ValueError("The latent has a noise mask, which block by block sampling cannot keep to. Take it off; "
+                         "to go on from given frames use Causal Wan Image to Video.")
+    if start is None and samples.any():
+        raise ValueError("The latent holds a video already, and nothing tells how to go on from it. Decode it and give "
+                         "the frames to Causal Wan Image to Video, or give an empty latent.")
+    if start is not None and start.mechanism == CONCAT and not params.i2v:
+        raise ValueError("The latent was made with mechanism concat, but this is a text-to-video model, which does not "
+                         "see the image that way (auto chooses concat where image tokens are connected and no model "
+                         f"is): connect the model to Causal Wan Image to Video, or choose {PREFIX} (models of block "
+                         f"1) or {CHUNK} there.")
+
+
+def check_patches(model) -> None:
+    """Raise ValueError for what nodes put on a MODEL for samplers of whole videos, and what could not act here."""
+    options = model.model_options
+    transformer_options = options.get("transformer_options", {})
+    present = {name: bool(get_all_wrappers(name, transformer_options) + model.get_all_wrappers(name))
+               for name in (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)}
+    found = [what for what, there in {
+        "a cache of whole steps (EasyCache, LazyCache) or another wrapper around a step": any(present.values()),
+        "a function for batches of conditionings": "sampler_calc_cond_batch_function" in options,
+        "context windows": "context_handler" in options,
+        "another scale of RoPE": "rope_options" in transformer_options}.items() if there]
+    if found:
+        raise ValueError(f"The model carries {', '.join(found)}, for samplers that make a video in one piece; block by "
+                         "block it cannot act. Take that node off the way from Load Causal Wan to the sampler.")
+
+
+def check_conditionings(model, conds: dict, samples_BCTHW: Tensor) -> None:
+    """Raise ValueError unless every conditioning fits the model and the latent."""
+    for name, conditioning in conds.items():
+        if len(conditioning) != 1:
+            raise ValueError(f"The {name} conditioning has {len(conditioning)} entries, this sampler takes 1: "
+                             "Conditioning Combine is not supported; use Prompt Timeline for changes over time.")
+        _, values = conditioning[0]
+        found = [key for key in UNSUPPORTED if values.get(key) is not None]
+        if found:
+            raise ValueError(f"The {name} conditioning has {', '.join(found)}, which this sampler does not know: take "
+                             "it from CLIP Text Encode or Causal Wan Image to Video alone.")
+        for key, value in condition_tensors(model, conditioning, samples_BCTHW).items():
+            if len(value) not in (1, len(samples_BCTHW)):
+                raise ValueError(f"The {name} conditioning holds {key} for {len(value)} videos, the latent a "
+                                 f"batch of {len(samples_BCTHW)}: give one, or as many as the batch.")
+
+
+def condition_tensors(model, conditioning, samples_BCTHW: Tensor) -> dict[str, Tensor]:
+    """What the network gets of a conditioning, by name."""
+    text, values = conditioning[0]
+    noise = samples_BCTHW.new_zeros(1).expand(samples_BCTHW.shape)
+    entries = model.model.extra_conds(**{**values, "noise": noise, "device": noise.device, "cross_attn": text})
+    return {key: entry.cond for key, entry in entries.items()}
+
+
+class Run(NamedTuple):
+    """A checked run, ready to sample."""
+
+    guider: comfy.samplers.CFGGuider
+    plan: Plan
+    start: StartFrames | None
+    latent: dict
+    seed: int
+    steps: int
+    summary: str
+    fingerprint: Callable[[], Fingerprint]
+
+    def sample(self, callback: Callable | None = None, folder: BlockFolder | None = None,
+               show: Callable[[Tensor], None] | None = None) -> dict:
+        """LATENT of the whole video. callback(step, x0 of the block, x0, steps) is called after every step.
+
+        Finished blocks are kept in `folder` and taken from there. show(latent_CFHW) gets the first video of the batch
+        piece by piece, as its blocks are finished.
+        """
+        result = self._sample(callback, folder, show, whole=True)
+        rest = {key: value for key, value in self.latent.items() if key != START_KEY}
+        return {**rest, "samples": result.to(comfy.model_management.intermediate_device())}
+
+    def stream(self, callback: Callable | None, folder: BlockFolder | None, show: Callable[[Tensor], None]) -> None:
+        """As `sample`, but nothing of the video is held but what the cache needs."""
+        self._sample(callback, folder, show, whole=False)
+
+    def _sample(self, callback, folder, show, whole: bool) -> Tensor:
+        model = self.guider.model_patcher.model
+        samples = self.latent["samples"]
+        if not model.wan_params.i2v:  # the conditioning of the others is checked against the whole length
+            samples = samples[:, :, :max(1, self.start.frames if self.start else 0)]
+
+        def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
+            if folder is not None and index is not None:
+                folder.keep(index, latent_BCFHW)
+            if show is not None:
+                show(model.process_latent_out(latent_BCFHW[:1].float())[0])
+
+        batch, channels, _, height, width = samples.shape
+        sampler = BlockSampler(self.plan, self.start, seeded_noise(self.seed, batch, channels, height, width),
+                               folder.recall if folder else lambda index: None, deliver, whole)
+        log.info(self.summary)
+        sigmas = torch.tensor([step.sigma for step in self.plan.steps] + [0.0])
+        return self.guider.sample(torch.zeros_like(samples), samples, sampler, sigmas, callback=callback,
+                                  seed=self.seed)
+
+
+def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | None, seed: int,
+            settings: BlockSettings, vae=None, length: int = 0) -> Run:
+    """Check everything that a run needs. ValueErrors say what was given, what is allowed and what to do.
+
+    vae: the one that shows blocks as they come. length: video frames in all where it is not the latent's (0).
+    """
+    check_latent(model, latent)
+    check_patches(model)
+    samples, start, params = latent["samples"], latent.get(START_KEY), wan_params(model)
+    batch, _, frames, height, width = samples.shape
+    if vae is not None:
+        check_vae(vae, params.out_dim)
+    cut = start.frames - 1 if start is not None and start.still else 0
+    if length:
+        frames = longer(length, frames, cut, vae, params)
+    if start is not None and start.frames >= frames:
+        raise ValueError(f"{start.frames - cut} of {frames - cut} latent frames are given: nothing is left to make. "
+                         "Give a larger length.")
+    prompts, switches = apply_timeline(timeline, positive, frames - cut)
+    plan = make_plan(settings, frames, start, tuple(frame + cut for frame in switches))
+    given = given_blocks(plan, start)
+    check_switches(plan, given, cut)
+    conds = {"positive": prompts[0], **{f"prompt {index}": prompt for index, prompt in enumerate(prompts) if index}}
+    if plan.branches == 2:
+        conds["negative"] = negative
+    check_conditionings(model, conds, samples)
+    itemsize = inference_dtype(model.model).itemsize
+    nbytes = plan.cache_bytes(params, height, width, batch, itemsize)
+    longest = max(max(plan.blocks), plan.capacity if plan.switches else 0)
+    patcher, decoding = model, 0
+    if vae is not None:
+        patcher, decoding = model.clone(), decode_bytes(vae, samples.shape)
+        patcher.set_additional_models("stillmotion_vae", [vae.patcher])
+    guider = comfy.samplers.CFGGuider(patcher)
+    memory = (nbytes + prompt_bytes(params, conds, plan, batch, itemsize), longest, decoding)
+    guider.inner_set_conds({name: [[text, {**values, "block_memory": memory}] for text, values in cond]
+                            for name, cond in conds.items()})
+    guider.set_cfg(settings.cfg)
+    steps = count_steps(plan, given)
+    summary = (f"{frames - cut} latent frames; {len(plan.blocks) - given} blocks to make in "
+               f"{steps} steps; cache {nbytes / 2 ** 20:.1f} MiB for {plan.capacity} latent frames, "
+               f"{plan.branches} guidance branch{'es' if plan.branches > 1 else ''}")
+    return Run(guider, plan, start, latent, seed, steps, summary,
+               lambda: run_fingerprint(model, conds, latent, plan, settings, seed))
+
+
+def prompt_bytes(params, conds: dict, plan: Plan, batch: int, itemsize: int) -> int:
+    """Bytes of the cross-attention keys and values of the prompts that are there at once: two at a switch."""
+    tokens = 0
+    for (text, values), in conds.values():
+        image = values["clip_vision_output"].penultimate_hidden_states.shape[1] if params.i2v else 0
+        tokens = max(tokens, text.shape[1] + image)
+    alive = plan.branches * (2 if plan.switches else 1)
+    return alive * batch * params.num_layers * 2 * tokens * params.dim * itemsize
+
+
+def longer(length: int, frames: int, cut: int, vae, params) -> int:
+    """Latent frames of `length` video frames, `cut` ones that go before them included."""
+    wanted = latent_frames(length, vae.temporal_compression_decode() or 1, "length") + cut
+    if params.i2v and wanted != frames:
+        raise ValueError(f"length is {length} video frames, {wanted - cut} latent ones, but the conditioning's image "
+                         f"latent (y) was made for {frames - cut}: give Causal Wan Image to Video this length, and "
+                         "here 0.")
+    return wanted
+
+
+def check_switches(plan: Plan, given: int, cut: int) -> None:
+    """Raise ValueError unless every prompt has a block to begin with. Messages count without `cut` frames."""
+    edges = [sum(plan.blocks[:count]) for count in range(given, len(plan.blocks))]
+    begins = [next((edge for edge in edges if edge >= frame), None) for frame in plan.switches]
+    for frame, begin, after in zip(plan.switches, begins, [*begins[1:], -1]):
+        if begin is None or begin == after:
+            starts = ", ".join(str(edge - cut) for edge in edges[:8]) + (", ..." if len(edges) > 8 else "")
+            why = "no block begins at or after it" if begin is None else "the next prompt begins with the same block"
+            raise ValueError(f"The prompt from latent frame {frame - cut} is never used: {why}. A prompt begins with "
+                             f"the next block; the blocks begin at {starts} (the last one at {edges[-1] - cut}).")
+
+
+def run_fingerprint(model, conds: dict, latent: dict, plan: Plan, settings: BlockSettings, seed: int) -> Fingerprint:
+    """Everything that decides the latents of a run."""
+    samples, start = latent["samples"], latent.get(START_KEY)
+    entries = {name: condition_tensors(model, cond, samples) for name, cond in conds.items()}
+    y_BYTHW = entries["positive"].get("c_concat")
+    prompts = {name: digest({key: value for key, value in found.items() if key != "c_concat"})
+               for name, found in entries.items()}
+    steps, first = parse_steps(settings.steps), settings.first_steps.strip()
+    chosen = {name: value for name, value in asdict(settings).items()
+              if name not in ("block", "independent_first", "short_last")}  # every block tells its length
+    whole = {**chosen, "steps": steps, "first_steps": parse_steps(first) if first else steps, "seed": seed,
+             "format": FORMAT, **model_digests(model), "attention": digest(optimized_attention),
+             "weights": str(model.model.get_dtype()), "dtype": str(inference_dtype(model.model)),
+             "device": comfy.model_management.get_torch_device_name(model.load_device),
+             "latent size": list(samples.shape[:2] + samples.shape[3:]), "start": list(start or ()),
+             "start latent": digest(samples[:, :, :start.frames if start else 0]), "negative": prompts.get("negative")}
+    blocks, frame = [], 0
+    for count in plan.blocks:
+        prompt = sum(frame >= switch for switch in plan.switches)
+        blocks.append({"frames": count, "prompt": f"{prompt} ({prompts[f'prompt {prompt}' if prompt else 'positive']})",
+                       "y": None if y_BYTHW is None else digest(y_BYTHW[:, :, frame:frame + count])})
+        frame += count
+    return Fingerprint(whole, tuple(blocks))

@@ -1,0 +1,175 @@
+"""Settings of a training: defaults, then a YAML file, then what was given on the command line."""
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from .parallel import PRECISIONS
+
+FAMILIES = ("video_unet", "dynamicrafter", "causal_wan")
+SPACES = ("latent", "pixels")
+PARTS = ("all", "projector_temporal")
+SIZE = re.compile(r"(\d+)(?:x(\d+))?")
+
+
+def _setting(default, text: str, choices: Sequence[str] = ()):
+    factory = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**factory, metadata={"help": text, "choices": tuple(choices)})
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Every setting, with its default. The texts are the help of the command line."""
+
+    family: str = _setting("video_unet", "network to train", FAMILIES)
+    checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
+    from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
+    init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")
+    train: str = _setting("all", "weights to train; projector_temporal is for DynamiCrafter", PARTS)
+
+    encoders: str = _setting("demo", "DynamiCrafter checkpoint, or `demo`, whose VAE, CLIP and CLIP vision are used")
+    vae: str = _setting("", "another VAE file, as core's Load VAE takes it")
+    clip: str = _setting("", "another text encoder file, as core's Load CLIP takes it")
+    clip_type: str = _setting("stable_diffusion", "type of that text encoder (core's Load CLIP), as wan")
+    clip_vision: str = _setting("", "another vision tower file, as core's Load CLIP Vision takes it")
+    space: str = _setting("latent", "where a new video U-Net works", SPACES)
+
+    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; empty: Moving Shapes are drawn")
+    max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
+    num_frames: int = _setting(16, "frames of a clip")
+    frame_size: str = _setting("64", "edge of the clips in pixels, or WIDTHxHEIGHT")
+    stages: list[str] = _setting(list, "from low to high resolution, each SIZE:STEPS, as 32:2000 64:4000")
+    mirror: bool = _setting(False, "mirror half of the clips, with left and right exchanged in their captions")
+    num_workers: int = _setting(0, "processes that read clips")
+    validation_clips: int = _setting(16, "last clips to keep for validation, at most a tenth")
+
+    model_channels: int = _setting(128, "width of a new video U-Net")
+    channel_mult: list[int] = _setting(lambda: [1, 2, 4], "width of its levels in model_channels")
+    num_res_blocks: int = _setting(2, "residual blocks a level")
+    schedule: str = _setting("cosine", "its noise schedule", ("cosine", "linear"))
+    prediction: str = _setting("v", "what it predicts", ("v", "eps"))
+    block: int = _setting(4, "causal Wan: latent frames made at once")
+
+    batch_size: int = _setting(4, "clips of a batch")
+    accumulation: int = _setting(1, "batches of a step, in each process")
+    num_epochs: int = _setting(10, "times that every clip is seen, unless steps are given")
+    steps: int = _setting(0, "steps to train; 0: as many as num_epochs make")
+    learning_rate: float = _setting(1e-4, "peak, after warm-up; falls as a cosine to 1 %")
+    warmup: int = _setting(100, "steps of warm-up, at most a tenth")
+    ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result")
+    clip_norm: float = _setting(1.0, "largest norm of a step's gradients")
+    caption_dropout: float = _setting(0.1, "share of captions (and image tokens) left away, for guidance")
+    emphasis: float = _setting(1.0, "weight in the loss of places where something moves")
+    seed: int = _setting(0, "of new weights, order of clips and noise")
+    mixed_precision: str = _setting("no", "by accelerate", PRECISIONS)
+    gradient_checkpointing: bool = _setting(False, "less memory for a longer step")
+    device: str = _setting("auto", "cpu, cuda or auto")
+
+    output: str = _setting("results/training/model.safetensors", "the result; a folder beside it keeps state and logs")
+    resume: bool = _setting(False, "go on with the run that was stopped")
+    save_every: int = _setting(200, "steps between saved states, with validation and curves")
+    sample_every: int = _setting(1000, "steps between samples")
+    checkpoint_every: int = _setting(5000, "steps between checkpoints that are kept")
+    wandb: bool = _setting(False, "log to Weights & Biases, offline where there is no key")
+    tensorboard: bool = _setting(False, "log to TensorBoard")
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return parse_size(self.frame_size)
+
+    def stage_list(self, steps: int) -> list[tuple[tuple[int, int], int]]:
+        """[((height, width), steps)], the whole training in one stage where none are given."""
+        if not self.stages:
+            return [(self.size(), steps)]
+        return [(parse_size(size), int(count)) for size, count in (stage.split(":") for stage in self.stages)]
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be; names setting, value and what is allowed."""
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{each.name} is {value!r}: choose one of {', '.join(choices)}.")
+        for name in ("num_frames", "model_channels", "num_res_blocks", "block", "batch_size", "accumulation",
+                     "num_epochs", "learning_rate", "clip_norm", "emphasis", "save_every", "sample_every",
+                     "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        for name in ("max_samples", "num_workers", "validation_clips", "steps", "warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more.")
+        for name, most in (("ema_decay", 0.999999), ("caption_dropout", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to {most}.")
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
+        self._check_family()
+        self.size()
+        wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
+        if wrong:
+            raise ValueError(f"stages has {wrong[0]!r}: give SIZE:STEPS, as 32:2000, or 512x320:2000.")
+        if self.stages and parse_size(self.stages[-1].partition(":")[0]) != self.size():
+            raise ValueError(f"The last of the stages {' '.join(self.stages)} is not of frame_size {self.frame_size}: "
+                             "give the full size to both.")
+
+    def _check_family(self) -> None:
+        if self.family != "video_unet" and not self.checkpoint:
+            raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
+                             "(from_scratch), or demo.")
+        if self.train != "all" and self.family != "dynamicrafter":
+            raise ValueError(f"train {self.train} is for family dynamicrafter; {self.family} is trained whole: "
+                             "choose all.")
+        if self.from_scratch and not self.checkpoint:
+            raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
+                             "from_scratch away (a new video U-Net is always trained from scratch).")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "64" or "512x320" (width first, as sizes are written)."""
+    found = SIZE.fullmatch(str(text))
+    if not found or not int(found[1]) or found[2] and not int(found[2]):
+        raise ValueError(f"frame_size is {text!r}: give the edge in pixels, as 64, or WIDTHxHEIGHT, as 512x320.")
+    return int(found[2] or found[1]), int(found[1])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting. What is not given does not appear in the result, so that the YAML decides it."""
+    for each in fields(TrainConfig):
+        text = each.metadata["help"]
+        flag = {"dest": each.name, "default": argparse.SUPPRESS}
+        if each.type == "bool":
+            parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
+            parser.add_argument(f"--no_{each.name}", action="store_false", help=argparse.SUPPRESS, **flag)
+        elif each.type.startswith("list"):
+            kind = int if each.type == "list[int]" else str
+            parser.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
+        else:
+            kind = {"int": int, "float": float, "str": str}[each.type]
+            parser.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
+                                help=f"{text} (default: {each.default!r})", **flag)
+
+
+def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
+    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names file, setting and value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    config = OmegaConf.structured(TrainConfig)
+    try:
+        loaded = OmegaConf.create() if yaml_path is None else OmegaConf.load(yaml_path)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{yaml_path} cannot be read as YAML: {error}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise ValueError(f"{yaml_path} holds no settings: write one `name: value` a line.")
+    for source, settings in ((yaml_path, loaded), ("the command line", given)):
+        try:
+            config = OmegaConf.merge(config, settings)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
+                             f"{', '.join(each.name for each in fields(TrainConfig))}.") from error
+    config = OmegaConf.to_object(config)
+    config.check()
+    return config

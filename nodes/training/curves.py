@@ -1,0 +1,82 @@
+"""Loss, validation loss and PSNR of a training over its steps, drawn with Pillow."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, shrink
+
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 52, 588, 44, 268
+LOSS, VALIDATION, PSNR = BLUE, ORANGE, GREEN
+
+Points = Sequence[tuple[int, float]]
+
+
+class Curves(NamedTuple):
+    """(step, value) of every curve."""
+
+    loss: Points
+    validation: Points
+    psnr: Points     # dB
+
+
+def read_curves(folder: Path) -> Curves:
+    """What a run has logged so far, its stages in a row."""
+    def rows(path: Path) -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    measured = rows(folder / "metrics.jsonl")
+    return Curves([(row["step"], row["loss"]) for row in measured],
+                  [(row["step"], row["validation"]) for row in measured if "validation" in row],
+                  [(row["step"], row["psnr"]) for row in measured if "psnr" in row])
+
+
+def draw_curves(curves: Curves, headline: str) -> Image.Image:
+    """RGB picture of WIDTH x HEIGHT pixels: losses on a logarithmic scale at the left, PSNR at the right."""
+    image = blank(WIDTH, HEIGHT)
+    pen = Pen(image)
+    pen.text(LEFT, 12, headline, 13, INK)
+    steps = [step for points in curves for step, _ in points] or [1]
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    losses = [math.log10(max(value, 1e-9)) for _, value in (*curves.loss, *curves.validation)] or [-1.0, 0.0]
+    low, high = math.floor(min(losses) * 4) / 4, math.ceil(max(losses) * 4 + 0.01) / 4
+
+    def x(step: int) -> float:
+        return LEFT + (step - first) / (last - first) * (RIGHT - LEFT)
+
+    def loss_y(value: float) -> float:
+        return BOTTOM - (math.log10(max(value, 1e-9)) - low) / (high - low) * (BOTTOM - TOP)
+
+    for i in range(5):
+        level = 10 ** (low + (high - low) * i / 4)
+        pen.path([(LEFT, loss_y(level)), (RIGHT, loss_y(level))], GRID)
+        pen.text(LEFT - 6, loss_y(level), f"{level:.2g}", 11, SOFT, "rm")
+        step = round(first + (last - first) * i / 4)
+        pen.text(x(step), BOTTOM + 6, str(step), 11, SOFT, "mt")
+    for points, colour in ((curves.loss, LOSS), (curves.validation, VALIDATION)):
+        if points:
+            _line(pen, [(x(step), loss_y(value)) for step, value in points], colour)
+    if curves.psnr:
+        values = [value for _, value in curves.psnr]
+        bottom, top = math.floor(min(values)) - 1, math.ceil(max(values)) + 1
+        _line(pen, [(x(step), BOTTOM - (value - bottom) / (top - bottom) * (BOTTOM - TOP))
+                    for step, value in curves.psnr], PSNR)
+        for value, place in ((bottom, BOTTOM), (top, TOP)):
+            pen.text(RIGHT + 6, place, f"{value} dB", 11, PSNR, "lm")
+    for i, (name, colour, points) in enumerate((("loss", LOSS, curves.loss), ("PSNR", PSNR, curves.psnr),
+                                                ("validation loss", VALIDATION, curves.validation))):
+        if points:
+            pen.text(RIGHT - 60 * i, TOP - 14, name, 12, colour, "rm")
+    return shrink(image)
+
+
+def _line(pen: Pen, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
+    if len(points) == 1:  # a single point still has to be seen
+        points = [(points[0][0] - 3, points[0][1]), (points[0][0] + 3, points[0][1])]
+    pen.path(points, colour, 1.6)

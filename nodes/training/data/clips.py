@@ -1,0 +1,120 @@
+"""Clips for training as torch data sets: what every source of them shares, and Moving Shapes.
+
+An item is {"video": float32 [C, T, H, W] in -1..1, "caption": str, "name": str}. What is drawn at random in it depends
+on the seed, its index and the epoch alone, so any number of workers gives the same items.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import shapes as data
+
+NORMALISATIONS = ("-1..1", "imagenet")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, of pixels in 0..1
+SIDE = re.compile(r"\b(left|right)(?=(?:wards?|most|-hand(?:ed)?)?\b)", re.IGNORECASE)
+
+
+def swap_sides(caption: str) -> str:
+    """What a caption says of the mirrored clip: left and right exchanged."""
+    def other(match: re.Match) -> str:
+        word = "right" if match[0].lower() == "left" else "left"
+        return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
+
+    return SIDE.sub(other, caption)
+
+
+class Clips(Dataset):
+    """Base of the data sets of clips: subclasses give `__len__` and `read`; own augmentations override `augment_*`.
+
+    mirror: half of the clips are mirrored, and left and right exchanged in their captions. normalise: "-1..1", or
+    "imagenet" (its mean and standard deviation). Call `set_epoch` before each epoch for other random draws; it reaches
+    running workers too.
+    """
+
+    def __init__(self, *, seed: int = 0, mirror: bool = False, normalise: str = "-1..1"):
+        if normalise not in NORMALISATIONS:
+            raise ValueError(f"normalise = {normalise!r} was given; allowed are {', '.join(NORMALISATIONS)}.")
+        self.seed, self.mirror, self.normalise = seed, mirror, normalise
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def read(self, index: int, rng: Random) -> tuple[Tensor, str, str]:
+        """(frames uint8 [T, H, W, 3], caption, name) of one clip."""
+        raise NotImplementedError
+
+    def augment_text(self, caption: str, rng: Random) -> str:
+        """To override: another wording of a caption."""
+        return caption
+
+    def augment_frames(self, video_CTHW: Tensor, rng: Random) -> Tensor:
+        """To override: another look of a clip in -1..1, same shape."""
+        return video_CTHW
+
+    def summary(self) -> str:
+        """What the data set holds, in one line; then what was left out."""
+        return f"{len(self)} clips"
+
+    def contents(self) -> str:
+        """Text that is the same for the same clips only."""
+        return self.summary().splitlines()[0]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no clip {index} among {len(self)}")
+        rng = Random(f"{self.seed}/{int(self._epoch)}/{index}")
+        frames_THWC, caption, name = self.read(index, rng)
+        video = frames_THWC.permute(3, 0, 1, 2).float() / 127.5 - 1
+        if self.mirror and rng.random() < 0.5:
+            video, caption = video.flip(-1), swap_sides(caption)
+        caption = self.augment_text(caption, rng)
+        video = self.augment_frames(video, rng)
+        if self.normalise == "imagenet":
+            mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            video = ((video + 1) / 2 - mean) / std
+        return {"video": video.contiguous(), "caption": caption, "name": name}
+
+
+class MovingShapes(Clips):
+    """`count` drawn clips of one moving shape each; with `held_out`, of combinations and in words kept from training.
+
+    size: (height, width) in pixels, square. frames: 1 to 32.
+    """
+
+    def __init__(self, count: int, frames: int = 16, size: tuple[int, int] = (64, 64), *, held_out: bool = False,
+                 seed: int = 0, mirror: bool = False, normalise: str = "-1..1"):
+        super().__init__(seed=seed, mirror=mirror, normalise=normalise)
+        if count < 1:
+            raise ValueError(f"count = {count} was given; give at least 1 clip.")
+        if not 1 <= frames <= data.MAX_FRAMES:
+            raise ValueError(f"frames = {frames} was given; Moving Shapes have 1 to {data.MAX_FRAMES} frames, because "
+                             "the shape leaves the picture after that.")
+        if size[0] != size[1] or size[0] < 16:
+            raise ValueError(f"size = {size[1]}x{size[0]} was given; Moving Shapes are square, 16 pixels or more.")
+        self.count, self.frames, self.size, self.held_out = count, frames, size, held_out
+
+    def __len__(self) -> int:
+        return self.count
+
+    def clip(self, index: int) -> tuple[data.ShapeClip, int]:
+        """(the clip, number of its caption form), the same in every epoch."""
+        rng = Random(f"shapes/{self.seed}/{index}")
+        clip, scale = data.random_clip(rng, held_out=self.held_out), self.size[0] / 64
+        form = data.HELD_OUT_FORM if self.held_out else rng.randrange(data.HELD_OUT_FORM)
+        return replace(clip, x=clip.x * scale, y=clip.y * scale, radius=clip.radius * scale, size=self.size[0]), form
+
+    def read(self, index: int, rng: Random) -> tuple[Tensor, str, str]:
+        clip, form = self.clip(index)
+        return data.draw_clip(clip, self.frames), clip.caption(form), f"shape_{index:05}"
+
+    def summary(self) -> str:
+        kept = "kept from training, " if self.held_out else ""
+        return (f"{self.count} clips of moving shapes, {kept}{self.frames} frames of {self.size[1]}x{self.size[0]}, "
+                f"seed {self.seed}")

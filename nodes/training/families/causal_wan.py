@@ -1,0 +1,130 @@
+"""Causal Wan in training: flow matching, every block behind the clean blocks before it (arXiv 2412.07772)."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...causal_wan import checkpoint
+from ...causal_wan.attention import WanBlock
+from ...causal_wan.base import MASK_CHANNELS
+from ...causal_wan.blocks import BlockLoop, Plan, split_frames
+from ...causal_wan.cache import KVCache
+from ...causal_wan.model import CausalWan, WanParams
+from ...causal_wan.noise import seeded_noise
+from ...causal_wan.schedule import make_steps
+from ...common.files import read_checkpoint
+from ...common.attention import torch_attention
+from .. import objectives
+from .base import Family, chosen, clip_latent, first_image, plain_weights
+from ..config import TrainConfig
+from ..encoding import Encoded, Encoders, as_node
+
+SHIFT = 5.0                     # of Self-Forcing and LongLive, in training and sampling
+STEPS = (1000, 750, 500, 250)   # of a sample
+
+
+class CausalWanTraining(Family):
+    folder, blocks = "diffusion_models", (WanBlock,)
+
+    def __init__(self, net: CausalWan, model, encoders: Encoders, settings: TrainConfig):
+        self.net, self.encoders = net, encoders
+        self.block, self.emphasis = settings.block, settings.emphasis
+        self.latent_format = model.model.latent_format
+        if encoders.vae is None or net.params.i2v and encoders.clip_vision is None:
+            raise ValueError("Causal Wan learns from latents, and its image-to-video models from image tokens: connect "
+                             f"vae{' and clip_vision' if net.params.i2v else ''}.")
+        self.empty_1LC = self.empty_text()
+        if self.empty_1LC.shape[-1] != net.params.text_dim:
+            raise ValueError(f"The text encoder gives tokens {self.empty_1LC.shape[-1]} wide, this model was trained "
+                             f"with {net.params.text_dim}: connect the one that belongs to it.")
+
+    def encode(self, item: dict) -> Encoded:
+        """With y and image tokens of the first frame for image-to-video models."""
+        latent_CTHW = clip_latent(item, self.encoders)
+        split_frames(latent_CTHW.shape[1], self.block, independent_first=False, short_last=False)
+        encoded = {"z": self._scaled(latent_CTHW), "text": self.encoders.text(item["caption"])}
+        if self.net.params.i2v:
+            image_CHW = first_image(item)
+            pixels_1HWC = (image_CHW.movedim(0, -1)[None] + 1) / 2
+            encoded["tokens"] = as_node(
+                lambda: self.encoders.clip_vision.encode_image(pixels_1HWC).penultimate_hidden_states)[0]
+            encoded["y"] = self._image_condition(image_CHW, latent_CTHW.shape[1])
+        return encoded
+
+    def _scaled(self, latent_CTHW: Tensor) -> Tensor:
+        return self.latent_format.process_in(latent_CTHW[None])[0]
+
+    def _image_condition(self, image_CHW: Tensor, latent_frames: int) -> Tensor:
+        """y [4 + C, T, h, w] as Causal Wan Image to Video makes it: the image, then grey frames; mask 1 where given."""
+        frames = (latent_frames - 1) * (self.encoders.vae.temporal_compression_decode() or 1) + 1
+        clip_CTHW = torch.zeros(3, frames, *image_CHW.shape[1:])  # 0 is grey in -1..1
+        clip_CTHW[:, 0] = image_CHW
+        latent_CTHW = self._scaled(self.encoders.latent(clip_CTHW))
+        mask = torch.zeros(MASK_CHANNELS, *latent_CTHW.shape[1:])
+        mask[:, 0] = 1
+        return torch.cat((mask, latent_CTHW))
+
+    def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
+        z, text = batch["z"], batch["text"]
+        blocks = (self.block,) * (z.shape[2] // self.block)
+        dropped = chosen(len(z), dropout, generator, z.device)[:, None, None]
+        sigma = objectives.block_sigmas((len(z), len(blocks)), SHIFT, generator).to(z)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        keys = net.project_context(torch.where(dropped, self.empty_1LC.to(text), text), batch.get("tokens"))
+        return objectives.causal_flow_loss(net, z, z, self._y(batch), keys, blocks, 0, sigma, noise, self.emphasis)
+
+    def _y(self, batch: Encoded) -> Tensor:
+        """The image condition, without channels for text-to-video models."""
+        return batch["y"] if "y" in batch else batch["z"][:, :0]
+
+    @torch.no_grad()
+    def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
+        z = batch["z"]
+        count, channels, frames, height, width = z.shape
+        steps = make_steps(STEPS, SHIFT, warp=True)
+        plan = Plan(blocks=(self.block,) * (frames // self.block), steps=steps, first_steps=steps, context_noise=0,
+                    window=-1, sink=0, endless=False, switches=(), global_sink=False, cfg=1, freeze_sink=False)
+        cache = KVCache(plan.layout(net.params, height, width), count, torch.float32, z.device)
+        draw = seeded_noise(seed, count, channels, height, width)
+        loop = BlockLoop(plan=plan, evaluate=net, caches=[cache], y_BYFHW=self._y(batch),
+                         project=lambda _: [net.project_context(batch["text"], batch.get("tokens"))],
+                         noise=lambda *place: draw(*place).to(z), on_step=lambda *_: None)
+        made = torch.cat([block.latent_BCFHW for block in loop.run(None, None, None)], dim=2)
+        name, given = ("from the first frame", 1) if "y" in batch else ("from the text", 0)
+        return {name: (self.latent_format.process_out(made), given)}
+
+    def truth(self, batch: Encoded) -> Tensor:
+        return self.latent_format.process_out(batch["z"])
+
+    def export(self, path: Path, net: CausalWan, metadata: dict[str, str]) -> None:
+        """Native Wan keys as fp16; the header's `config` tells what shapes cannot."""
+        config = {"num_heads": net.params.num_heads, "scale_factor": getattr(self.latent_format, "scale_factor", 1.0),
+                  "transformer": {"causal_ar": True}}
+        weights = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in net.state_dict().items()}
+        unfinished = path.with_suffix(".tmp")
+        save_file(weights, unfinished, metadata={"format": "pt", "config": json.dumps(config), **metadata})
+        unfinished.replace(path)
+
+    def load(self, path: Path):
+        return checkpoint.load(read_checkpoint(path))
+
+
+def from_model(model, encoders: Encoders, settings: TrainConfig) -> CausalWanTraining:
+    """The network of a MODEL, to be trained further, or (from_scratch) one of its sizes."""
+    net = fresh_network(model.model.wan_params, settings.seed)
+    if not settings.from_scratch:
+        net.load_state_dict(plain_weights(model))
+    return CausalWanTraining(net, model, encoders, settings)
+
+
+def fresh_network(params: WanParams, seed: int) -> CausalWan:
+    """An untrained network that begins by predicting nothing."""
+    torch.manual_seed(seed)
+    net = CausalWan(params, nn, torch_attention)
+    nn.init.normal_(net.head.head.weight, std=1e-3)
+    nn.init.zeros_(net.head.head.bias)
+    return net

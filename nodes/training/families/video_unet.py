@@ -1,0 +1,120 @@
+"""The video U-Net in training: clips that are made from a text, or go on from given frames."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ...common.files import read_checkpoint
+from ...ddim.schedule import make_alphas_cumprod
+from ...video_unet import checkpoint
+from ...video_unet.config import TEXT_ENCODERS, VideoUNetConfig
+from ...video_unet.unet import GROUPS, Block, VideoUNet, VideoUNetParams, new_network
+from .. import objectives
+from ..recipes.video_unet import draw_masks
+from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
+from ..config import TrainConfig
+from ..encoding import Encoded, Encoders
+
+MEASURED = 16  # clips from which the scale of new latents is taken
+
+
+class VideoUNetTraining(Family):
+    blocks = (Block,)
+
+    def __init__(self, net: VideoUNet, config: VideoUNetConfig, encoders: Encoders, emphasis: float):
+        self.net, self.config, self.encoders, self.emphasis = net, config, encoders, emphasis
+        self.alphas = make_alphas_cumprod(config.diffusion)
+        self.empty_1LC = self.empty_text()
+        if self.empty_1LC.shape[-1] != config.params.context_dim:
+            raise ValueError(f"The text encoder gives tokens {self.empty_1LC.shape[-1]} wide; this model was trained "
+                             f"with {config.text_encoder}, {config.params.context_dim} wide. Connect that CLIP.")
+        if (encoders.vae is None) != (config.space == "pixels"):
+            raise ValueError(f"This model works in {config.space}: " + (
+                "disconnect the VAE." if encoders.vae else "connect the VAE that its latents are of."))
+
+    def encode(self, item: dict) -> Encoded:
+        z_CTHW = clip_latent(item, self.encoders) * self.config.scale_factor
+        if z_CTHW.shape[0] != self.config.params.channels:
+            raise ValueError(f"The clip {item['name']} has {z_CTHW.shape[0]} channels in {self.config.space}, this "
+                             f"model takes {self.config.params.channels}: use the VAE that it was trained with.")
+        return {"z": z_CTHW, "text": self.encoders.text(item["caption"])}
+
+    def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
+        z, text = batch["z"], batch["text"]
+        dropped = chosen(len(z), dropout, generator, z.device)[:, None, None]
+        mask_BT = torch.zeros(len(z), z.shape[2]) if z.shape[2] < 2 else \
+            draw_masks(torch.zeros(len(z), dtype=torch.bool), z.shape[2], generator)
+        return objectives.video_unet_loss(net, z, mask_BT.to(z), torch.where(dropped, self.empty_1LC.to(text), text),
+                                          self.alphas.float(), self.config.prediction, generator, self.emphasis)
+
+    def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
+        """From the text alone, and with the first quarter of the frames given."""
+        z, given = batch["z"], max(1, batch["z"].shape[2] // 4)
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+
+        def run(count: int) -> Tensor:
+            mask_BT = (torch.arange(z.shape[2]) < count).to(z).expand(len(z), -1)
+            frames = objectives.given_frames(z, mask_BT)
+            made = ddim(lambda x, t: net(torch.cat((x, frames), dim=1), t, batch["text"]), noise, self.alphas,
+                        self.config.prediction, self.config.diffusion.spacing, CLIP_3)
+            return torch.cat((z[:, :, :count], made[:, :, count:]), dim=2) / self.config.scale_factor
+
+        return {"from the text": (run(0), 0), "from the first frames": (run(given), given)}
+
+    def truth(self, batch: Encoded) -> Tensor:
+        return batch["z"] / self.config.scale_factor
+
+    def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
+        checkpoint.save(path, net, self.config, metadata)
+
+    def load(self, path: Path):
+        return checkpoint.load(read_checkpoint(path))
+
+
+def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTraining:
+    """The network of a MODEL, to be trained further, or (from_scratch) one of its sizes."""
+    config = model.model.video_unet
+    net = new_network(config.params, settings.seed)
+    if not settings.from_scratch:
+        net.load_state_dict(plain_weights(model))
+    return VideoUNetTraining(net, config, encoders, settings.emphasis)
+
+
+def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNetTraining:
+    """A new network for the clips of a data set."""
+    items = [dataset[i] for i in range(min(len(dataset), MEASURED))]
+    latents = [clip_latent(item, encoders) for item in items]
+    width, vae = encoders.text("").shape[-1], encoders.vae
+    names = [name for name, size in TEXT_ENCODERS.items() if size == width]
+    if not names:
+        raise ValueError(f"The text encoder gives tokens {width} wide. A new video U-Net takes the CLIP of Load "
+                         "DynamiCrafter's demo (32 wide) or CLIP-L (768 wide).")
+    edge = 1 if vae is None else vae.spacial_compression_encode()
+    frames, height, width_px = latents[0].shape[1], *(side * edge for side in latents[0].shape[2:])
+    if "video" in items[0]:
+        frames, (height, width_px) = items[0]["video"].shape[1], items[0]["video"].shape[2:]
+    if settings.model_channels % GROUPS:
+        raise ValueError(f"model_channels is {settings.model_channels}: it must be a multiple of {GROUPS}.")
+    levels = tuple(settings.channel_mult)
+    params = VideoUNetParams(
+        channels=latents[0].shape[0], model_channels=settings.model_channels, channel_mult=levels,
+        num_res_blocks=settings.num_res_blocks, spatial_attention=(len(levels) - 1,),
+        head_channels=next(size for size in (64, 48, 32, 24, 16) if settings.model_channels % size == 0),
+        context_dim=width, additional_condition_dim=0)
+    config = VideoUNetConfig(
+        params=params, schedule=settings.schedule, prediction=settings.prediction, frames=frames, height=height,
+        width=width_px, space="pixels" if vae is None else "latent",
+        scale_factor=1.0 if vae is None else measured_scale(latents), spatial_factor=edge,
+        temporal_factor=1 if vae is None else vae.temporal_compression_decode() or 1, text_encoder=names[0])
+    return VideoUNetTraining(new_network(params, settings.seed), config, encoders, settings.emphasis)
+
+
+def measured_scale(latents: list[Tensor]) -> float:
+    """Factor that gives latents a standard deviation of 1, or less, so that 999 of 1000 values lie within +-3: x0 is
+    clipped there."""
+    values = torch.cat([latent.flatten() for latent in latents]).abs()
+    reach = values.sort().values[int(0.999 * (len(values) - 1))]
+    return min(1 / values.square().mean().sqrt().item(), 3 / reach.item())

@@ -1,0 +1,89 @@
+"""What a training from the shell is made of: data set, encoders and network, loaded as ComfyUI's loaders do."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from torch.utils.data import Dataset
+
+from ..causal_wan import checkpoint as causal_wan
+from ..common.demo import CAUSAL_WAN, DYNAMICRAFTER, VIDEO_UNET
+from ..common.files import read_checkpoint
+from ..dynamicrafter import checkpoint as dynamicrafter
+from ..video_unet import checkpoint as video_unet
+from .data.clips import MovingShapes
+from .data.folders import VideoFolder
+from .data.shards import INDEX, LatentShards
+from .config import TrainConfig
+from .encoding import Encoders
+
+DEMOS = {"dynamicrafter": DYNAMICRAFTER, "causal_wan": CAUSAL_WAN, "video_unet": VIDEO_UNET}
+DRAWN = 1000  # Moving Shapes where max_samples says nothing
+
+
+def load_dataset(settings: TrainConfig) -> Dataset:
+    """Moving Shapes, a folder of videos and captions, or latent shards."""
+    size = settings.size()
+    if not settings.data_dir:
+        return MovingShapes(settings.max_samples or DRAWN, settings.num_frames, size, seed=settings.seed,
+                            mirror=settings.mirror)
+    folder, most = Path(settings.data_dir).expanduser(), settings.max_samples or None
+    if not folder.is_dir():
+        raise ValueError(f"data_dir: there is no folder {folder}.")
+    if (folder / INDEX).exists() or next(folder.glob("shard_*"), None):
+        if settings.mirror:
+            raise ValueError(f"{folder} holds finished latents, which cannot be mirrored: leave mirror away.")
+        return LatentShards(folder, max_samples=most)
+    return VideoFolder(folder, settings.num_frames, size, max_samples=most, seed=settings.seed, mirror=settings.mirror)
+
+
+def load_model(settings: TrainConfig) -> Any:
+    """The MODEL to fine-tune, or None for a new video U-Net."""
+    if not settings.checkpoint:
+        return None
+    path = DEMOS[settings.family] if settings.checkpoint == "demo" else settings.checkpoint
+    checkpoint = read_checkpoint(path)
+    if settings.family == "dynamicrafter":
+        return dynamicrafter.load(checkpoint, weight_dtype="fp32").model
+    return {"causal_wan": causal_wan, "video_unet": video_unet}[settings.family].load(checkpoint, weight_dtype="fp32")
+
+
+def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
+    """VAE (None for a network in pixels), text encoder and vision tower; files named one by one go before `encoders`.
+
+    Raises ValueError for a text encoder of unknown type.
+    """
+    vae = clip = clip_vision = None
+    if not (settings.clip and (settings.vae or pixels)):
+        path = DYNAMICRAFTER if settings.encoders == "demo" else settings.encoders
+        _, clip, clip_vision, vae = dynamicrafter.load(read_checkpoint(path))
+    if settings.vae:
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(settings.vae))
+    if settings.clip:
+        kinds = {kind.name.lower(): kind for kind in comfy.sd.CLIPType}
+        if settings.clip_type not in kinds:
+            raise ValueError(f"clip_type is {settings.clip_type!r}: choose one of {', '.join(kinds)}.")
+        clip = comfy.sd.load_clip([settings.clip], clip_type=kinds[settings.clip_type])
+    if settings.clip_vision:
+        clip_vision = comfy.clip_vision.load(settings.clip_vision)
+    if clip is None or vae is None and not pixels:
+        raise ValueError(f"{settings.encoders} was pruned and holds no {'text encoder' if clip is None else 'VAE'}: "
+                         f"name a file of its own ({'clip' if clip is None else 'vae'}), or another checkpoint.")
+    return Encoders(None if pixels else vae, clip, clip_vision)
+
+
+def works_in_pixels(model: Any, settings: TrainConfig) -> bool:
+    """Whether the network needs no VAE: as its header says, or as a new one is asked for."""
+    if model is None:
+        return settings.space == "pixels"
+    config = getattr(model.model, "video_unet", None)
+    return config is not None and config.space == "pixels"
+
+
+def choose_device(name: str) -> torch.device:
+    return comfy.model_management.get_torch_device() if name == "auto" else torch.device(name)

@@ -1,0 +1,153 @@
+"""Train Video Model."""
+import time
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..common.drawing import as_images
+from ..common.schema import schema
+from .parallel import PRECISIONS, make_processes
+from .config import PARTS, TrainConfig
+from .curves import draw_curves, read_curves
+from .encoding import Encoders
+from .families.registry import make_family
+from .run import Progress, Training
+
+DataSet = io.Custom("STILLMOTION_DATASET")
+PICTURE_EVERY = 1.0   # seconds between two live pictures
+PICTURE_EDGE = 640
+
+
+class TrainVideoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Stillmotion_TrainVideoModel",
+            display_name="Train Video Model",
+            category="Stillmotion/training",
+            description="Trains a new video U-Net, or trains a video U-Net, DynamiCrafter or causal Wan further. Shows "
+                        "loss and samples while it runs; cancelled, it saves first.",
+            search_aliases=["train", "training", "finetune", "fine-tune", "video trainer"],
+            advanced=["train", "caption_dropout", "motion_weight", "seed", "sample_every", "mixed_precision",
+                      "gradient_checkpointing"],
+            inputs=[
+                DataSet.Input("data_set", tooltip="From Moving Shapes, Video Folder or Latent Shards: it decides "
+                                                  "frames and size."),
+                io.Clip.Input("clip", tooltip="Text encoder for the captions. New models: the CLIP of Load "
+                                              "DynamiCrafter's demo, or CLIP-L. Others: the one of their own."),
+                io.String.Input("name", default="video_model",
+                                tooltip="The result is models/checkpoints/NAME_00001.safetensors (causal Wan: "
+                                        "models/diffusion_models), numbered on; samples, curves, further checkpoints "
+                                        "and the state lie in output/training/NAME_00001."),
+                io.Boolean.Input("resume", default=False,
+                                 tooltip="Go on with the last run of this name, exactly where it was stopped. All "
+                                         "settings but the number of steps must be the same."),
+                io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Batches to learn from."),
+                io.Int.Input("batch_size", default=4, min=1, max=1024, tooltip="Clips of a batch: more is steadier, "
+                                                                               "and needs more memory."),
+                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
+                               tooltip="Peak, reached after a short warm-up; falls as a cosine. Small new models: "
+                                       "0.001. Fine-tuning: 0.00001 to 0.0001."),
+                io.Int.Input("model_channels", default=64, min=16, max=1024, step=16,
+                             tooltip="Width of a new video U-Net. Not used with a model."),
+                io.Combo.Input("train", options=list(PARTS), default="all",
+                               tooltip="projector_temporal: only the image projector and the temporal layers of "
+                                       "DynamiCrafter, which keeps its look and needs less memory."),
+                io.Float.Input("caption_dropout", default=0.1, min=0.0, max=1.0, step=0.01,
+                               tooltip="Share of captions left away, so that cfg has something to guide against."),
+                io.Float.Input("motion_weight", default=1.0, min=0.1, max=100.0, step=0.1,
+                               tooltip="How much more places count where something moves. 5 for small shapes on plain "
+                                       "ground, 1 for real videos."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffff, control_after_generate=False,
+                             tooltip="Of new weights, the order of clips and the noise."),
+                io.Int.Input("sample_every", default=200, min=1, max=1_000_000,
+                             tooltip="Steps between samples; validation, curves and saved state come with them."),
+                io.Combo.Input("mixed_precision", options=list(PRECISIONS), default="no",
+                               tooltip="bf16 and fp16 halve memory and time on a GPU; they need the package "
+                                       "accelerate."),
+                io.Boolean.Input("gradient_checkpointing", default=False,
+                                 tooltip="Much less memory, a third more time."),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the clips. Not connected, a new model works on "
+                                                           "pixels."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="Image encoder, for DynamiCrafter and causal "
+                                                                          "Wan image to video."),
+                io.Model.Input("model", optional=True, tooltip="A model to train further, LoRAs included; it stays as "
+                                                               "it is. Not connected: a new video U-Net."),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The trained model: the moving average of its weights."),
+                io.Image.Output(display_name="curves", tooltip="Loss, validation loss and PSNR over the steps."),
+                io.String.Output(display_name="checkpoint", tooltip="Name of the result, as its loader lists it."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, data_set, clip, name, resume, steps, batch_size, learning_rate, model_channels, train,
+                caption_dropout, motion_weight, seed, sample_every, mixed_precision, gradient_checkpointing, vae=None,
+                clip_vision=None, model=None) -> io.NodeOutput:
+        comfy.model_management.unload_all_models()
+        device = comfy.model_management.get_torch_device()
+        pixels = vae is None or vae.spacial_compression_encode() == 1
+        with torch.inference_mode(False), torch.enable_grad():
+            settings = TrainConfig(
+                train=train, from_scratch=False, batch_size=batch_size, steps=steps, learning_rate=learning_rate,
+                model_channels=model_channels, **_depth(model_channels), caption_dropout=caption_dropout,
+                emphasis=motion_weight, seed=seed, mixed_precision=mixed_precision, resume=resume,
+                gradient_checkpointing=gradient_checkpointing, save_every=sample_every, sample_every=sample_every,
+                ema_decay=_ema_decay(steps), space="pixels" if pixels else "latent", family=_family(model),
+                checkpoint="" if model is None else "connected")
+            settings.check()
+            family = make_family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set)
+            result, folder = _places(name, resume, family.folder)
+            show = _Show(steps)
+            Training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
+        curves = draw_curves(read_curves(folder), f"{result.stem}: {steps} steps")
+        return io.NodeOutput(family.load(result), as_images(curves), result.name)
+
+
+class _Show:
+    """Progress on the node: the bar, and every second the curve with the last samples. Interrupts are raised here."""
+
+    def __init__(self, steps):
+        self.bar, self.shown = comfy.utils.ProgressBar(steps), 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        picture = None
+        if time.monotonic() - self.shown > PICTURE_EVERY:
+            self.shown = time.monotonic()
+            picture = ("JPEG", progress.picture(), PICTURE_EDGE)
+        self.bar.update_absolute(progress.step, progress.steps, picture)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def _family(model) -> str:
+    return {"DynamiCrafterModel": "dynamicrafter", "CausalWanModel": "causal_wan"}.get(
+        type(model.model).__name__ if model else "", "video_unet")
+
+
+def _depth(model_channels) -> dict:
+    """Small networks are shallow too."""
+    small = model_channels <= 64
+    return {"channel_mult": [1, 2] if small else [1, 2, 4], "num_res_blocks": 1 if small else 2}
+
+
+def _ema_decay(steps) -> float:
+    """The average reaches over the last tenth of a short run, at most over the last 1000 steps or so."""
+    return min(0.999, max(0.0, 1 - 10 / steps))
+
+
+def _places(name, resume, kind) -> tuple[Path, Path]:
+    """(result, folder of the run): the next free number of this name, or with `resume` the last one."""
+    if not name.strip() or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"name is {name!r}: give a plain file name, without folders and ending.")
+    models = Path(folder_paths.get_folder_paths(kind)[0])
+    runs = Path(folder_paths.get_output_directory()) / "training"
+    used = [int(path.stem[len(name) + 1:]) for folder in (models, runs) for path in folder.glob(f"{name}_*")
+            if path.stem[len(name) + 1:].isdecimal()]
+    number = max(used, default=0) if resume else max(used, default=0) + 1
+    return models / f"{name}_{number:05}.safetensors", runs / f"{name}_{number:05}"

@@ -1,0 +1,108 @@
+"""The recipe of the small video U-Net: text to video, image to video, prediction and interpolation in one network.
+
+Clips and captions are encoded once by the DynamiCrafter demo, whose VAE and text encoder it is used with.
+"""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from ...common.demo import DYNAMICRAFTER
+from ...common.files import read_checkpoint
+from ...ddim.schedule import make_alphas_cumprod
+from ...dynamicrafter import checkpoint as dynamicrafter
+from ...video_unet.checkpoint import save
+from ...video_unet.config import VideoUNetConfig
+from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
+from ..data import shapes as data
+from .. import objectives
+from ..loop import fit
+
+SCALE_FACTOR = 0.18215 * 0.4  # the latents of small bright shapes reach 10 standard deviations: 999 of 1000 now lie
+                              # within +-3, the range that x0 is clipped to
+FRAMES = 16
+CLIPS = 4800
+RETURNING = 0.1               # share of clips that go out and come back; they are learned from both ends only
+PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num_res_blocks=1, spatial_attention=(1,),
+                         head_channels=16, context_dim=32, additional_condition_dim=0)
+CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frames=FRAMES, height=64, width=64,
+                         space="latent", scale_factor=SCALE_FACTOR, spatial_factor=8, temporal_factor=1,
+                         text_encoder="demo")
+TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples
+
+
+@torch.no_grad()
+def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
+    """Encodings by the nodes that a user has: they do not change while the network learns, so they are made once.
+
+    latents [K, 4, T, h, w] (unscaled), ends [K] (1: a clip that returns), caption [K, forms] (index into text), text
+    [captions, 77, C], the empty one first.
+    """
+    path = folder / "video_unet_encodings.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER), weight_dtype="fp32")
+    rng, index, latents, captions = Random(2), {"": 0}, [], []
+    clips = [data.random_clip(rng, returns=i < count * RETURNING) for i in range(count)]
+    for clip in clips:
+        latents.append(demo.vae.encode(data.draw_clip(clip, FRAMES).float() / 255)[0].half())
+        captions.append([index.setdefault(clip.caption(form), len(index)) for form in range(data.HELD_OUT_FORM)])
+        if len(latents) % 500 == 0:
+            logging.info("encoded %d / %d clips", len(latents), count)
+    text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
+    encodings = {"latents": torch.stack(latents), "ends": torch.tensor([clip.returns for clip in clips]),
+                 "caption": torch.tensor(captions), "text": torch.stack(text)}
+    encodings = {name: value.clone() for name, value in encodings.items()}
+    torch.save(encodings, path)
+    return encodings
+
+
+def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Of clips that return
+    both ends, since neither text nor past tells that they will."""
+    batch, (names, shares) = len(ends_B), zip(*TASKS)
+    task = torch.multinomial(torch.tensor(shares), batch, replacement=True, generator=generator)
+    task[ends_B] = names.index("ends")
+    past = torch.randint(1, frames // 2 + 1, (batch,), generator=generator)
+    count = torch.where(task == names.index("past"), past, (task != names.index("text")).long())
+    mask_BT = torch.arange(frames) < count[:, None]
+    mask_BT[:, -1] |= task == names.index("ends")
+    return mask_BT.float()
+
+
+def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
+          on_save=None) -> nn.Module:
+    """The network's moving average after `steps` steps.
+
+    One text in ten is dropped, for guidance; every second one where several frames are given, which tell all by
+    themselves.
+    """
+    alphas = make_alphas_cumprod(CONFIG.diffusion).float()
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        pick = torch.randint(0, len(encodings["latents"]), (batch,), generator=generator)
+        form = torch.randint(0, data.HELD_OUT_FORM, (batch,), generator=generator)
+        mask = draw_masks(encodings["ends"][pick], FRAMES, generator)
+        dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.5, 0.1)
+        text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
+        z = encodings["latents"][pick].float() * SCALE_FACTOR
+        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5)
+
+    return fit(net, loss_of, steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998, save_every=100,
+               on_save=on_save)
+
+
+def demo_network() -> VideoUNet:
+    """The untrained network."""
+    return new_network(PARAMS, seed=30)
+
+
+def make_video_unet_demo(folder: Path, target: Path, steps: int = 3500) -> None:
+    """The training in `folder` (what is there is gone on with), then the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    net = train(demo_network(), encode_clips(folder), folder / "video_unet.pt", steps)
+    save(target, net, CONFIG)
