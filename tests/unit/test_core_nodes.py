@@ -226,6 +226,6 @@ def test_a_window_is_sampled_as_a_clip_of_its_own_frames(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_with_a_frame_before_them(family):
-    """Since 0.30 or so core puts one more frame before all windows but the first, so that lengths differ."""
+    """By 0.24 core puts one more frame before all windows but the first, so that lengths differ."""
     found = sample(windows(make(family), 4, 2), 10)
     assert found.isfinite().all() and found.shape[2] == 10
