@@ -75,9 +75,9 @@ def check_nodes(modules: set[str], network, clips: int) -> None:
         raise ValueError("Self-Attention Guidance blurs single pictures, it cannot take clips. Take that node off the "
                          "model; Perturbed-Attention Guidance has the same aim and acts here.")
     if "nodes_video_model" in modules:
-        raise ValueError("Video Linear and Triangle CFG Guidance spread guidance over the pictures of a batch; the frames "
-                         "of a clip lie along its time axis, and all would get the smallest. Take that node off the "
-                         "model and set cfg in the sampler.")
+        raise ValueError("Video Linear and Triangle CFG Guidance spread guidance over the pictures of a batch; the "
+                         "frames of a clip lie along its time axis, and all would get the smallest. Take that node off "
+                         "the model and set cfg in the sampler.")
     if "nodes_freelunch" in modules and not {2, 4} & set(mults):
         raise ValueError(f"FreeU changes levels that are {2 * width} or {4 * width} channels wide (2 or 4 times "
                          f"model_channels), and this network has {', '.join(str(width * mult) for mult in mults)}. "

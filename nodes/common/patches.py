@@ -41,7 +41,7 @@ def patch_tokens(place: str, x_NLC: Tensor, layer, options: dict) -> Tensor:
 
 
 def is_patched(name: str, options: dict) -> bool:
-    """Whether a function steps into attention `name`, "attn1" (in the frame) or "attn2" (to the text), of this block."""
+    """Whether a function steps into attention `name` of this block: "attn1" (in the frame) or "attn2" (to the text)."""
     return bool(_functions(f"{name}_patch", options)) or _replacement(name, options) is not None
 
 

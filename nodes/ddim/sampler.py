@@ -246,8 +246,8 @@ def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comf
         return guider
     if model.model_options.keys() & {"sampler_cfg_function", "sampler_pre_cfg_function"}:
         raise ValueError(f"image_cfg is {image_cfg:g}, and the model carries a node (RescaleCFG, RenormCFG, FreSca or "
-                         "another) that changes guidance of two predictions, not of three. Set image_cfg to 0, or take "
-                         "that node off the model.")
+                         "another) that changes guidance of two predictions, not of three. Set image_cfg to 0, or "
+                         "take that node off the model.")
     guider = ImageTextGuider(model)
     tokens = positive[0][1]["image_tokens"]
     guider.set_image_conds(positive, [[cond, {**values, "image_tokens": tokens}] for cond, values in negative], negative)

@@ -195,7 +195,8 @@ class VideoUNet(nn.Module):
                 skips.append(h)
             h = patch_hidden("input_block_patch_after_skip", h, options)
         options["block"] = ("middle", 0)
-        for options["block_index"], block in enumerate(self.middle):
+        for index, block in enumerate(self.middle):
+            options["block_index"] = index
             h = block(h, step)
         options["block_index"], numbers = 0, itertools.count()
         for stage in self.up:

@@ -1,4 +1,4 @@
-"""Core's nodes for U-Nets between our loaders and samplers in a real ComfyUI server, where they bear their own names."""
+"""Core's nodes for U-Nets between our loaders and samplers in a real ComfyUI server, loaded as a user has them."""
 
 import json
 
@@ -13,7 +13,8 @@ from tracking import track
 
 SAMPLER = "Stillmotion_DDIMSampler"
 NODES = {"FreeU": dict(b1=1.1, b2=1.2, s1=0.9, s2=0.2), "FreeU_V2": dict(b1=1.3, b2=1.4, s1=0.9, s2=0.2),
-         "HyperTile": dict(tile_size=64, swap_size=2, max_depth=0, scale_depth=False), "TomePatchModel": dict(ratio=0.5),
+         "HyperTile": dict(tile_size=64, swap_size=2, max_depth=0, scale_depth=False),
+         "TomePatchModel": dict(ratio=0.5),
          "PatchModelAddDownscale": dict(block_number=2, downscale_factor=2.0, start_percent=0.0, end_percent=0.5,
                                         downscale_after_skip=True, downscale_method="bicubic",
                                         upscale_method="bicubic"),

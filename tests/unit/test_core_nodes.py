@@ -165,6 +165,20 @@ def test_an_attention_is_taken_over_by_its_block(family, name, tokens):
     assert torch.equal(net(*given, transformer_options=elsewhere), plain)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sides_that_a_function_has_shrunk_to_what_cannot_be_halved(family):
+    net, given = network(family)
+
+    def shrink(h, told):
+        return h[..., :4, :5] if told["block"] == ("input", 1) else h
+
+    def widen(h, skip, told):  # as PatchModelAddDownscale, by the height alone
+        return (h if h.shape[2] == skip.shape[2] else torch.nn.functional.interpolate(h, size=skip.shape[2:])), skip
+
+    found = net(*given, transformer_options={"patches": {"input_block_patch": [shrink], "output_block_patch": [widen]}})
+    assert found.shape == (2, 4, 3, 8, 8) and found.isfinite().all()
+
+
 def test_core_reads_no_more_of_the_sizes_than_freeu_needs():
     for family in FAMILIES:
         model = make(family).model
@@ -225,6 +239,6 @@ def test_a_window_is_sampled_as_a_clip_of_its_own_frames(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_with_a_frame_before_them(family):
-    """Since 0.30 or so core puts one more frame before all windows but the first, so that lengths differ."""
+    """By 0.24 core puts one more frame before all windows but the first, so that lengths differ."""
     found = sample(windows(make(family), 4, 2), 10)
     assert found.isfinite().all() and found.shape[2] == 10
