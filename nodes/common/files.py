@@ -86,7 +86,8 @@ def _read_pickle(path, mmap):
             f"{path} is refused: besides weights it holds the Python object {found[1]}, and loading that could "
             "run code on this computer. Get the same weights as .safetensors, or from a source you trust "
             "re-saved with torch.save(state_dict).") from error
-    except (RuntimeError, OSError, EOFError, struct.error, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, struct.error, LookupError, ValueError, TypeError, AttributeError,
+            AssertionError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{path} is cut off, or a zip or pickle that is no checkpoint ({error}). "
                          f"{AGAIN} Allowed: {FORMATS}.") from error
 

@@ -46,7 +46,8 @@ def parse_json(text, source):
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON ({error}). The file is damaged, or was edited by hand.") from error
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{source} is not JSON ({why}). The file is damaged, or was edited by hand.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} is no JSON object but {shown(found)}. The file is damaged, or of another kind.")
     return found

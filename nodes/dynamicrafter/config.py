@@ -103,7 +103,8 @@ def read_yaml(path):
             raise ValueError(f"{path} repeats parts of itself with aliases (*name). Write them out.")
         config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text))
     except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException, RecursionError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}. Correct it, or copy the official one.") from error
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not a YAML file: {why}. Correct it, or copy the official one.") from error
     return _resolved(config, config, path)
 
 
