@@ -17,7 +17,8 @@ def in_use():
     gc.collect()
     found = gc.get_objects()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found
-                if issubclass(type(tensor), torch.Tensor) and tensor.device.type == "cpu"}
+                if issubclass(type(tensor), torch.Tensor) and tensor.device.type == "cpu"
+                and tensor.layout == torch.strided}
     return sum(storages.values()), len(found)
 
 

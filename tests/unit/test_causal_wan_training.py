@@ -9,6 +9,7 @@ from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.causal_wan import conditioning
 from stillmotion.nodes.causal_wan.cache import KVCache
+from stillmotion.nodes.common.demo import DYNAMICRAFTER
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training.recipes import causal_wan as recipe
@@ -116,7 +117,7 @@ def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net):
     assert found["latents"].std() == pytest.approx(1, abs=0.25) and found["text"].isfinite().all()
     assert found["turn"].tolist() == [8, 12, 0, 0, 0] and found["caption"].max() < len(found["text"])
     assert found["short_latents"].shape == (2, 4, recipe.WINDOW, 8, 8) and not found["short_turn"].any()
-    demo = dynamicrafter.load(read_checkpoint(recipe.TOWERS), weight_dtype="fp32")
+    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER), weight_dtype="fp32")
     clip = recipe.random_clips(Random(11), 5)[0][0]
     image_THWC = data.draw_clip(clip, 1) / 255
     entries, latent = conditioning.image_conditions(demo.vae, image_THWC, 64, 64, 16, 4, "auto", True, False, 1)

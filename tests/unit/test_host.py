@@ -84,7 +84,7 @@ def test_two_processes_build_one_host(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {str(host.WORKFLOWS)!r})
+sys.path.insert(0, {str(host.RUNNER)!r})
 import host
 def build(folder):
     with open({str(tmp_path / "builds")!r}, "a") as f: f.write("x")
@@ -102,7 +102,7 @@ def test_a_killed_builder_leaves_no_lock(tmp_path, recipe):
     code = f"""
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {str(host.WORKFLOWS)!r})
+sys.path.insert(0, {str(host.RUNNER)!r})
 import host
 def build(folder):
     (folder / "half").write_text("x")
@@ -168,7 +168,7 @@ def test_an_existing_comfyui_is_checked_not_changed(tmp_path, monkeypatch):
 
 
 def test_an_old_python_is_told_so():
-    code = (f"import sys; sys.path.insert(0, {str(host.WORKFLOWS)!r}); import host\n"
+    code = (f"import sys; sys.path.insert(0, {str(host.RUNNER)!r}); import host\n"
             "sys.version_info = (3, 10, 4)\nhost.check_python()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "need Python 3.11 or newer" in done.stderr
