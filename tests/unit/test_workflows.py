@@ -1,9 +1,11 @@
 """The shipped workflows as files: templates and API graphs say the same, and the example pictures are within reach."""
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import stillmotion
+from stillmotion.nodes import NODES
 from stillmotion.nodes.common.examples import offer_examples
 
 WORKFLOWS = Path(stillmotion.__file__).parent / "workflows"
@@ -60,6 +62,18 @@ def test_template_and_api_graph_have_the_same_values(name):
         if str(node["id"]) in api:
             given = [v for v in api[str(node["id"])]["inputs"].values() if not isinstance(v, list)]
             assert [value for value in given if value not in node.get("widgets_values", [])] == [], node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_folds_no_value_away_that_it_changes(name):
+    """Inputs marked advanced are hidden in the page; a template shows them where one is not at its default."""
+    folded = {f"Stillmotion_{kind.removesuffix('Node')}": getattr(import_module(f"stillmotion.nodes.{family}.nodes"), kind)
+              for family, kind in NODES}
+    api = read(f"api/{name}.json")
+    for node in (node for node in read(f"{name}.json")["nodes"] if node["type"] in folded):
+        changed = [entry.id for entry in folded[node["type"]].GET_SCHEMA().inputs if getattr(entry, "advanced", None)
+                   and api[str(node["id"])]["inputs"][entry.id] != entry.default]
+        assert changed == [] or node.get("showAdvanced"), (node["type"], changed)
 
 
 def test_a_run_that_is_gone_on_with_keeps_its_seed():
