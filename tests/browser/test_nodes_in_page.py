@@ -27,7 +27,7 @@ def test_nodes_are_found_by_what_they_are_for(page):
         pytest.skip("this ComfyUI does not know search aliases")
     page.run_js("() => app.graph.clear()")
     page.page.mouse.dblclick(800, 700)
-    box = page.page.get_by_role("combobox")
+    box = page.page.locator("input[aria-controls=results-list]")
     for typed, node in FOUND.items():
         box.fill(typed)
         page.page.locator("[role=option]", has_text=node).first.wait_for()

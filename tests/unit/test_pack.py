@@ -67,9 +67,9 @@ class Broken(io.ComfyNode):
 
 @pytest.mark.parametrize("source", BROKEN.values(), ids=BROKEN)
 def test_a_broken_family_costs_its_own_nodes_only(source, tmp_path, monkeypatch, caplog):
-    family = tmp_path.name  # another in each test: Python remembers modules
+    module = f"{tmp_path.name}.nodes"  # another in each test: Python remembers modules
     monkeypatch.setattr(stillmotion.nodes, "__path__", [*stillmotion.nodes.__path__, str(tmp_path.parent)])
-    monkeypatch.setattr(stillmotion.nodes, "NODES", [(family, "Broken"), *NODES, (family, "OtherNode")])
+    monkeypatch.setattr(stillmotion.nodes, "NODES", [(module, "Broken"), *NODES, (module, "OtherNode")])
     (tmp_path / "nodes.py").write_text(source)
     assert [cls.GET_SCHEMA().node_id for cls in node_classes()] == [f"Stillmotion_{name.removesuffix('Node')}"
                                                                     for _, name in NODES]

@@ -67,8 +67,8 @@ def test_template_and_api_graph_have_the_same_values(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_template_folds_no_value_away_that_it_changes(name):
     """Inputs marked advanced are hidden in the page; a template shows them where one is not at its default."""
-    folded = {f"Stillmotion_{kind.removesuffix('Node')}": getattr(import_module(f"stillmotion.nodes.{family}.nodes"), kind)
-              for family, kind in NODES}
+    folded = {f"Stillmotion_{kind.removesuffix('Node')}": getattr(import_module(f"stillmotion.nodes.{module}"), kind)
+              for module, kind in NODES}
     api = read(f"api/{name}.json")
     for node in (node for node in read(f"{name}.json")["nodes"] if node["type"] in folded):
         changed = [entry.id for entry in folded[node["type"]].GET_SCHEMA().inputs if getattr(entry, "advanced", None)
