@@ -48,7 +48,8 @@ def test_a_lost_node_can_be_named_by_its_class():
 
 BROKEN = {
     "raises at import": ("RuntimeError: core moved on", "raise RuntimeError('core moved\\non')"),
-    "imports what core dropped": ("cannot import name 'dropped_by_core'", "from comfy_api.latest import dropped_by_core"),
+    "imports what core dropped": ("cannot import name 'dropped_by_core'",
+                                  "from comfy_api.latest import dropped_by_core"),
     "lacks the class": ("no attribute 'Broken'", ""),
     "has a schema that fails": ("unexpected keyword argument 'dropped_by_core'", """
 from comfy_api.latest import io
