@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 
 WIDEST = 65536   # of any layer; the widest published one has 49408 rows
 DEEPEST = 256    # layers of a kind
+LONGEST_NAME = 240  # bytes of one name in a path
 
 
 def whole(value, name, low=1, high=WIDEST):
@@ -39,6 +42,17 @@ def word(value, name):
     if not isinstance(value, str) or not 0 < len(value) <= 100 or not all(c.isalnum() or c in "._-+" for c in value):
         raise ValueError(f"{name} is {shown(value)}. It must be a name of letters, digits and . _ - + alone.")
     return value
+
+
+def check_path(name, text):
+    """Raise ValueError unless `text` can be a path: the input `name` may bring any text."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        raise ValueError(f"{name} is {shown(text)}, which holds characters that no file's name can have: give letters, "
+                         "digits and ordinary signs.")
+    longest = max(re.split(r"[/\\]", text), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > LONGEST_NAME:
+        raise ValueError(f"{name} holds the name {shown(longest)} of {len(longest.encode())} bytes; file systems take "
+                         f"at most 255, of which numbers and endings need some. Give one of at most {LONGEST_NAME}.")
 
 
 def parse_json(text, source):

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ...common.drawing import as_images
 from ...common.schema import schema
+from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
 from .shards import LatentShards
@@ -27,7 +28,7 @@ SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_genera
 
 
 def _with_preview(clips: Clips) -> io.NodeOutput:
-    items = [clips[i] for i in range(min(PREVIEWED, len(clips)))]
+    items = [clips[i] for i in hearing_cancel(range(min(PREVIEWED, len(clips))))]
     rows = [(item["caption"], _frames(item)) for item in items]
     return io.NodeOutput(clips, clips.summary(), as_images(draw_sheet(rows)))
 
