@@ -7,7 +7,8 @@ import unicodedata
 
 WIDEST = 65536   # of any layer; the widest published one has 49408 rows
 DEEPEST = 256    # layers of a kind
-LONGEST_NAME = 240  # bytes of one name in a path
+LONGEST_NAME = 240  # bytes of one name in a path: file systems take 255, and numbers and endings need some
+LONGEST_PATH = 1000
 
 
 def whole(value, name, low=1, high=WIDEST):
@@ -44,15 +45,22 @@ def word(value, name):
     return value
 
 
+def check_text(name, text):
+    """Raise ValueError for characters that no text has: NUL, and halves of others, which no file can hold."""
+    if any(letter == "\0" or unicodedata.category(letter) == "Cs" for letter in text):
+        raise ValueError(f"{name} is {shown(text)}, which holds NUL or half a character: type it anew.")
+
+
 def check_path(name, text):
     """Raise ValueError unless `text` can be a path: the input `name` may bring any text."""
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
-        raise ValueError(f"{name} is {shown(text)}, which holds characters that no file's name can have: give letters, "
-                         "digits and ordinary signs.")
+    check_text(name, text)
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        raise ValueError(f"{name} is {shown(text)}, which holds line ends or control characters: give letters, digits "
+                         "and ordinary signs.")
     longest = max(re.split(r"[/\\]", text), key=lambda part: len(part.encode()))
-    if len(longest.encode()) > LONGEST_NAME:
-        raise ValueError(f"{name} holds the name {shown(longest)} of {len(longest.encode())} bytes; file systems take "
-                         f"at most 255, of which numbers and endings need some. Give one of at most {LONGEST_NAME}.")
+    if len(longest.encode()) > LONGEST_NAME or len(text) > LONGEST_PATH:
+        raise ValueError(f"{name} is {shown(text)}, too long for a file system. Give at most {LONGEST_NAME} bytes "
+                         f"for each name, and {LONGEST_PATH} in all.")
 
 
 def parse_json(text, source):

@@ -198,8 +198,8 @@ def test_a_prefix_outside_the_output_folder_is_refused(save, prefix):
 
 
 @pytest.mark.parametrize("prefix, words", [
-    ("a\0b", "characters that no file's name"), ("a\nb", "characters that no"), ("\ud800", "characters that no"),
-    ("n" * 300, "at most 240"), ("d" * 300 + "/x", "at most 240"), ("\u4e2d" * 100, "300 bytes")])
+    ("a\0b", "NUL or half"), ("a\nb", "line ends"), ("\ud800", "NUL or half"), ("n" * 300, "at most 240"),
+    ("d" * 300 + "/x", "at most 240"), ("\u4e2d" * 100, "at most 240"), ("d/" * 600, "1000 in all")])
 def test_prefixes_that_name_no_file_are_refused(save, tmp_path, prefix, words):
     with pytest.raises(ValueError, match=words):
         save(images=clip(), filename_prefix=prefix)
