@@ -37,7 +37,8 @@ def check_input(entry, value) -> None:
     elif kind in WIDGETS:
         WIDGETS[kind](entry, value)
     elif not SOCKETS.get(kind, _is_object)(value):
-        raise ValueError(f"{name} is {shown(value)}, which is no {kind}: connect a node that gives one.")
+        given = f"of the shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+        raise ValueError(f"{name} is {given}, which is no {kind}: connect a node that gives one.")
 
 
 def _check_choice(entry, value):

@@ -16,7 +16,7 @@ from graph_fuzz import Graphs, fault
 
 SEED = 20261126
 PATIENCE = 30   # seconds for one graph, and for a cancel to be heard
-OWN = ("output", "input", "temp", "user", "server.log")  # of a ComfyUI's base folder
+OWN = ("output", "input", "temp", "user", "models", "server.log")  # of a ComfyUI's base folder
 
 
 @pytest.fixture(scope="module")
