@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...common.video import encode_mp4
+from ...common.video import encode_mp4, hearing_cancel
 from . import shapes as data
 from .clips import Clips, MovingShapes
 from .frames import count_frames, fit_frames, frames_needed, iterate_frames, pick_frames, read_frames
@@ -70,7 +70,7 @@ class VideoFolder(Clips):
     def _scan(self, same: bool, most: int | None) -> None:
         sizes = {}
         paths = sorted(path for path in (self.folder / "videos").iterdir() if not path.name.startswith("."))
-        for path in paths:
+        for path in hearing_cancel(paths):
             try:
                 caption, count = self._caption(path), count_frames(path)
                 needed = frames_needed(self.frames, self.stride)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.video import hearing_cancel
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -38,7 +40,7 @@ def decode(path: Path, numbers: Collection[int]) -> Iterator[tuple[int, np.ndarr
     last = max(numbers)
     with open_video(path) as container:
         try:
-            for number, frame in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(hearing_cancel(container.decode(video=0))):
                 if number in numbers:
                     yield number, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 if number == last:
@@ -73,7 +75,8 @@ def count_frames(path: Path) -> int:
         return len(images_in(path))
     with open_video(path) as container:
         try:
-            packets = [packet for packet in container.demux(video=0) if packet.size and not packet.is_discard]
+            packets = [packet for packet in hearing_cancel(container.demux(video=0))
+                       if packet.size and not packet.is_discard]
         except av.error.FFmpegError as error:
             raise ValueError(f"damaged ({error.strerror})") from error
     if not packets:

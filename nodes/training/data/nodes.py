@@ -1,4 +1,5 @@
 """Video Folder, Moving Shapes, Latent Shards and Clip of a Data Set."""
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from comfy_api.latest import io
 
 from ...common.drawing import as_images
 from ...common.schema import schema
+from ...common.values import check_path
+from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
 from .shards import LatentShards
@@ -27,7 +30,7 @@ SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_genera
 
 
 def _with_preview(clips: Clips) -> io.NodeOutput:
-    items = [clips[i] for i in range(min(PREVIEWED, len(clips)))]
+    items = [clips[i] for i in hearing_cancel(range(min(PREVIEWED, len(clips))))]
     rows = [(item["caption"], _frames(item)) for item in items]
     return io.NodeOutput(clips, clips.summary(), as_images(draw_sheet(rows)))
 
@@ -39,7 +42,8 @@ def _frames(item: dict) -> torch.Tensor:
 
 def _folder(name: str) -> Path:
     """The folder on this machine: an absolute path, or a name inside ComfyUI's input folder."""
-    path = Path(folder_paths.get_input_directory(), Path(name.strip()).expanduser())
+    check_path("folder", name)
+    path = Path(folder_paths.get_input_directory(), os.path.expanduser(name.strip()))
     if not name.strip() or not path.is_dir():
         raise ValueError(f"folder = {name!r} was given, and there is no folder {path}. Give a whole path, or the name "
                          "of a folder inside ComfyUI's input folder.")
@@ -48,7 +52,7 @@ def _folder(name: str) -> Path:
 
 def _state(name: str) -> str:
     """Changes with the folder's files; a folder that is not there is named when the node runs."""
-    path = Path(folder_paths.get_input_directory(), Path(name.strip()).expanduser())
+    path = Path(folder_paths.get_input_directory(), os.path.expanduser(name.strip()))
     files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size)
                    for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file())
     return sha256(repr(files).encode()).hexdigest()
