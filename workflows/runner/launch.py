@@ -16,6 +16,7 @@ import host
 
 STARTUP_SECONDS = 180
 PACK_FOLDER = "stillmotion"
+GUARD = host.RUNNER / "guard.py"
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback never goes through a proxy
 
 
@@ -105,8 +106,11 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = open(self.base / "server.log", "wb")
-        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order
-        self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, cwd=self.base,
+        python, *arguments = self.command
+        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order; where
+        # the runner dies without that, the guard sees the end of its input and ends the server
+        self.process = subprocess.Popen([python, str(GUARD), str(self.base), *arguments, "--port", str(port)],
+                                        stdin=subprocess.PIPE, stdout=self.log, cwd=self.base,
                                         stderr=subprocess.STDOUT, env=self.environment, start_new_session=True)
         deadline = time.monotonic() + STARTUP_SECONDS
         while True:
@@ -145,6 +149,7 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         if self.process is not None:
+            self.process.stdin.close()
             self.log.close()
         if not self.keep:
             shutil.rmtree(self.base, ignore_errors=True)
