@@ -1,0 +1,132 @@
+"""Folders of pictures, clips and prompts, and the pictures themselves: read in one place, for nodes and commands.
+
+Nothing of the pack is imported here, so that a command can load this file alone.
+"""
+import struct
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+NO_DATA = ("thumbs.db", "desktop.ini")  # of Windows; what macOS and Linux add begins with a dot
+LONGEST_PROMPT = 100_000  # bytes
+LEAST_SIDE = 8  # pixels
+LEVELS_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
+COMMON = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+SHOWN = 20  # names in a summary
+
+
+class LeftOut(NamedTuple):
+    """A file that is not used, and why."""
+    name: str
+    reason: str
+
+
+def list_folder(folder: str | Path) -> tuple[list[Path], list[LeftOut]]:
+    """(files and folders in the order of their names, what else lies there). OSError for a folder that cannot be read.
+
+    Hidden files, such as macOS's ._NAME beside each NAME, are neither.
+    """
+    found, left_out = [], []
+    for path in sorted(Path(folder).iterdir(), key=lambda path: normal(path.name)):
+        if path.name.startswith(".") or path.name.lower() in NO_DATA:
+            continue
+        if path.is_file() or path.is_dir():
+            found.append(path)
+        else:  # reading a pipe or a device would wait for ever
+            reason = "a link to nothing" if path.is_symlink() and not path.exists() else "no file, no folder"
+            left_out.append(LeftOut(path.name, reason))
+    return found, left_out
+
+
+def normal(name: str) -> str:
+    """The name in one form of Unicode: macOS writes an accent as a character of its own, others do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def picture_prompts(folder: str | Path) -> tuple[list[tuple[Path, str]], list[LeftOut]]:
+    """([(picture, prompt)] of the pictures that have a text file of the same name beside them, what is left out)."""
+    paths, left_out = list_folder(folder)
+    texts, pictures, found = {}, [], []
+    for path in paths:
+        if path.is_dir():
+            left_out.append(LeftOut(path.name, "a folder"))
+        elif path.suffix.lower() == ".txt":
+            texts.setdefault(normal(path.stem), path)
+        elif path.suffix.lower() in PICTURES:
+            pictures.append(path)
+        else:
+            left_out.append(LeftOut(path.name, f"no picture ({', '.join(PICTURES)}) and no .txt"))
+    for path in pictures:
+        text = texts.get(normal(path.stem))
+        try:
+            if text is None:
+                raise ValueError(f"there is no {path.stem}.txt beside it")
+            found.append((path, read_prompt(text)))
+        except ValueError as error:
+            left_out.append(LeftOut(path.name, str(error)))
+    used = {normal(path.stem) for path in pictures}
+    left_out += [LeftOut(path.name, "there is no picture of this name") for name, path in texts.items()
+                 if name not in used]
+    return found, left_out
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, UTF-8 or (with its mark at the beginning) UTF-16, as Windows saves both. ValueError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_PROMPT + 1)
+        if len(data) > LONGEST_PROMPT:
+            raise ValueError(f"{path.name} has more than {LONGEST_PROMPT} bytes, too long for a prompt")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
+    return text.replace("\0", "").strip()
+
+
+def summary(left_out: list[LeftOut]) -> str:
+    """How many were left out, and the first of them with the reason, one a line; empty where there is none."""
+    if not left_out:
+        return ""
+    lines = [f"{len(left_out)} left out:", *(f"- {name}: {reason}" for name, reason in left_out[:SHOWN])]
+    if len(left_out) > SHOWN:
+        lines.append(f"- and {len(left_out) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright, the first one of an animation. ValueError says what cannot be read, and why."""
+    path = Path(path)
+    try:
+        picture = Image.open(path)
+        grey = picture.mode in LEVELS_16 or (picture.mode == "I" and picture.format == "PNG")  # older Pillow's 16 bits
+        if not grey and picture.mode not in PLAIN:
+            raise ValueError(f"has pixels of the kind {picture.mode}. Save it in RGB or grey, 8 or 16 bits a channel")
+        if min(picture.size) < LEAST_SIDE:
+            raise ValueError(f"is {picture.width}x{picture.height} pixels; each side needs {LEAST_SIDE} or more")
+        picture = ImageOps.exif_transpose(picture)
+        if grey:
+            picture = Image.fromarray(((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        return picture.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path.name} is no picture that can be read here. Allowed: {', '.join(PICTURES)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path.name} is too large ({error}). Save a smaller copy") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name} {error}") from error
+    except (OSError, SyntaxError, EOFError, struct.error, LookupError, TypeError, OverflowError,
+            MemoryError) as error:  # a damaged file ends in any of these
+        raise ValueError(f"{path.name} is damaged or cannot be read ({error})") from error
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether any ComfyUI's Load Image reads the file as `open_picture` does: one picture of 8 bits, a common format."""
+    with Image.open(path) as picture:
+        single = picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1  # a phone's JPEG with a second view
+        return single and picture.mode in PLAIN and picture.format in COMMON
