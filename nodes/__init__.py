@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from .common.examples import offer_examples
+from .common.inputs import checked
 
 # (module, class), in menu order; the node's id is Stillmotion_<class without "Node" at its end>
 NODES = [
@@ -46,7 +47,7 @@ def load_nodes(listed):
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             lost.setdefault(cause, []).append(f"Stillmotion_{name.removesuffix('Node')}")
         else:
-            loaded.append(node)
+            loaded.append(checked(node))
     for cause, ids in lost.items():
         logging.error("Stillmotion: without %s, which did not load in ComfyUI %s (%s). The other nodes are not "
                       "touched. Update this pack; if that does not help, report this line, and pin ComfyUI to a "

@@ -1,6 +1,7 @@
 """Block-Autoregressive Sampler: as LATENT, or straight to a file for videos longer than memory."""
 
-from contextlib import contextmanager
+import os
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import comfy.model_management
@@ -8,9 +9,11 @@ import folder_paths
 import latent_preview
 from comfy_api.latest import InputImpl, io, ui
 
-from ..common.nodes import output_path, workflow_tags
+from ..common.nodes import output_name, workflow_tags
+from ..common.saving import holding, new_file, saving
 from ..common.schema import schema
-from ..common.video import MAX_FPS, frames_uint8, stream_mp4
+from ..common.values import check_path
+from ..common.video import MAX_FPS, check_mp4, frames_uint8, open_mp4
 from .live import BlockPreview, LiveDecoder
 from .resume import BlockFolder
 from .run import BlockSettings, prepare
@@ -97,13 +100,12 @@ class BlockAutoregressiveSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, timeline=None, vae=None, resume_folder="", **widgets):
         run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae)
-        folder = _open_folder(resume_folder, run)
         if vae is None:
             callback, show = latent_preview.prepare_callback(model, run.steps), None
         else:
             preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
             callback, show = preview.on_step, lambda part_CFHW: preview.show(decoder.decode(part_CFHW))
-        with _memory_advice(run):
+        with _memory_advice(run), _resume_folder(resume_folder, run) as folder:
             return io.NodeOutput(run.sample(callback, folder, show), run.summary)
 
 
@@ -153,37 +155,58 @@ class BlockAutoregressiveToFile(io.ComfyNode):
         if batch > 1:
             raise ValueError(f"The latent is a batch of {batch} videos, a file holds one: set batch_size to 1 in the "
                              "node that makes the latent.")
-        folder = _open_folder(resume_folder, run)
+        check_mp4(fps, crf)
         scale = vae.spacial_compression_decode()
-        path, subfolder = output_path(filename_prefix, width * scale, height * scale, ".mp4")
+        name, subfolder = output_name(filename_prefix, width * scale, height * scale, ".mp4")
         preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
-        with _memory_advice(run), stream_mp4(path, fps, crf, workflow_tags(cls.hidden)) as add:
-            def show(part_CFHW):
-                frames_THWC = decoder.decode(part_CFHW)
-                preview.show(frames_THWC)
-                for frame in frames_uint8(frames_THWC):
-                    add(frame)
+        with _memory_advice(run), _resume_folder(resume_folder, run) as folder, new_file(name) as content:
+            with _writing(name.path, content, fps, crf, workflow_tags(cls.hidden)) as add:
+                def show(part_CFHW):
+                    frames_THWC = decoder.decode(part_CFHW)
+                    preview.show(frames_THWC)
+                    add(frames_uint8(frames_THWC))
 
-            run.stream(preview.on_step, folder, show)
-        shown = [ui.SavedResult(path.name, subfolder, io.FolderType.output)]
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), run.summary,
+                run.stream(preview.on_step, folder, show)
+        shown = [ui.SavedResult(name.path.name, subfolder, io.FolderType.output)]
+        return io.NodeOutput(InputImpl.VideoFromFile(str(name.path)), run.summary,
                              ui={"images": shown, "animated": (True,)})
+
+
+@contextmanager
+def _writing(path, content, *settings):
+    """Yields add(frames), which writes on in the MP4 `content`; a full disk is told of as of the result `path`."""
+    with ExitStack() as stack:
+        with saving(path):
+            add_frame = stack.enter_context(open_mp4(content, *settings))
+
+        def add(frames):
+            with saving(path):
+                for frame in frames:
+                    add_frame(frame)
+
+        yield add
+        with saving(path):
+            stack.close()
 
 
 def _settings(short_last_block, refresh_sink, **widgets):
     return BlockSettings(short_last=short_last_block, global_sink=not refresh_sink, **widgets)
 
 
-def _open_folder(name, run):
-    """The resume folder of this name, None for an empty one."""
+@contextmanager
+def _resume_folder(name, run):
+    """The resume folder of this name, held until the run's end; None for an empty one."""
     if not name.strip():
-        return None
-    output = Path(folder_paths.get_output_directory()).resolve()
-    path = (output / name.strip()).resolve()
-    if output not in path.parents:
+        yield None
+        return
+    check_path("resume_folder", name)
+    output = os.path.abspath(folder_paths.get_output_directory())
+    path = os.path.abspath(os.path.join(output, name.strip()))
+    if not path.startswith(os.path.join(output, "")):
         raise ValueError(f"resume_folder is {name!r}, which does not lie in ComfyUI's output folder: give a name such "
                          "as runs/balloon.")
-    return BlockFolder(path, run.fingerprint())
+    with holding(Path(path), "The resume folder"):
+        yield BlockFolder(Path(path), run.fingerprint())
 
 
 @contextmanager

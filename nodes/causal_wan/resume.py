@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..common.video import saving, write_file
+from ..common.saving import saving, write_file
 from .fingerprint import Fingerprint, digest
 
 log = logging.getLogger(__name__)

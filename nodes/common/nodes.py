@@ -1,5 +1,5 @@
 """Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs that carry the workflow."""
-from fractions import Fraction
+import os
 from pathlib import Path
 
 import folder_paths
@@ -7,8 +7,9 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types, io, ui
 
 from . import video as files
+from .saving import NewName, new_file, saving
 from .schema import schema
-from .values import shown
+from .values import check_path, shown
 
 EXTENSIONS = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}
 
@@ -43,6 +44,9 @@ class SaveVideo(io.ComfyNode):
                                        "png frames: a folder of numbered pictures without loss."),
                 io.Int.Input("crf", default=16, min=1, max=51,
                              tooltip="MP4 only: 1 is best, 16 looks lossless, 23 is small, 51 is worst."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="The latent that the images were decoded from: each clip of a batch then "
+                                        "becomes a file of its own. Left open, all images are one video."),
             ],
             outputs=[io.Video.Output(display_name="video", tooltip="The video as it came in, before compression, "
                                                                    "for nodes that go on with it.")],
@@ -51,34 +55,60 @@ class SaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, filename_prefix, fps, format, crf, images=None, video=None) -> io.NodeOutput:
+    def execute(cls, filename_prefix, fps, format, crf, images=None, video=None, latent=None) -> io.NodeOutput:
         if (images is None) == (video is None):
             given = "neither images nor video is" if images is None else "both images and video are"
             raise ValueError(f"{given} connected; connect just one of them.")
-        if format not in files.FORMATS:
-            raise ValueError(f"format = {format!r} was given; allowed are {', '.join(files.FORMATS)}.")
+        if latent is not None and images is None:
+            raise ValueError("a latent is connected beside a video. It tells the clips among images; a video is one "
+                             "clip: disconnect the latent.")
+        files.check_format(format)
         if video is None:
-            parts = Types.VideoComponents(images=images, frame_rate=Fraction(fps).limit_denominator(1001))
+            parts = Types.VideoComponents(images=images, frame_rate=files.frame_rate(fps, format))
             video = InputImpl.VideoFromComponents(parts)
         else:
             parts = video.get_components()
-        height, width = parts.images.shape[1:3]
-        path, subfolder = output_path(filename_prefix, width, height, EXTENSIONS[format])
-        names = files.save_video(parts.images, path, parts.frame_rate, format, crf, workflow_tags(cls.hidden),
-                                 parts.audio)
-        if format == "png frames":
-            subfolder = str(Path(subfolder) / path.name)
-        shown = [ui.SavedResult(n, subfolder, io.FolderType.output) for n in names]
+        saved = []
+        for clip_NHWC in clips_of(parts.images, latent):
+            name, subfolder = output_name(filename_prefix, *clip_NHWC.shape[2:0:-1], EXTENSIONS[format])
+            with new_file(name) as content, saving(name.path):
+                names = files.write_video(content, clip_NHWC, parts.frame_rate, format, crf,
+                                          workflow_tags(cls.hidden), parts.audio)
+            if names:  # a folder of frames
+                subfolder = str(Path(subfolder) / name.path.name)
+            saved += [ui.SavedResult(n, subfolder, io.FolderType.output) for n in names or [name.path.name]]
         # the page plays everything "animated" as a video, which a GIF is not
-        return io.NodeOutput(video, ui={"images": shown, "animated": (format == "mp4",)})
+        return io.NodeOutput(video, ui={"images": saved, "animated": (format == "mp4",)})
 
 
-def output_path(prefix: str, width: int, height: int, extension: str) -> tuple[Path, str]:
-    """(next free path for `prefix` in the output folder, its subfolder there); OSError says what to do."""
+def clips_of(images_NHWC, latent):
+    """The clips [T, H, W, C] that a row of frames holds: as many as the batch of the video LATENT, if there is one."""
+    if latent is None or latent["samples"].ndim != 5:
+        return [images_NHWC]
+    clips = len(latent["samples"])
+    if not clips or len(images_NHWC) % clips:
+        raise ValueError(f"{len(images_NHWC)} frames were given with a latent of {clips} clips, which would not be "
+                         "equally long. Connect the latent that the frames were decoded from, or none to save all "
+                         "frames as one video.")
+    return images_NHWC.chunk(clips)
+
+
+def output_name(prefix: str, width: int, height: int, extension: str) -> tuple[NewName, str]:
+    """(the name for a new result of `prefix` in the output folder, its subfolder there).
+
+    A prefix that ends in a folder gets the name Stillmotion. ValueError for one that cannot name a file or lies outside
+    the output folder; OSError says what to do.
+    """
     output = folder_paths.get_output_directory()
-    with files.saving(Path(output, prefix)):
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
-    return Path(folder) / f"{name}_{counter:05}_{extension}", subfolder
+    if os.path.basename(prefix) in ("", ".", ".."):
+        prefix = os.path.join(prefix, "Stillmotion")
+    check_path("filename_prefix", prefix)
+    if not os.path.abspath(os.path.join(output, prefix)).startswith(os.path.join(os.path.abspath(output), "")):
+        raise ValueError(f"filename_prefix is {shown(prefix)}, which lies outside the output folder: give a folder and "
+                         "name inside it, such as video/cat.")
+    with saving(Path(output, prefix)):
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    return NewName(Path(folder), name, number, extension), subfolder
 
 
 def workflow_tags(hidden) -> dict:

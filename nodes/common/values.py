@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 
 WIDEST = 65536   # of any layer; the widest published one has 49408 rows
 DEEPEST = 256    # layers of a kind
+LONGEST_NAME = 240  # bytes of one name in a path: file systems take 255, and numbers and endings need some
+LONGEST_PATH = 1000
 
 
 def whole(value, name, low=1, high=WIDEST):
@@ -39,6 +43,24 @@ def word(value, name):
     if not isinstance(value, str) or not 0 < len(value) <= 100 or not all(c.isalnum() or c in "._-+" for c in value):
         raise ValueError(f"{name} is {shown(value)}. It must be a name of letters, digits and . _ - + alone.")
     return value
+
+
+def check_text(name, text):
+    """Raise ValueError for characters that no text has: NUL, and halves of others, which no file can hold."""
+    if any(letter == "\0" or unicodedata.category(letter) == "Cs" for letter in text):
+        raise ValueError(f"{name} is {shown(text)}, which holds NUL or half a character: type it anew.")
+
+
+def check_path(name, text):
+    """Raise ValueError unless `text` can be a path: the input `name` may bring any text."""
+    check_text(name, text)
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        raise ValueError(f"{name} is {shown(text)}, which holds line ends or control characters: give letters, digits "
+                         "and ordinary signs.")
+    longest = max(re.split(r"[/\\]", text), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > LONGEST_NAME or len(text) > LONGEST_PATH:
+        raise ValueError(f"{name} is {shown(text)}, too long for a file system. Give at most {LONGEST_NAME} bytes "
+                         f"for each name, and {LONGEST_PATH} in all.")
 
 
 def parse_json(text, source):

@@ -1,28 +1,26 @@
-"""Frames to MP4, GIF and PNG bytes, and bytes to files without half-written results.
-
-Every encoder returns the whole file as bytes: an encoded clip is far smaller than its frames, a failed or interrupted
-encode leaves nothing behind, and the write itself is one temporary file and one rename.
-"""
+"""Frames to MP4, GIF and PNG."""
 import io
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import av
+import comfy.model_management
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .saving import replacing
+from .values import shown
+
 FORMATS = ("mp4", "gif", "png frames")
 BT709 = 1  # primaries and transfer in H.273; PyAV before 17 has no names for them
+AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 MAX_FPS = 240
 MAX_GIF_FPS = 50  # a GIF counts in 1/100 s and browsers slow anything under 2/100 s down to 10/100 s
 
@@ -44,12 +42,20 @@ def frames_uint8(images_NHWC: torch.Tensor) -> Iterator[np.ndarray]:
     return (frame[..., :3].float().clamp(0, 1).mul(255).round().byte().cpu().numpy() for frame in images_NHWC)
 
 
+def hearing_cancel(items: Iterable) -> Iterator:
+    """The items; a cancel is heard before each, as InterruptProcessingException."""
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+
+
 def frame_rate(fps: float | Fraction, form: str = "mp4") -> Fraction:
     """fps as an exact fraction that containers accept; ValueError outside what `form` can play."""
     highest = MAX_GIF_FPS if form == "gif" else MAX_FPS
-    if not 0 < fps <= highest:
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= highest else 0  # NaN, too, is in no range
+    if not rate:
         raise ValueError(f"fps = {float(fps):g} was given; {form} allows more than 0 and at most {highest}.")
-    return Fraction(fps).limit_denominator(1001)
+    return rate
 
 
 def pad_to_even(frame_HWC: np.ndarray) -> np.ndarray:
@@ -58,67 +64,55 @@ def pad_to_even(frame_HWC: np.ndarray) -> np.ndarray:
     return np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 16, tags: dict | None = None,
-               audio: dict | None = None) -> bytes:
-    """H.264 4:2:0 MP4 of frames [H,W,3] uint8 of any size (odd sides are padded by one pixel, see pad_to_even).
-
-    crf 1 (best) .. 51. tags: one container tag a key, values as JSON. audio: ComfyUI's AUDIO, cut at the last frame.
-    """
-    buffer = io.BytesIO()
-    with _open_mp4(buffer, fps, crf, tags, audio) as add:
-        for frame in frames:
-            add(frame)
-    return buffer.getvalue()
+def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 16) -> bytes:
+    """H.264 4:2:0 MP4 of frames [H,W,3] uint8, as `open_mp4` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_mp4(Path(folder, "clip.mp4"), frames, fps, crf)
+        return Path(folder, "clip.mp4").read_bytes()
 
 
-@contextmanager
-def stream_mp4(path: str | Path, fps: float | Fraction, crf: int, tags: dict | None) -> Iterator[Callable]:
-    """For videos longer than memory: yields add(frame), which encodes one more frame into the MP4 `path`.
-
-    Frames and settings as in `encode_mp4`. The file appears when the with block ends; after an error in it, or an
-    OSError in writing, none is left.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with ExitStack() as stack:
-            with saving(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                add = stack.enter_context(_open_mp4(stack.enter_context(part.open("wb")), fps, crf, tags, None))
-            yield partial(_add_saving, path, add)
-            with saving(path):
-                stack.close()
-                os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _add_saving(path: Path, add: Callable, frame: np.ndarray) -> None:
-    with saving(path):
-        add(frame)
-
-
-@contextmanager
-def _open_mp4(target, fps: float | Fraction, crf: int, tags: dict | None, audio: dict | None) -> Iterator[Callable]:
-    """Yields add(frame), which encodes one more frame into the open file `target`."""
+def check_mp4(fps: float | Fraction, crf: int) -> None:
+    """Raise ValueError for what no MP4 is made with."""
+    frame_rate(fps)
     if not 1 <= crf <= 51:
         raise ValueError(f"crf = {crf} was given; allowed are 1 (best) to 51 (smallest file).")
+
+
+@contextmanager
+def open_mp4(path: Path, fps: float | Fraction, crf: int, tags: dict | None = None,
+             audio: dict | None = None) -> Iterator[Callable]:
+    """H.264 4:2:0 MP4 in the new file `path`: yields add(frame), which encodes one more frame [H,W,3] uint8.
+
+    Odd sides are padded by one pixel, see pad_to_even. crf 1 (best) .. 51. tags: one container tag a key, values as
+    JSON. audio: ComfyUI's AUDIO, cut at the last frame. add raises InterruptProcessingException at a cancel.
+    """
+    check_mp4(fps, crf)
     rate = frame_rate(fps)
-    # use_metadata_tags: without it the MP4 muxer drops every tag that is not in Apple's list
-    with av.open(target, "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
+
+    def read_again(url, flags, options):
+        target.flush()
+        return path.open("rb")
+
+    # use_metadata_tags: without it the MP4 muxer drops every tag that is not in Apple's list. faststart: in a second
+    # pass the tags and the index go to the front, as ComfyUI's page looks for them in the first 64 MB.
+    with path.open("xb") as target, av.open(
+            target, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"},
+            io_open=read_again) as container:
         for key, value in (tags or {}).items():
             container.metadata[key] = json.dumps(value)
         stream = container.add_stream("libx264", rate=rate)
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf)}
+        # With B-frames x264 gives other pixels now and then, from the same frames.
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), "bf": "0"}
         # Players guess the matrix of untagged files by their size, and guess differently: say BT.709.
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries = codec.color_trc = BT709
-        sound = container.add_stream("aac", rate=int(audio["sample_rate"])) if audio else None
+        sound = Sound(container, audio) if has_sound(audio) else None
         count = 0
 
         def add(frame: np.ndarray) -> None:
             nonlocal count
+            comfy.model_management.throw_exception_if_processing_interrupted()
             frame = pad_to_even(frame)
             if count == 0:
                 stream.height, stream.width = frame.shape[:2]
@@ -131,36 +125,60 @@ def _open_mp4(target, fps: float | Fraction, crf: int, tags: dict | None, audio:
         yield add
         container.mux(stream.encode())
         if sound:
-            _mux_audio(container, sound, audio, seconds=count / rate)
+            sound.write(seconds=count / rate)
 
 
-def _mux_audio(container, sound, audio: dict, seconds: Fraction) -> None:
-    """Encode the first item of AUDIO (waveform [1,C,S] in -1..1) into the open container, as mono or stereo."""
-    rate = int(audio["sample_rate"])
-    wave_CS = audio["waveform"][0, :2, : int(seconds * rate)].float().cpu().contiguous().numpy()
-    if wave_CS.shape[1] == 0:
-        return
-    chunk = av.AudioFrame.from_ndarray(wave_CS, format="fltp", layout="mono" if len(wave_CS) == 1 else "stereo")
-    chunk.sample_rate, chunk.pts = rate, 0
-    container.mux(sound.encode(chunk))
-    container.mux(sound.encode())
+def _write_mp4(path: Path, frames: Iterable[np.ndarray], *settings) -> None:
+    with open_mp4(path, *settings) as add:
+        for frame in frames:
+            add(frame)
+
+
+def has_sound(audio: dict | None) -> bool:
+    return audio is not None and audio["waveform"].numel() > 0
+
+
+class Sound:
+    """A track of AAC: the first item of AUDIO (waveform [1,C,S] in -1..1), as mono or stereo.
+
+    AAC has few sample rates; sound of another one is resampled to the next one above.
+    """
+
+    def __init__(self, container, audio: dict):
+        self.container, self.given = container, int(audio["sample_rate"])
+        if self.given < 1:
+            raise ValueError(f"the sound has {self.given} samples a second; give it with its true sample rate.")
+        self.rate = min((rate for rate in AAC_RATES if rate >= self.given), default=AAC_RATES[-1])
+        self.wave_CS = torch.nan_to_num(audio["waveform"][0, :2].float().cpu()).clamp(-1, 1)
+        self.stream = container.add_stream("aac", rate=self.rate)
+
+    def write(self, seconds: Fraction) -> None:
+        """Encode it up to `seconds`."""
+        layout = "mono" if len(self.wave_CS) == 1 else "stereo"
+        wave_CS = self.wave_CS[:, :max(1, int(seconds * self.given))].contiguous().numpy()
+        sound = av.AudioFrame.from_ndarray(wave_CS, format="fltp", layout=layout)
+        sound.sample_rate, sound.pts = self.given, 0
+        resampler = av.AudioResampler("fltp", layout, self.rate)
+        for part in [*resampler.resample(sound), *resampler.resample(None)] if self.given != self.rate else [sound]:
+            self.container.mux(self.stream.encode(part))
+        self.container.mux(self.stream.encode())
 
 
 def encode_gif(frames: Iterable[np.ndarray], fps: float | Fraction) -> bytes:
     """Looping GIF of frames [H,W,3] uint8: one palette made from all frames, so that still areas do not flicker."""
     rate = frame_rate(fps, "gif")
-    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures = [Image.fromarray(frame) for frame in hearing_cancel(frames)]
     # A few thousand pixels of each frame are enough to choose 256 colours; whole clips would be slow.
     step = max(1, pictures[0].width * pictures[0].height // 4096)
     pixels = np.concatenate([np.asarray(p).reshape(-1, 3)[::step] for p in pictures])
     palette = Image.fromarray(pixels[None]).quantize(256, Image.Quantize.MEDIANCUT)
-    indexed = [p.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for p in pictures]
+    indexed = [p.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for p in hearing_cancel(pictures)]
     # Whole 1/100 s only: rounding the running time, not each frame, keeps the clip's length right.
     ends = [round(100 * (i + 1) / rate) for i in range(len(indexed))]
     durations = [10 * (end - start) for start, end in zip([0, *ends], ends)]
     buffer = io.BytesIO()
-    indexed[0].save(buffer, "GIF", save_all=True, append_images=indexed[1:], duration=durations, loop=0, disposal=1,
-                    optimize=False)
+    indexed[0].save(buffer, "GIF", save_all=True, append_images=hearing_cancel(indexed[1:]), duration=durations, loop=0,
+                    disposal=1, optimize=False)
     return buffer.getvalue()
 
 
@@ -174,67 +192,37 @@ def encode_png(frame: np.ndarray, tags: dict | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write data to path by a temporary file in the same folder and one rename; OSError says what to do."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with saving(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_folder(path: str | Path, files: Iterable[tuple[str, bytes]]) -> list[str]:
-    """Write (name, data) pairs into the new folder `path`, all or nothing; return the names. OSError as write_file."""
-    path = Path(path)
-    part = None
-    names = []
-    try:
-        with saving(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            part.chmod(0o755)  # mkdtemp makes a private folder, but other users may read the results
-            for name, data in files:
-                (part / name).write_bytes(data)
-                names.append(name)
-            part.rename(path)
-    finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
-    return names
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Words of advice for an OSError in here."""
-    try:
-        yield
-    except OSError as error:
-        raise save_error(path, error) from error
-
-
-def save_error(path: Path, error: OSError) -> OSError:
-    """The error to raise where writing `path` failed: same number, and words on what to do."""
-    return OSError(error.errno, f"could not save {path}: {error.strerror or error}. Nothing was written. "
-                                "Free space on the disk, or make the folder writable, or choose another one")
+def write_video(path: Path, images_NHWC: torch.Tensor, fps: float | Fraction, form: str, crf: int = 16,
+                tags: dict | None = None, audio: dict | None = None) -> list[str]:
+    """Write images [N,H,W,3] in 0..1 as the new file `path` (mp4, gif) or into the new folder `path` (numbered PNGs,
+    whose names are returned). ValueError for bad frames, fps or crf; OSError as it comes."""
+    frames = frames_uint8(images_NHWC)
+    if form == "png frames":
+        path.mkdir()
+        digits = max(4, len(str(len(images_NHWC))))
+        names = [f"frame_{i:0{digits}}.png" for i in range(1, len(images_NHWC) + 1)]
+        for name, frame in zip(names, hearing_cancel(frames)):
+            (path / name).write_bytes(encode_png(frame, tags))
+        return names
+    if form == "gif":
+        path.write_bytes(encode_gif(frames, fps))
+    else:
+        _write_mp4(path, frames, fps, crf, tags, audio)
+    return []
 
 
 def save_video(videos: torch.Tensor, path: str | Path, fps: float, form: str = "mp4", crf: int = 16,
-               tags: dict | None = None, audio: dict | None = None) -> list[str]:
-    """Save frames [N,H,W,3] in 0..1 as the file `path` (mp4, gif) or as the folder `path` of numbered PNGs.
+               tags: dict | None = None, audio: dict | None = None) -> None:
+    """Save frames [N,H,W,3] in 0..1 as the file `path`, in place of what may be there, or as the new folder `path`.
 
-    Returns the names of the written files. ValueError for bad frames, fps, crf or format, OSError where the disk is
-    full or the folder not writable; in both cases no file is left.
+    ValueError for bad frames, fps, crf or format, OSError where the disk is full or the folder not writable; in both
+    cases nothing is left.
     """
+    check_format(form)
+    with replacing(Path(path)) as content:
+        write_video(content, videos, fps, form, crf, tags, audio)
+
+
+def check_format(form: str) -> None:
     if form not in FORMATS:
-        raise ValueError(f"format = {form!r} was given; allowed are {', '.join(FORMATS)}.")
-    frames = frames_uint8(videos)
-    if form == "png frames":
-        digits = max(4, len(str(len(videos))))
-        return write_folder(path, ((f"frame_{i:0{digits}}.png", encode_png(frame, tags))
-                                   for i, frame in enumerate(frames, 1)))
-    write_file(path, encode_gif(frames, fps) if form == "gif" else encode_mp4(frames, fps, crf, tags, audio))
-    return [Path(path).name]
+        raise ValueError(f"format = {shown(form)} was given; allowed are {', '.join(FORMATS)}.")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.extras import import_extra
+from ..common.video import hearing_cancel
 
 SAME = 100.0           # dB of two equal frames
 SSIM_WINDOW = 11       # pixels, of the Gaussian window of the paper
@@ -69,9 +70,10 @@ def compare(result_NHWC: Tensor, truth_NHWC: Tensor, clip_frames: int = 0) -> Sc
     metrics = import_extra("skimage.metrics", "scikit-image", "Evaluate Video")
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(result, truth)]
     psnr = [SAME if np.array_equal(a, b) else min(SAME, metrics.peak_signal_noise_ratio(b, a, data_range=1))
-            for a, b in pairs]
+            for a, b in hearing_cancel(pairs)]
     ssim = [metrics.structural_similarity(b, a, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5,
-                                          use_sample_covariance=False) for a, b in pairs]
+                                          use_sample_covariance=False)
+            for a, b in hearing_cancel(pairs)]
     motion = [_motion_errors(a, b) for a, b in zip(result.split(length), truth.split(length))]
     return Scores(np.array(psnr).reshape(-1, length), np.array(ssim).reshape(-1, length),
                   np.array(motion).reshape(len(motion), length - 1))
@@ -106,7 +108,7 @@ def _flow(grey_THW: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.n
     registration = import_extra("skimage.registration", "scikit-image", "Evaluate Video")
     from scipy.ndimage import uniform_filter  # scikit-image brings it
     window = 2 * FLOW_RADIUS + 1
-    for here_HW, next_HW in zip(grey_THW, grey_THW[1:]):
+    for here_HW, next_HW in hearing_cancel(zip(grey_THW, grey_THW[1:])):
         spread_HW = uniform_filter(here_HW ** 2, window) - uniform_filter(here_HW, window) ** 2
         yield registration.optical_flow_ilk(here_HW, next_HW, radius=FLOW_RADIUS) / scale, spread_HW >= STRUCTURE ** 2
 

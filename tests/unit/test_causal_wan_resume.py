@@ -1,5 +1,7 @@
 """Runs that were interrupted and go on from the blocks on disk, against runs without a break."""
 
+from threading import Thread
+
 import comfy.lora
 import comfy.model_management
 import folder_paths
@@ -11,6 +13,7 @@ from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREF
 from stillmotion.nodes.causal_wan.fingerprint import digest, model_digests
 from stillmotion.nodes.causal_wan.resume import BlockFolder
 from stillmotion.nodes.causal_wan import nodes_sampling as nodes
+from stillmotion.nodes.common.saving import holding
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +241,48 @@ def test_folders_outside_the_output_folder_are_refused(name, tmp_path, monkeypat
     with pytest.raises(ValueError, match="does not lie in ComfyUI's output folder"):
         run_node(name)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_linked_folder_in_the_output_folder_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    for name in ("disk", "output"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "output" / "runs").symlink_to(tmp_path / "disk")
+    run_node("runs/one")
+    assert len(names(tmp_path / "disk" / "one")) == 3
+
+
+@pytest.mark.parametrize("name, words", [("a\0b", "NUL"), ("a" * 300, "too long"), ("a\nb", "line ends")])
+def test_names_that_no_folder_can_have_are_refused(name, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    with pytest.raises(ValueError, match=f"resume_folder .*{words}"):
+        run_node(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_run_uses_is_refused_before_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    with holding(tmp_path / "runs", "The resume folder"):
+        with pytest.raises(ValueError, match="The resume folder .*runs is in use by process .*name another folder"):
+            run_node("runs")
+    assert len(run_node("runs")["samples"]) and len(names(tmp_path / "runs")) == 3
+
+
+def test_two_that_write_the_same_blocks_at_once_do_not_get_in_each_others_way(tmp_path):
+    fingerprint = make_run(frames=8).fingerprint()
+    folders, errors = [BlockFolder(tmp_path, fingerprint) for _ in range(2)], []
+
+    def write(folder):
+        try:
+            for index in range(4):
+                folder.keep(index, draw(index, 1, 4, 2, 8, 8))
+        except OSError as error:
+            errors.append(error)
+
+    threads = [Thread(target=write, args=(folder,)) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and len(names(tmp_path)) == 4
+    BlockFolder(tmp_path, fingerprint)

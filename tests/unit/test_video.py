@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import comfy.model_management
 import folder_paths
 import numpy as np
 import pytest
@@ -164,7 +165,8 @@ def test_bad_pixels_are_refused_and_named(save, tmp_path, format, value):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"format": "avi"}, "avi.*mp4, gif, png frames"), ({"fps": 0.0}, "fps = 0"), ({"fps": 1000.0}, "at most 240"),
+    ({"format": "avi"}, "avi.*mp4, gif, png frames"), ({"fps": 0.0}, "fps = 0"),
+    ({"fps": float("nan")}, "fps = nan"), ({"fps": 1e-5}, "fps = 1e-05"), ({"fps": 1000.0}, "at most 240"),
     ({"fps": 60.0, "format": "gif"}, "at most 50"), ({"crf": 0}, "crf = 0"), ({"crf": 52}, "crf = 52"),
     ({"images": clip(1)[0]}, "shape"), ({"images": clip()[:0]}, "empty"), ({"images": clip()[..., :1]}, "channels")])
 def test_bad_settings_are_refused(save, tmp_path, change, words):
@@ -178,9 +180,30 @@ def test_size_and_date_are_filled_into_the_name(save):
     assert path.name == "64x48_00001_.mp4" and path.parent.name.isdigit()
 
 
-def test_a_prefix_outside_the_output_folder_is_refused(save):
-    with pytest.raises(Exception, match="outside the output folder"):
-        save(images=clip(), filename_prefix="../../escape/x")
+@pytest.mark.parametrize("prefix", ["clips/", "a/b/", "", "a/.", ".", "a/..", "clips/\u4e2d\u3000", "n" * 240])
+def test_every_prefix_numbers_on(save, tmp_path, prefix):
+    contents = []
+    for count in (2, 3):
+        (path,), _ = save(images=clip(count), filename_prefix=prefix)
+        contents.append((path, path.read_bytes()))
+    assert contents[0][0].name.endswith("_00001_.mp4") and contents[1][0].name.endswith("_00002_.mp4")
+    assert all(path.read_bytes() == data for path, data in contents)
+    assert sorted(leftovers(tmp_path)) == sorted(path for path, _ in contents)
+
+
+@pytest.mark.parametrize("prefix", ["../x", "../../escape/x", "/tmp/x", "a/../../x", ".."])
+def test_a_prefix_outside_the_output_folder_is_refused(save, prefix):
+    with pytest.raises(ValueError, match="outside the output folder"):
+        save(images=clip(), filename_prefix=prefix)
+
+
+@pytest.mark.parametrize("prefix, words", [
+    ("a\0b", "NUL or half"), ("a\nb", "line ends"), ("\ud800", "NUL or half"), ("n" * 300, "at most 240"),
+    ("d" * 300 + "/x", "at most 240"), ("\u4e2d" * 100, "at most 240"), ("d/" * 600, "1000 in all")])
+def test_prefixes_that_name_no_file_are_refused(save, tmp_path, prefix, words):
+    with pytest.raises(ValueError, match=words):
+        save(images=clip(), filename_prefix=prefix)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", files.FORMATS)
@@ -201,11 +224,88 @@ def test_a_full_disk_leaves_nothing(save, tmp_path, monkeypatch, format):
         if len(written) == (3 if format == "png frames" else 1):
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full(frame):
+        written.append(frame)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(Path, "write_bytes", fill_up)
+    if format == "mp4":
+        monkeypatch.setattr(files, "pad_to_even", full)
     with pytest.raises(OSError, match="could not save .*No space left on device.*Free space") as caught:
         save(format, images=clip())
     assert caught.value.errno == errno.ENOSPC
     assert written and list((tmp_path / "clips").iterdir()) == []
+
+
+def test_an_mp4_has_its_tags_before_its_frames(save):
+    (path,), _ = save(images=clip())
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"workflow") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize("rate", [192000, 176400, 50000, 44100, 5000, 8000.0])
+def test_sounds_of_any_rate_keep_their_length_and_pitch(save, rate):
+    time = torch.arange(int(rate)) / rate
+    sound = {"waveform": torch.sin(time * 2 * torch.pi * 440).expand(1, 2, -1), "sample_rate": rate}
+    (path,), _ = save(video=InputImpl.VideoFromComponents(Types.VideoComponents(clip(8), Fraction(8), sound)))
+    back = InputImpl.VideoFromFile(str(path)).get_components()
+    wave, found = back.audio["waveform"][0, 0], back.audio["sample_rate"]
+    assert len(back.images) == 8 and found in files.AAC_RATES and len(wave) / found == pytest.approx(1, abs=1100 / found)
+    crossings = int((wave[:-1] * wave[1:] < 0).sum())
+    assert crossings == pytest.approx(880, rel=0.05)
+
+
+@pytest.mark.parametrize("wave", [torch.full((1, 2, 8000), float("nan")), torch.full((1, 1, 8000), 1e30),
+                                  torch.zeros(1, 0, 8000), torch.zeros(1, 2, 0), torch.zeros(1, 6, 9), torch.ones(1, 2, 1)])
+def test_a_strange_sound_does_not_lose_the_video(save, wave):
+    sound = {"waveform": wave, "sample_rate": 8000}
+    (path,), _ = save(video=InputImpl.VideoFromComponents(Types.VideoComponents(clip(8), Fraction(8), sound)))
+    assert len(decode(path.read_bytes())[0]) == 8
+
+
+def latent_of(clips, frames=3):
+    return {"samples": torch.zeros(clips, 4, frames, 6, 8)}
+
+
+@pytest.mark.parametrize("format", files.FORMATS)
+def test_every_clip_of_a_batch_is_a_file_of_its_own(save, format):
+    paths, out = save(format, images=torch.cat([clip(), clip().flip(2)]), latent=latent_of(2))
+    names = list(dict.fromkeys((path.parent if format == "png frames" else path).name for path in paths))
+    ending = {"mp4": ".mp4", "gif": ".gif", "png frames": ""}[format]
+    assert names == [f"test_00001_{ending}", f"test_00002_{ending}"]
+    if format == "png frames":
+        shown = np.stack([np.asarray(Image.open(path)) for path in paths])
+        assert np.array_equal(shown[:6], shown[6:, :, ::-1])
+    assert len(out.args[0].get_components().images) == 12
+
+
+def test_a_latent_of_pictures_or_of_one_clip_changes_nothing(save):
+    for latent in (latent_of(1), {"samples": torch.zeros(6, 4, 6, 8)}, None):
+        assert len(save(images=clip(), latent=latent)[0]) == 1
+
+
+def test_a_latent_that_does_not_fit_is_refused(save, tmp_path):
+    with pytest.raises(ValueError, match="6 frames were given with a latent of 4 clips"):
+        save(images=clip(), latent=latent_of(4))
+    with pytest.raises(ValueError, match="beside a video"):
+        save(video="a video", latent=latent_of(4))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", files.FORMATS)
+def test_a_cancel_is_heard_between_frames(save, tmp_path, monkeypatch, format):
+    seen, interrupt = [], comfy.model_management.interrupt_current_processing
+    encode = np.ascontiguousarray if format == "mp4" else Image.fromarray
+
+    def stop_at_the_third(*given, **more):
+        seen.append(given)
+        interrupt(len(seen) == 3)
+        return encode(*given, **more)
+
+    monkeypatch.setattr(np if format == "mp4" else Image, encode.__name__, stop_at_the_third)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        save(format, images=clip(20))
+    assert len(seen) == 3 and list((tmp_path / "clips").iterdir()) == []
 
 
 def test_rgba_and_out_of_range_values_are_clamped():

@@ -46,6 +46,7 @@ def split_batch(graph, decoded, saver, batch, frames):
     Returns the ids of the saving nodes, in the order of the batch.
     """
     savers = [saver]
+    graph[saver]["inputs"].pop("latent", None)  # Save Video would split again
     for i in range(batch):
         part = f"{saver}-part{i}"
         graph[part] = {"class_type": "ImageFromBatch",

@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...common.pictures import PICTURES, LeftOut, list_folder, normal, read_prompt
-from ...common.video import encode_mp4
+from ...common.video import encode_mp4, hearing_cancel
 from . import shapes as data
 from .clips import Clips, MovingShapes
 from .frames import Look, check_frames, frames_needed, look, pick_times, read_frames
@@ -41,13 +40,12 @@ class VideoFolder(Clips):
     problems: what becomes of a clip that is damaged, too short, without a caption or (sizes "same") of another size
     than most: "skip" leaves it out and names it in `skipped` and `summary()`, "refuse" raises ValueError with all of
     them. A clip that turns out damaged only when it is read is replaced by the next one, with a warning, or refused.
-    max_samples: only the first good ones in the order of their names. on_clip is called before each one is looked at,
-    and may raise to stop.
+    max_samples: only the first good ones in the order of their names.
     """
 
     def __init__(self, folder: str | Path, frames: int = 16, size: tuple[int, int] = (64, 64), *, stride: int = 0,
                  problems: str = "skip", sizes: str = "any", max_samples: int | None = None, seed: int = 0,
-                 mirror: bool = False, normalise: str = "-1..1", on_clip: Callable[[], None] = lambda: None):
+                 mirror: bool = False, normalise: str = "-1..1"):
         super().__init__(seed=seed, mirror=mirror, normalise=normalise)
         for name, value, least in (("frames", frames, 1), ("height", size[0], 8), ("width", size[1], 8),
                                    ("stride", stride, 0), ("max_samples", max_samples or 1, 1)):
@@ -62,7 +60,7 @@ class VideoFolder(Clips):
                              "captions/: videos/cat.mp4 belongs to captions/cat.txt.")
         self.skipped: list[LeftOut] = []
         self.clips: list[Clip] = []
-        self._scan(same=sizes == "same", most=max_samples, on_clip=on_clip)
+        self._scan(same=sizes == "same", most=max_samples)
         if problems == "refuse" and self.skipped:
             raise ValueError(f"{self.folder}: {self._problems()}\nMend or remove them, or choose to skip them.")
         if not self.clips:
@@ -70,13 +68,12 @@ class VideoFolder(Clips):
         if self.skipped:
             log.warning("%s: %s", self.folder, self._problems())
 
-    def _scan(self, same: bool, most: int | None, on_clip: Callable[[], None]) -> None:
+    def _scan(self, same: bool, most: int | None) -> None:
         paths, unreadable = list_folder(self.folder / "videos")
         self.skipped += unreadable
         texts = self._texts()
         needed = frames_needed(self.frames, self.stride)
-        for path in paths:
-            on_clip()
+        for path in hearing_cancel(paths):
             try:
                 caption, found = self._caption(path, texts), look(path)
                 if len(found.times) < needed:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...common.images import fit_image
 from ...common.pictures import PICTURES, list_folder, open_animation, open_picture
+from ...common.video import hearing_cancel
 
 NOTHING_ELSE = {"protocol_whitelist": "none"}
 ORIENTATION = 0x0112  # in EXIF
@@ -79,7 +80,7 @@ def _video(path: Path) -> Iterator[Frame]:
     with _open(path) as container:
         stream, number = container.streams.video[0], 0
         try:
-            for packet in container.demux(stream):
+            for packet in hearing_cancel(container.demux(stream)):
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:
@@ -139,7 +140,8 @@ def _packet_times(path: Path) -> tuple[float, ...]:
     with _open(path) as container:
         stream = container.streams.video[0]
         try:
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            packets = [packet for packet in hearing_cancel(container.demux(stream))
+                       if packet.size and not packet.is_discard]
         except av.error.FFmpegError as error:
             raise ValueError(f"damaged ({error.strerror})") from error
         if not packets:

@@ -3,7 +3,6 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -11,6 +10,7 @@ from comfy_api.latest import io
 from ...common import values
 from ...common.drawing import as_images
 from ...common.schema import schema
+from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
 from .shards import LatentShards
@@ -32,8 +32,7 @@ SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_genera
 
 def _with_preview(clips: Clips) -> io.NodeOutput:
     rows = []
-    for i in range(min(PREVIEWED, len(clips))):
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    for i in hearing_cancel(range(min(PREVIEWED, len(clips)))):
         item = clips[i]
         rows.append((item["caption"], _frames(item)))
     return io.NodeOutput(clips, clips.summary(), as_images(draw_sheet(rows)))
@@ -118,8 +117,7 @@ class VideoFolderNode(io.ComfyNode):
     def execute(cls, folder, frames, width, height, stride, problems, sizes, mirror, max_samples,
                 seed) -> io.NodeOutput:
         return _with_preview(VideoFolder(_folder(folder), frames, (height, width), stride=stride, problems=problems,
-                                         sizes=sizes, mirror=mirror, max_samples=max_samples, seed=seed,
-                                         on_clip=comfy.model_management.throw_exception_if_processing_interrupted))
+                                         sizes=sizes, mirror=mirror, max_samples=max_samples, seed=seed))
 
 
 class MovingShapesNode(io.ComfyNode):

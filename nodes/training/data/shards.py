@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from ...common import values
 from ...common.extras import import_extra
-from ...common.video import write_file
+from ...common.saving import write_file
 from .clips import Clips
 
 INDEX = "index.json"

@@ -1,0 +1,91 @@
+"""Random graphs: every refusal is a sentence, nothing is written outside the server's folders, the server lives on."""
+import json
+import os
+import sys
+import tempfile
+import time
+import urllib.error
+from pathlib import Path
+
+import client as http
+import host
+import launch
+import pytest
+from conftest import FOREIGN
+from graph_fuzz import Graphs, fault
+
+SEED = 20261126
+PATIENCE = 30   # seconds for one graph, and for a cancel to be heard
+OWN = ("output", "input", "temp", "user", "models", "server.log")  # of a ComfyUI's base folder
+
+
+@pytest.fixture(scope="module")
+def fenced(tmp_path_factory):
+    """A server whose home, temporary files and surroundings lie in one folder; (that folder, server)."""
+    if FOREIGN:
+        pytest.skip("needs a server of its own")
+    outer = tmp_path_factory.mktemp("fence")
+    for name in ("home", "tmp"):
+        (outer / name).mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(outer)
+    kept = {name: os.environ.get(name) for name in ("HOME", "TMPDIR")}
+    found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
+    models = launch.models_folder(found.comfyui)
+    try:
+        os.environ.update(HOME=str(outer / "home"), TMPDIR=str(outer / "tmp"))
+        with launch.Server(found, "cpu", models=[models], threads=1, arguments=["--cache-lru", "60"]) as server:
+            tempfile.tempdir = before
+            yield outer, server
+    finally:
+        tempfile.tempdir = before
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+def files_outside(outer, server):
+    """Files around the server's own folders, in its code and in the pack, with size and time of change."""
+    found = {}
+    for root in (outer, host.PACK, Path(os.environ["STILLMOTION_COMFYUI"])):
+        for folder, folders, names in os.walk(root):
+            here = Path(folder)
+            own = OWN if here == server.base else ()
+            folders[:] = [name for name in folders if name not in ("__pycache__", ".git", ".pytest_cache", *own)]
+            found |= {here / name: (here / name).lstat()[6:9:2] for name in names if name not in own}
+    return found
+
+
+def run(client, graph):
+    """The data of the error that ended the graph, or None."""
+    try:
+        prompt = client.json("/prompt", {"prompt": graph})["prompt_id"]
+    except urllib.error.HTTPError as error:
+        answer = json.loads(error.read())
+        raised = [entry for report in (answer.get("node_errors") or {}).values() for entry in report["errors"]
+                  if "exception_type" in entry["extra_info"]]
+        return {"node_type": "Stillmotion_", "traceback": ["at validation"], "exception_type": "at validation",
+                "exception_message": json.dumps(raised)} if raised else None
+    deadline, cancelled = time.monotonic() + PATIENCE, False
+    while True:
+        entry = client.json(f"/history/{prompt}").get(prompt)
+        if entry:
+            return next((data for kind, data in entry["status"]["messages"] if kind == "execution_error"), None)
+        if time.monotonic() > deadline:
+            assert not cancelled, f"a cancel was not heard in {PATIENCE} s"
+            client.cancel(prompt)
+            deadline, cancelled = time.monotonic() + PATIENCE, True
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_random_graphs_end_in_results_or_sentences(fenced, count):
+    outer, server = fenced
+    client = http.Client(server.url, server)
+    graphs, faults = Graphs(client.json("/object_info"), SEED), []
+    before = files_outside(outer, server)
+    for number in range(count):
+        graph = graphs.next()
+        error = run(client, graph)
+        if error is not None and (found := fault(error)):
+            faults.append(f"graph {number}: {found}{json.dumps(graph)[:3000]}")
+    assert server.alive()
+    assert files_outside(outer, server) == before
+    assert not faults, f"{len(faults)} of {count}:\n" + "\n\n".join(faults[:10])
