@@ -1,6 +1,7 @@
 """Images on their way into a model: checked, brought to a size, encoded."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,19 +22,24 @@ def check_size(width: int, height: int, multiple: int) -> None:
                              f"{below + multiple}.")
 
 
-def fit_image(image_BHWC: Tensor, width: int, height: int) -> Tensor:
-    """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1."""
-    image_BCHW = image_BHWC[..., :3].movedim(-1, 1).float()
-    if image_BCHW.shape[1] == 1:  # grey
-        image_BCHW = image_BCHW.expand(-1, 3, -1, -1)
-    old_height, old_width = image_BCHW.shape[2:]
-    if (old_width, old_height) != (width, height):
-        kept_width = min(old_width, max(1, round(old_height * width / height)))
-        kept_height = min(old_height, max(1, round(old_width * height / width)))
-        left, top = (old_width - kept_width) // 2, (old_height - kept_height) // 2
-        image_BCHW = image_BCHW[:, :, top:top + kept_height, left:left + kept_width]
-        image_BCHW = F.interpolate(image_BCHW, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-    return image_BCHW.movedim(1, -1)
+def fit_image(image_BHWC: Tensor, width: int, height: int, pixel_aspect: float = 1.0) -> Tensor:
+    """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1; bytes
+    are taken too. `pixel_aspect`: how wide a pixel is for its height."""
+    old_height, old_width, channels = image_BHWC.shape[1:]
+    kept_width = min(old_width, max(1, round(old_height * width / height / pixel_aspect)))
+    kept_height = min(old_height, max(1, round(old_width * pixel_aspect * height / width)))
+    left, top = (old_width - kept_width) // 2, (old_height - kept_height) // 2
+    image_BHWC = image_BHWC[:, top:top + kept_height, left:left + kept_width, :3]
+    planes_BHW = []
+    for channel in range(image_BHWC.shape[-1]):  # one by one: of a very large picture three would fill the memory
+        plane_BHW = image_BHWC[..., channel].float()
+        if image_BHWC.dtype == torch.uint8:
+            plane_BHW /= 255
+        if (kept_height, kept_width) != (height, width):
+            plane_BHW = F.interpolate(plane_BHW[:, None], (height, width), mode="bicubic", antialias=True)[:, 0]
+            plane_BHW = plane_BHW.clamp(0, 1)
+        planes_BHW.append(plane_BHW)
+    return torch.stack(planes_BHW * 3 if channels == 1 else planes_BHW, dim=-1)  # grey becomes RGB
 
 
 def encode_images(vae, image_BHWC: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Nothing of the pack is imported here, so that a command can load this file alone
 """
 import struct
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ LEAST_SIDE = 8  # pixels
 LEVELS_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 COMMON = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # the further pictures of other formats are pages, or sizes of the first
+UNTIMED = 0.1  # seconds that a picture of an animation stays where the file does not say
 SHOWN = 20  # names in a summary
 
 
@@ -102,18 +106,38 @@ def summary(left_out: list[LeftOut]) -> str:
 
 def open_picture(path: str | Path) -> Image.Image:
     """A picture as 8-bit RGB, upright, the first one of an animation. ValueError says what cannot be read, and why."""
+    with _reading(path), Image.open(path) as picture:
+        return _rgb(picture)
+
+
+def open_animation(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
+    """(seconds since the first one, picture as of `open_picture`) of all pictures of a file. ValueError as there."""
+    with _reading(path), Image.open(path) as picture:
+        time = 0.0
+        for number in range(getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1):
+            picture.seek(number)
+            yield time, _rgb(picture)  # read here, since some formats know the duration only then
+            time += picture.info.get("duration", 0) / 1000 or UNTIMED
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    grey = picture.mode in LEVELS_16 or (picture.mode == "I" and picture.format == "PNG")  # older Pillow's 16 bits
+    if not grey and picture.mode not in PLAIN:
+        raise ValueError(f"has pixels of the kind {picture.mode}. Save it in RGB or grey, 8 or 16 bits a channel")
+    if min(picture.size) < LEAST_SIDE:
+        raise ValueError(f"is {picture.width}x{picture.height} pixels; each side needs {LEAST_SIDE} or more")
+    picture = ImageOps.exif_transpose(picture)
+    if grey:
+        picture = Image.fromarray(((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """What a picture that cannot be read ends in becomes ValueError in words."""
     path = Path(path)
     try:
-        picture = Image.open(path)
-        grey = picture.mode in LEVELS_16 or (picture.mode == "I" and picture.format == "PNG")  # older Pillow's 16 bits
-        if not grey and picture.mode not in PLAIN:
-            raise ValueError(f"has pixels of the kind {picture.mode}. Save it in RGB or grey, 8 or 16 bits a channel")
-        if min(picture.size) < LEAST_SIDE:
-            raise ValueError(f"is {picture.width}x{picture.height} pixels; each side needs {LEAST_SIDE} or more")
-        picture = ImageOps.exif_transpose(picture)
-        if grey:
-            picture = Image.fromarray(((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        return picture.convert("RGB")
+        yield
     except UnidentifiedImageError:
         raise ValueError(f"{path.name} is no picture that can be read here. Allowed: {', '.join(PICTURES)}") from None
     except Image.DecompressionBombError as error:

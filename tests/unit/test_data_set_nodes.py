@@ -1,4 +1,5 @@
 """Video Folder, Moving Shapes, Latent Shards, Clip of a Data Set, Evaluate Video: what goes in and out of the nodes."""
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -27,9 +28,37 @@ def test_a_folder_by_whole_path_or_inside_the_input_folder(inputs):
         assert len(clips) == 1 and clips[0]["video"].shape == (3, 4, 48, 64)
         assert "1 skipped:\n- shape_00000.mp4" in summary
         assert preview.ndim == 4 and len(preview) == 1 and 0 <= preview.min() < 0.5 < preview.max() <= 1
-    for name in ("", "nowhere"):
-        with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="there is no folder"):
+        VideoFolderNode.execute("nowhere", **FOLDER)
+
+
+def test_other_folders_are_refused_alike_unless_the_owner_lists_them(inputs, monkeypatch):
+    listed, other = inputs.parent / f"{inputs.name}_listed", inputs.parent / f"{inputs.name}_other"
+    for folder in (listed / "shapes", other):
+        write_shapes(MovingShapes(1, frames=4), folder)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "stillmotion_data_sets", ([str(listed)], set()))
+    assert len(VideoFolderNode.execute(str(listed / "shapes"), **FOLDER).args[0]) == 1
+    for name in (str(other), f"../{other.name}", str(inputs.parent / "nowhere"), "/", "~", "~nobody", "", "a\0b",
+                 "shapes/../../x"):
+        with pytest.raises(ValueError, match="inside a folder that the owner of this ComfyUI lists"):
             VideoFolderNode.execute(name, **FOLDER)
+        assert VideoFolderNode.fingerprint_inputs(name)
+    with pytest.raises(ValueError, match="there is no folder"):
+        VideoFolderNode.execute("x" * 5000, **FOLDER)
+
+
+def test_a_cancelled_scan_stops_at_the_next_clip(inputs, monkeypatch):
+    write_shapes(MovingShapes(3, frames=4), inputs / "shapes")
+    calls = []
+
+    def stop():
+        calls.append(0)
+        if len(calls) == 2:
+            raise InterruptedError
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
+    with pytest.raises(InterruptedError):
+        VideoFolderNode.execute("shapes", **FOLDER)
 
 
 def test_a_folder_is_read_again_when_its_files_change(inputs):

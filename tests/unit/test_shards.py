@@ -111,18 +111,56 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, packed):
     data.unlink()
     with pytest.raises(ValueError, match="shard_00001/data.mdb is missing"):
         LatentShards(packed)
-    data.write_bytes(whole)
+
+
+@pytest.mark.parametrize("edits, words", [
+    ({"version": 9}, "version 9, this pack reads 1 and 2"), ({"shards": []}, "no list of shards"),
+    ({"shards": [3]}, "no list of shards"), ({"version": "2"}, "version is '2'"),
+    ({"name": "../other"}, r"name of a shard is '../other'"), ({"name": None}, "name of a shard is None"),
+    ({"count": 3}, "there is no record tensors/00000002"), ({"count": -1}, "count is -1"), ({"bytes": True}, "bytes is")])
+def test_an_edited_index_is_refused(packed, edits, words):
     index = json.loads((packed / "index.json").read_text())
-    index["shards"][0]["count"] = 3
+    for name, value in edits.items():
+        (index if name in ("version", "shards") else index["shards"][0])[name] = value
     (packed / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="has no clip 2"):
-        LatentShards(packed)[2]
-    (packed / "index.json").write_text(json.dumps({**index, "version": 9}))
-    with pytest.raises(ValueError, match="version 9"):
-        LatentShards(packed)
-    (packed / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=words):
+        LatentShards(packed)[0]
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", "[" * 100_000])
+def test_an_index_that_is_no_index(packed, text):
+    (packed / "index.json").write_text(text)
     with pytest.raises(ValueError, match="index.json is damaged"):
         LatentShards(packed)
+
+
+@pytest.mark.parametrize("place", ["page header", "record"])
+def test_changed_bytes_are_an_error_not_the_end(packed, place):
+    data = packed / "shard_00000" / "data.mdb"
+    film = bytearray(data.read_bytes())
+    if place == "record":  # a number of a latent
+        at = film.rindex(b"__metadata__") + 3000 if b"__metadata__" in film else film.index(b"latent") + 3000
+        film[at] ^= 1
+    else:  # offsets within a page far outside the file
+        for page in range(2, len(film) // 4096):
+            film[page * 4096 + 16:page * 4096 + 24] = b"\xff" * 8
+    data.write_bytes(film)
+    with pytest.raises(ValueError, match="shard_00000 cannot be read"):
+        LatentShards(packed)[0]
+
+
+def test_shards_of_the_first_version_are_read(packed, monkeypatch):
+    import lmdb
+    index = json.loads((packed / "index.json").read_text())
+    for shard in index["shards"]:
+        path = packed / shard["name"]
+        with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+            for key, record in list(transaction.cursor()):
+                transaction.put(key, record[4:])
+        (path / "lock.mdb").unlink()
+        shard["bytes"] = (path / "data.mdb").stat().st_size
+    (packed / "index.json").write_text(json.dumps({**index, "version": 1}))
+    assert [item["name"] for item in LatentShards(packed)] == [f"shape_{i:05}" for i in range(5)]
 
 
 def test_a_missing_lmdb_is_named(packed, monkeypatch):

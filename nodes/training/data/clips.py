@@ -47,7 +47,7 @@ class Clips(Dataset):
         self._epoch.fill_(epoch)
 
     def read(self, index: int, rng: Random) -> tuple[Tensor, str, str]:
-        """(frames uint8 [T, H, W, 3], caption, name) of one clip."""
+        """(frames [T, H, W, 3] as bytes, or numbers in 0..255, caption, name) of one clip."""
         raise NotImplementedError
 
     def augment_text(self, caption: str, rng: Random) -> str:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...common.pictures import PICTURES, LeftOut, list_folder, normal, read_prompt
 from ...common.video import encode_mp4, hearing_cancel
 from . import shapes as data
 from .clips import Clips, MovingShapes
-from .frames import count_frames, fit_frames, frames_needed, iterate_frames, pick_frames, read_frames
+from .frames import Look, check_frames, frames_needed, look, pick_times, read_frames
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +27,15 @@ SHOWN = 20  # skipped clips named in a summary
 class Clip(NamedTuple):
     path: Path
     caption: str
-    frames: int
+    look: Look
 
 
 class VideoFolder(Clips):
     """`folder`/videos and `folder`/captions: a clip and its caption have the same name, the caption's ending in .txt.
 
-    A clip is any file that PyAV reads, or a folder of numbered images; a single image is a clip of one frame. Clips
-    give `frames` frames of `size` (height, width): evenly over the clip with stride 0, else every `stride`-th from a
-    place drawn anew in each epoch; resized and cropped at the middle.
+    A clip is any file that PyAV or Pillow reads, or a folder of numbered images; a single image is a clip of one frame.
+    Clips give `frames` frames of `size` (height, width): evenly in time over the clip with stride 0, else `stride`
+    frames apart from a place drawn anew in each epoch; resized and cropped at the middle.
 
     problems: what becomes of a clip that is damaged, too short, without a caption or (sizes "same") of another size
     than most: "skip" leaves it out and names it in `skipped` and `summary()`, "refuse" raises ValueError with all of
@@ -57,7 +58,7 @@ class VideoFolder(Clips):
         if not (self.folder / "videos").is_dir():
             raise ValueError(f"{self.folder} has no folder videos in it. A data set is a folder with videos/ and "
                              "captions/: videos/cat.mp4 belongs to captions/cat.txt.")
-        self.skipped: list[tuple[str, str]] = []  # (name, reason)
+        self.skipped: list[LeftOut] = []
         self.clips: list[Clip] = []
         self._scan(same=sizes == "same", most=max_samples)
         if problems == "refuse" and self.skipped:
@@ -68,37 +69,47 @@ class VideoFolder(Clips):
             log.warning("%s: %s", self.folder, self._problems())
 
     def _scan(self, same: bool, most: int | None) -> None:
-        sizes = {}
-        paths = sorted(path for path in (self.folder / "videos").iterdir() if not path.name.startswith("."))
+        paths, unreadable = list_folder(self.folder / "videos")
+        self.skipped += unreadable
+        texts = self._texts()
+        needed = frames_needed(self.frames, self.stride)
         for path in hearing_cancel(paths):
             try:
-                caption, count = self._caption(path), count_frames(path)
-                needed = frames_needed(self.frames, self.stride)
-                if count < needed:
-                    raise ValueError(f"too short, it has {count} of the {needed} frames needed")
-                sizes[path] = tuple(read_frames(path, [0]).shape[1:3])
-                self.clips.append(Clip(path, caption, count))
-            except ValueError as error:
-                self.skipped.append((path.name, str(error)))
+                caption, found = self._caption(path, texts), look(path)
+                if len(found.times) < needed:
+                    raise ValueError(f"too short, it has {len(found.times)} of the {needed} frames needed")
+                self.clips.append(Clip(path, caption, found))
+            except (ValueError, OSError) as error:
+                self.skipped.append(LeftOut(path.name, str(error)))
+            if path.is_dir():
+                self.skipped += _no_pictures(path)
             if most and len(self.clips) == most and not same:
                 break
         if same and self.clips:
-            usual, _ = Counter(sizes.values()).most_common(1)[0]
-            self.skipped += [(path.name, f"{size[1]}x{size[0]} pixels, most are {usual[1]}x{usual[0]}")
-                             for path, size in sizes.items() if size != usual]
-            self.clips = [clip for clip in self.clips if sizes[clip.path] == usual][:most or None]
-        names = {_stem(path) for path in paths}
-        self.skipped += [(f"captions/{path.name}", "there is no video of this name")
-                         for path in sorted((self.folder / "captions").glob("*.txt")) if path.stem not in names]
+            usual, _ = Counter(clip.look.size for clip in self.clips).most_common(1)[0]
+            self.skipped += [LeftOut(clip.path.name, "{1}x{0} pixels, ".format(*clip.look.size)
+                                     + "most are {1}x{0}".format(*usual))
+                             for clip in self.clips if clip.look.size != usual]
+            self.clips = [clip for clip in self.clips if clip.look.size == usual][:most or None]
+        names = {normal(_stem(path)) for path in paths}
+        self.skipped += [LeftOut(f"captions/{path.name}", "there is no video of this name")
+                         for name, path in texts.items() if name not in names]
 
-    def _caption(self, clip: Path) -> str:
-        path = self.folder / "captions" / f"{_stem(clip)}.txt"
-        if not path.is_file():
-            raise ValueError(f"no caption, there is no captions/{path.name}")
-        try:
-            caption = " ".join(path.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"captions/{path.name} is not UTF-8 text") from error
+    def _texts(self) -> dict[str, Path]:
+        """The captions by the names of their clips; other files are added to `skipped`."""
+        if not (self.folder / "captions").is_dir():
+            return {}
+        paths, others = list_folder(self.folder / "captions")
+        texts = {normal(path.stem): path for path in paths if path.suffix.lower() == ".txt" and path.is_file()}
+        others += [LeftOut(path.name, "not a .txt file") for path in paths if path not in texts.values()]
+        self.skipped += [LeftOut(f"captions/{name}", reason) for name, reason in others]
+        return texts
+
+    def _caption(self, clip: Path, texts: dict[str, Path]) -> str:
+        path = texts.get(normal(_stem(clip)))
+        if path is None:
+            raise ValueError(f"no caption, there is no captions/{_stem(clip)}.txt")
+        caption = " ".join(read_prompt(path).split())
         if not caption:
             raise ValueError(f"no caption, captions/{path.name} is empty")
         return caption
@@ -119,28 +130,27 @@ class VideoFolder(Clips):
         for step in range(len(self)):
             clip = self.clips[(index + step) % len(self)]
             try:
-                frames_THWC = read_frames(clip.path, pick_frames(clip.frames, self.frames, self.stride, rng))
-                return fit_frames(frames_THWC, self.size), clip.caption, clip.path.name
-            except ValueError as error:
+                times = pick_times(clip.look.times, self.frames, self.stride, rng)
+                return read_frames(clip.path, clip.look, times, self.size), clip.caption, clip.path.name
+            except (ValueError, OSError) as error:
                 if self.problems == "refuse":
                     raise ValueError(f"{clip.path}: {error}. Mend or remove it, or choose to skip such "
                                      "clips.") from error
                 log.warning("%s: %s is replaced by the next clip: %s", self.folder, clip.path.name, error)
         raise ValueError(f"{self.folder}: not one of {len(self)} clips can be read any more.")
 
-    def damaged(self) -> list[tuple[str, str]]:
-        """(name, reason) of the clips whose frames cannot all be decoded; takes as long as playing them fast."""
+    def damaged(self) -> list[LeftOut]:
+        """The clips whose frames cannot all be decoded; takes as long as playing them fast."""
         found = []
         for clip in self.clips:
             try:
-                for _ in iterate_frames(clip.path, range(clip.frames)):
-                    pass
-            except ValueError as error:
-                found.append((clip.path.name, str(error)))
+                check_frames(clip.path, clip.look)
+            except (ValueError, OSError) as error:
+                found.append(LeftOut(clip.path.name, str(error)))
         return found
 
     def contents(self) -> str:
-        digest = sha256("\n".join(f"{clip.path.name} {clip.frames} {clip.caption}" for clip in self.clips).encode())
+        digest = sha256("\n".join(f"{clip.path.name} {len(clip.look.times)} {clip.caption}" for clip in self.clips).encode())
         return f"{super().contents()}, {digest.hexdigest()[:16]}"
 
     def summary(self) -> str:
@@ -152,6 +162,14 @@ class VideoFolder(Clips):
 
 def _stem(clip: Path) -> str:
     return clip.name if clip.is_dir() else clip.stem
+
+
+def _no_pictures(clip: Path) -> list[LeftOut]:
+    """What lies in a folder of pictures beside them."""
+    paths, others = list_folder(clip)
+    others += [LeftOut(path.name, f"no picture ({', '.join(PICTURES)})") for path in paths
+               if path.suffix.lower() not in PICTURES or not path.is_file()]
+    return [LeftOut(f"{clip.name}/{name}", reason) for name, reason in others]
 
 
 def write_shapes(shapes: MovingShapes, folder: str | Path) -> None:

@@ -1,33 +1,67 @@
-"""Frames of video files and image folders for training: counted, chosen in time, read, fitted to a size."""
+"""Frames of video files, pictures and folders of pictures for training: their times, chosen ones read, fitted to a size.
+
+A file is given to FFmpeg open, not by name, and nothing else may be opened: a playlist leads nowhere.
+"""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from ...common.images import fit_image
+from ...common.pictures import PICTURES, list_folder, open_animation, open_picture
 from ...common.video import hearing_cancel
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+NOTHING_ELSE = {"protocol_whitelist": "none"}
+ORIENTATION = 0x0112  # in EXIF
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The folder's images in the order of the numbers in their names (2 before 10)."""
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGES),
-                  key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+class Frame(NamedTuple):
+    time: float                               # seconds
+    pixels: Callable[[], np.ndarray]          # uint8 [H, W, 3], upright
+    pixel_aspect: float = 1.0                 # width of a pixel over its height
 
 
-def open_video(path: Path) -> av.container.InputContainer:
-    """Open a file that has pictures in it; ValueError says what else it is."""
+class Look(NamedTuple):
+    """What a clip is, from its index and its first frame."""
+
+    times: tuple[float, ...]                  # of its frames, ascending
+    size: tuple[int, int]                     # (height, width) as it is shown
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The folder's pictures in the order of the numbers in their names (2 before 10)."""
+    return sorted((path for path in list_folder(folder)[0] if path.suffix.lower() in PICTURES and path.is_file()),
+                  key=lambda path: [int(part) if part.isdecimal() else part
+                                    for part in re.split(r"(\d+)", path.name)])
+
+
+def frames_of(path: Path) -> Iterator[Frame]:
+    """All frames of a video, picture or folder of pictures, in order; ValueError at what is damaged."""
+    if path.is_dir():
+        return (Frame(number, lambda picture=picture: np.asarray(open_picture(picture)))
+                for number, picture in enumerate(pictures_in(path)))
+    if path.suffix.lower() in PICTURES:
+        return (Frame(time, lambda picture=picture: np.asarray(picture)) for time, picture in open_animation(path))
+    return _video(path)
+
+
+def _open(path: Path) -> av.container.InputContainer:
     try:
-        container = av.open(str(path))
-    except av.error.FFmpegError as error:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot be opened ({error.strerror})") from error
+    try:
+        container = av.open(file, options=NOTHING_ELSE)
+    except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"cut off, or no video ({error.strerror})") from error
     if not container.streams.video or container.format.name == "tty":  # ffmpeg would draw a text file as a terminal
         container.close()
@@ -35,89 +69,152 @@ def open_video(path: Path) -> av.container.InputContainer:
     return container
 
 
-def decode(path: Path, numbers: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number, frame [H, W, 3] uint8, upright) for these frames of a file; ValueError at what is damaged."""
-    last = max(numbers)
-    with open_video(path) as container:
+def _has_times(container: av.container.InputContainer) -> bool:
+    """AVI knows its rate alone: what looks like times are numbers in the order of decoding."""
+    return container.format.name != "avi"
+
+
+def _video(path: Path) -> Iterator[Frame]:
+    """Frames by their time stamps. What cannot be decoded before the first one (a recording that was cut between two
+    key frames) is passed over."""
+    with _open(path) as container:
+        stream, number = container.streams.video[0], 0
         try:
-            for number, frame in enumerate(hearing_cancel(container.decode(video=0))):
-                if number in numbers:
-                    yield number, np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                if number == last:
-                    return
+            for packet in hearing_cancel(container.demux(stream)):
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:
+                    if number:
+                        raise
+                    continue
+                for frame in frames:
+                    stamped = _has_times(container) and frame.time is not None
+                    turns = round(frame.rotation / 90)
+                    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+                    yield Frame(frame.time if stamped else number / float(stream.average_rate or 1),
+                                lambda frame=frame, turns=turns: np.rot90(frame.to_ndarray(format="rgb24"), turns),
+                                1 / aspect if turns % 2 else aspect)
+                    number += 1
         except av.error.FFmpegError as error:
             raise ValueError(f"damaged ({error.strerror})") from error
-    raise ValueError(f"damaged, it ends before frame {last}")
+    if not number:
+        raise ValueError("damaged, none of its frames can be decoded")
 
 
-def iterate_frames(path: Path, numbers: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """As `decode`, of a folder of images too. A video is decoded from its beginning, so cut long ones into clips.
+def look(path: Path) -> Look:
+    """Times and size of a clip; of a video its first frame alone is decoded.
 
-    ValueError also where the frames differ in size.
+    ValueError says what is wrong with what is no clip, was cut off, or (folders) has pictures of different sizes.
     """
-    found = decode(path, numbers)
     if path.is_dir():
-        images = images_in(path)
-        found = ((number, next(decode(images[number], (0,)))[1]) for number in sorted(numbers))
-    shape = None
-    for number, frame in found:
-        if frame.shape != (shape := shape or frame.shape):
+        pictures = pictures_in(path)
+        sizes = {_size(picture) for picture in pictures}
+        if not pictures:
+            raise ValueError("there are no pictures in this folder")
+        if len(sizes) > 1:
             raise ValueError("its frames have different sizes")
-        yield number, frame
+        return Look(tuple(map(float, range(len(pictures)))), sizes.pop())
+    times = () if path.suffix.lower() in PICTURES else _packet_times(path)
+    frames = frames_of(path)
+    first = next(frames)
+    height, width = first.pixels().shape[:2]
+    if times:
+        frames.close()
+    else:
+        times = (first.time, *(frame.time for frame in frames))
+    return Look(tuple(time for time in times if time >= first.time - 1e-6), (height, round(width * first.pixel_aspect)))
 
 
-def count_frames(path: Path) -> int:
-    """How many frames a video, an image (1) or a folder of images has, without decoding them.
+def _size(picture: Path) -> tuple[int, int]:
+    """(height, width) from the header, upright."""
+    try:
+        with Image.open(picture) as opened:
+            width, height = opened.size
+            return (width, height) if opened.getexif().get(ORIENTATION, 1) > 4 else (height, width)
+    except Exception as error:  # Pillow's readers end in many kinds at damaged files
+        raise ValueError(f"{picture.name} is damaged, or no picture ({error})") from error
 
-    ValueError says what is wrong with a file that is no video or was cut off.
-    """
-    if path.is_dir():
-        return len(images_in(path))
-    with open_video(path) as container:
+
+def _packet_times(path: Path) -> tuple[float, ...]:
+    """Times of a video's frames, without decoding them."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
         try:
-            packets = [packet for packet in hearing_cancel(container.demux(video=0))
+            packets = [packet for packet in hearing_cancel(container.demux(stream))
                        if packet.size and not packet.is_discard]
         except av.error.FFmpegError as error:
             raise ValueError(f"damaged ({error.strerror})") from error
-    if not packets:
-        raise ValueError("cut off or empty, it has no frames")
-    if any(packet.is_corrupt for packet in packets):
-        raise ValueError(f"cut off or damaged after {len(packets)} frames")
-    return len(packets)
+        if not packets:
+            raise ValueError("cut off or empty, it has no frames")
+        if any(packet.is_corrupt for packet in packets):
+            raise ValueError(f"cut off or damaged after {len(packets)} frames")
+        if not _has_times(container) or any(packet.pts is None for packet in packets):
+            return tuple(number / float(stream.average_rate or 1) for number in range(len(packets)))
+        return tuple(sorted({float(packet.pts * packet.time_base) for packet in packets}))
 
 
-def read_frames(path: Path, numbers: list[int]) -> Tensor:
-    """Frames of these numbers as uint8 [T, H, W, 3]; ValueError as `iterate_frames`."""
-    found = dict(iterate_frames(path, set(numbers)))
-    return torch.from_numpy(np.stack([found[number] for number in numbers]))
+def nearest(frames: Iterable[Frame], times: Iterable[float], ends: float) -> Iterator[Frame]:
+    """For each of the ascending `times` the frame that is nearest to it, the earlier one of two.
+
+    ValueError where the frames end before `ends`.
+    """
+    frames = iter(frames)
+    here, after = next(frames), next(frames, None)
+    for time in times:
+        while after is not None and abs(after.time - time) < abs(here.time - time) - 1e-6:
+            here, after = after, next(frames, None)
+        if after is None and here.time < min(time, ends) - 1e-6:
+            raise ValueError(f"damaged, it ends after {here.time:.2f} seconds, its index says {time:.2f} or more")
+        yield here
+
+
+def read_frames(path: Path, clip: Look, times: list[float], size: tuple[int, int]) -> Tensor:
+    """The frames nearest to `times`, fitted to (height, width): float32 [T, H, W, 3] in 0..255.
+
+    Each is fitted as soon as it is decoded, so that large ones do not fill the memory. A video is decoded from its
+    beginning, so cut long ones into clips. ValueError for what is damaged, and where pictures of a folder differ in
+    size.
+    """
+    height, width = size
+    fitted, last, shape = [], None, None
+    for frame in nearest(frames_of(path), times, _least_end(clip)):
+        if frame is not last:
+            pixels = np.require(frame.pixels(), requirements=("C", "W"))
+            if path.is_dir() and pixels.shape != (shape := shape or pixels.shape):
+                raise ValueError("its frames have different sizes")
+            fitted.append(fit_image(torch.from_numpy(pixels)[None], width, height, frame.pixel_aspect)[0] * 255)
+        else:
+            fitted.append(fitted[-1])
+        last = frame
+    return torch.stack(fitted)
+
+
+def check_frames(path: Path, clip: Look) -> None:
+    """Decode all frames of a clip; ValueError for what is damaged."""
+    for frame in nearest(frames_of(path), clip.times, _least_end(clip)):
+        frame.pixels()
+
+
+def _least_end(clip: Look) -> float:
+    """Time that a whole clip reaches: the last packets may belong to one frame."""
+    return clip.times[-1] - 1.5 * (clip.times[-1] - clip.times[0]) / max(1, len(clip.times) - 1)
 
 
 def frames_needed(frames: int, stride: int) -> int:
-    """Shortest clip that gives `frames` frames (see pick_frames)."""
+    """Shortest clip that gives `frames` frames (see pick_times)."""
     return (frames - 1) * stride + 1 if stride else frames
 
 
-def pick_frames(count: int, frames: int, stride: int, rng: Random) -> list[int]:
-    """Numbers of the frames taken from a clip of `count`.
+def pick_times(times: tuple[float, ...], frames: int, stride: int, rng: Random) -> list[float]:
+    """Times of the frames taken from a clip whose frames are shown at `times`.
 
-    stride 0: evenly from the first to the last, so that the caption fits whatever the length. Otherwise every
-    `stride`-th frame from a place drawn by `rng`, which keeps the speed.
+    stride 0: evenly from the first to the last, so that the caption fits whatever the length. Otherwise `stride`
+    frames apart, at the clip's mean rate, from a place drawn by `rng`, which keeps the speed.
     """
+    last = len(times) - 1
     if stride:
-        first = rng.randrange(count - frames_needed(frames, stride) + 1)
-        return list(range(first, first + frames * stride, stride))
-    return [round(i * (count - 1) / max(1, frames - 1)) for i in range(frames)]
-
-
-def fit_frames(frames_THWC: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 frames resized to cover (height, width) and cropped at the middle: nothing is stretched."""
-    height, width = size
-    given_height, given_width = frames_THWC.shape[1:3]
-    if (given_height, given_width) == size:
-        return frames_THWC
-    scale = max(height / given_height, width / given_width)
-    covering = max(height, round(given_height * scale)), max(width, round(given_width * scale))
-    video_TCHW = F.interpolate(frames_THWC.movedim(-1, 1).float(), covering, mode="bilinear", antialias=True)
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    cropped = video_TCHW[:, :, top:top + height, left:left + width]
-    return cropped.movedim(1, -1).round().clamp(0, 255).byte()
+        first = rng.randrange(len(times) - frames_needed(frames, stride) + 1)
+        numbers = range(first, first + frames * stride, stride)
+    else:
+        numbers = [i * last / max(1, frames - 1) for i in range(frames)]
+    return [times[0] + number * (times[-1] - times[0]) / max(1, last) for number in numbers]

@@ -7,9 +7,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ...common import values
 from ...common.drawing import as_images
 from ...common.schema import schema
-from ...common.values import check_path
 from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
@@ -17,6 +17,7 @@ from .shards import LatentShards
 from .sheet import draw_sheet
 
 DataSet = io.Custom("STILLMOTION_DATASET")
+DATA_SETS = "stillmotion_data_sets"  # key of extra_model_paths.yaml
 PREVIEWED = 4  # clips
 OUTPUTS = [
     DataSet.Output(display_name="data_set", tooltip="For Train Video Model, or Clip of a Data Set."),
@@ -30,8 +31,10 @@ SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_genera
 
 
 def _with_preview(clips: Clips) -> io.NodeOutput:
-    items = [clips[i] for i in hearing_cancel(range(min(PREVIEWED, len(clips))))]
-    rows = [(item["caption"], _frames(item)) for item in items]
+    rows = []
+    for i in hearing_cancel(range(min(PREVIEWED, len(clips)))):
+        item = clips[i]
+        rows.append((item["caption"], _frames(item)))
     return io.NodeOutput(clips, clips.summary(), as_images(draw_sheet(rows)))
 
 
@@ -40,21 +43,33 @@ def _frames(item: dict) -> torch.Tensor:
     return (item["video"].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
 
 
-def _folder(name: str) -> Path:
-    """The folder on this machine: an absolute path, or a name inside ComfyUI's input folder."""
-    check_path("folder", name)
-    path = Path(folder_paths.get_input_directory(), os.path.expanduser(name.strip()))
-    if not name.strip() or not path.is_dir():
-        raise ValueError(f"folder = {name!r} was given, and there is no folder {path}. Give a whole path, or the name "
-                         "of a folder inside ComfyUI's input folder.")
+def _folder(name: str) -> str:
+    """The folder on this machine: inside ComfyUI's input folder, or inside one that the owner lists as DATA_SETS.
+
+    All others are refused alike, whether they are there or not: whoever reaches the server would learn it.
+    """
+    roots = [folder_paths.get_input_directory()]
+    if DATA_SETS in folder_paths.folder_names_and_paths:
+        roots += folder_paths.get_folder_paths(DATA_SETS)
+    given = os.path.expanduser(name.strip())
+    path = os.path.normpath(os.path.join(os.path.abspath(roots[0]), given))
+    if not given or "\0" in given or not any(Path(path).is_relative_to(os.path.abspath(root)) for root in roots):
+        raise ValueError(f"folder = {values.shown(name)} was given. Give the name of a folder inside ComfyUI's input "
+                         "folder, or a path inside a folder that the owner of this ComfyUI lists in "
+                         f"extra_model_paths.yaml as {DATA_SETS}.")
+    if not os.path.isdir(path):  # False for names that are too long, too
+        raise ValueError(f"folder = {values.shown(name)} was given, and there is no folder {values.shown(path)}.")
     return path
 
 
 def _state(name: str) -> str:
-    """Changes with the folder's files; a folder that is not there is named when the node runs."""
-    path = Path(folder_paths.get_input_directory(), os.path.expanduser(name.strip()))
-    files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size)
-                   for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file())
+    """Changes with the folder's files; what is wrong with the folder is told when the node runs."""
+    try:
+        path = Path(_folder(name))
+        files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size)
+                       for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file())
+    except (ValueError, OSError) as error:
+        return str(error)
     return sha256(repr(files).encode()).hexdigest()
 
 
@@ -69,9 +84,10 @@ class VideoFolderNode(io.ComfyNode):
             search_aliases=["data set", "dataset", "load video folder", "captions", "train", "finetune"],
             advanced=["problems", "sizes", "mirror", "max_samples", "seed"],
             inputs=[
-                io.String.Input("folder", tooltip="A whole path, or a folder inside ComfyUI's input folder. "
-                                                  "videos/cat.mp4 belongs to captions/cat.txt; a folder of numbered "
-                                                  "images is a clip too."),
+                io.String.Input("folder", tooltip="A folder inside ComfyUI's input folder, or a path in a folder that "
+                                                  f"extra_model_paths.yaml lists as {DATA_SETS}. videos/cat.mp4 "
+                                                  "belongs to captions/cat.txt; a folder of numbered images is a "
+                                                  "clip too."),
                 io.Int.Input("frames", **FRAMES, tooltip="Frames taken from each clip."),
                 io.Int.Input("width", **EDGE, tooltip="Clips are resized and cropped at the middle, never stretched."),
                 io.Int.Input("height", **EDGE, tooltip="Clips are resized and cropped at the middle, never stretched."),
@@ -144,7 +160,8 @@ class LatentShardsNode(io.ComfyNode):
             search_aliases=["data set", "dataset", "lmdb", "cached latents", "train"],
             advanced=["max_samples"],
             inputs=[
-                io.String.Input("folder", tooltip="A whole path, or a folder inside ComfyUI's input folder."),
+                io.String.Input("folder", tooltip="A folder inside ComfyUI's input folder, or a path in a folder that "
+                                                  f"extra_model_paths.yaml lists as {DATA_SETS}."),
                 io.Int.Input("max_samples", default=0, min=0, max=10 ** 7, tooltip="Only the first clips; 0: all."),
             ],
             outputs=OUTPUTS,

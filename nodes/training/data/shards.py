@@ -1,7 +1,8 @@
 """Encoded clips in LMDB shards: prompt, latent and reference image, packed once and read lazily.
 
 A packed folder holds shard_00000, shard_00001, ... (one LMDB environment each) and index.json, which is written last:
-packing that was stopped goes on with the first shard that is missing, and is not taken for complete before.
+packing that was stopped goes on with the first shard that is missing, and is not taken for complete before. Every
+record begins with its checksum, and a shard is read in a process of its own before it is read here.
 An item is {"latent": float32 [C, T, h, w] as the VAE gives it, "reference": float32 [3, H, W] in -1..1, the first
 frame, "caption": str, "name": str}.
 """
@@ -9,7 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -21,12 +25,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...common import values
 from ...common.extras import import_extra
 from ...common.saving import write_file
 from .clips import Clips
 
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
+READ = (1, 2)  # versions; 1 has no checksums
+NAME = re.compile(r"shard_\d{5,9}")
+MOST_CLIPS = 10 ** 9
+CHECK_SECONDS = 1800  # a shard of many gigabytes on a slow disk
+AGAIN = "copy the folder again, or pack the clips again"
 _reading = Lock()
 
 
@@ -87,7 +97,8 @@ def _rows(number: int, item: dict, encode: Callable[[Tensor], Tensor]) -> dict[b
     reference = ((video_CTHW[:, 0] + 1) * 127.5).round().clamp(0, 255).byte()
     tensors = {"latent": latent.half().contiguous(), "reference": reference.contiguous()}
     text = {"caption": item["caption"], "name": item["name"]}
-    return {b"tensors/%08d" % number: safetensors.torch.save(tensors), b"text/%08d" % number: json.dumps(text).encode()}
+    from .check_shard import keys, sealed
+    return dict(zip(keys(number), (sealed(safetensors.torch.save(tensors)), sealed(json.dumps(text).encode()))))
 
 
 def _write_shard(lmdb, path: Path, rows: dict[bytes, bytes]) -> None:
@@ -102,17 +113,25 @@ def _write_shard(lmdb, path: Path, rows: dict[bytes, bytes]) -> None:
     os.replace(part, path)
 
 
-def _read_rows(shard: Path, keys: list[bytes]) -> list[bytes | None]:
+def _read_rows(shard: Path, number: int, version: int) -> list[bytes]:
     # Opened for one clip at a time (half a millisecond): an open environment can neither be opened a second time in
     # the same process, by another data set of the same folder, nor live on in the workers that are forked from it.
     lmdb = import_lmdb()
+    from .check_shard import keys, read
     try:
-        with _reading, lmdb.open(str(shard), readonly=True, lock=False, readahead=False, create=False) as environment:
-            with environment.begin() as transaction:
-                return [transaction.get(key) for key in keys]
-    except lmdb.Error as error:
-        raise ValueError(f"{shard} cannot be read ({error}); copy the folder again, or pack the clips "
-                         "again.") from error
+        with _reading:
+            return read(str(shard), keys(number), version)
+    except (lmdb.Error, ValueError) as error:
+        raise ValueError(f"{shard} cannot be read ({error}); {AGAIN}.") from error
+
+
+def _check_shard(shard: Path, count: int, version: int) -> None:
+    """Raise ValueError for a damaged shard, whose reading might end this process."""
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("check_shard.py")), str(shard), str(count),
+                           str(version)], capture_output=True, text=True, errors="replace", timeout=CHECK_SECONDS)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] if done.returncode == 1 else ["reading it ended a process"]
+        raise ValueError(f"{shard} cannot be read ({', '.join(why)}); {AGAIN}.")
 
 
 class LatentShards(Dataset):
@@ -129,21 +148,40 @@ class LatentShards(Dataset):
             raise ValueError(f"{self.folder} " + ("was not packed to its end: run the same command again to go on."
                              if begun else f"has no {INDEX}: it is no folder of packed latents. Make one with "
                                            "python workflows/data.py pack."))
-        try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-            self.vae, self.version, self.shards = index["vae"], index["version"], index["shards"]
-            self._ends = list(accumulate(shard["count"] for shard in self.shards))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / INDEX} is damaged ({error}); pack the clips again.") from error
-        if self.version != VERSION:
-            raise ValueError(f"{self.folder} has format version {self.version}, this pack reads {VERSION}; pack the "
-                             "clips again, or update the pack.")
-        for shard in self.shards:  # a file that is cut off would end the process when it is read, so sizes come first
-            data = self.folder / shard["name"] / "data.mdb"
-            if not data.is_file() or data.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{data} is {'cut off or changed' if data.is_file() else 'missing'}; copy the folder "
-                                 "again, or pack the clips again.")
+        self._read_index()
+        for name, _, size in self.shards:
+            data = self.folder / name / "data.mdb"
+            if not data.is_file() or data.stat().st_size != size:
+                raise ValueError(f"{data} is {'cut off or changed' if data.is_file() else 'missing'}; {AGAIN}.")
+        self._checked: dict[str, int] = {}  # shards that were read in a process of their own, and when they changed
         self.count = min(self._ends[-1], max_samples or self._ends[-1])
+
+    def _read_index(self) -> None:
+        source = str(self.folder / INDEX)
+        try:
+            index = values.parse_json((self.folder / INDEX).read_text(encoding="utf-8"), source)
+            self.vae, shards = str(index.get("vae", "")), index.get("shards")
+            self.version = values.whole(index.get("version"), "version")
+            if self.version not in READ:
+                raise ValueError(f"{self.folder} has format version {self.version}, this pack reads "
+                                 f"{' and '.join(map(str, READ))}. Update the pack.")
+            if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):
+                raise ValueError("shards is no list of shards.")
+            self.shards = [(self._name(shard.get("name")),
+                            values.whole(shard.get("count"), "count", high=MOST_CLIPS),
+                            values.whole(shard.get("bytes"), "bytes", high=2 ** 62)) for shard in shards]
+        except (UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{source} is damaged ({error}); {AGAIN}.") from error
+        except ValueError as error:
+            raise ValueError(f"{source} is damaged, or was edited: {error} {AGAIN.capitalize()}.") from error
+        self._ends = list(accumulate(count for _, count, _ in self.shards))
+
+    @staticmethod
+    def _name(name) -> str:
+        """Inside the folder: a name as `pack` gives it."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"The name of a shard is {values.shown(name)}. It must be as shard_00000.")
+        return name
 
     def __len__(self) -> int:
         return self.count
@@ -158,10 +196,25 @@ class LatentShards(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"there is no clip {index} among {len(self)}")
         shard = bisect_right(self._ends, index)
-        name, number = self.shards[shard]["name"], index - (self._ends[shard - 1] if shard else 0)
-        rows = _read_rows(self.folder / name, [b"tensors/%08d" % number, b"text/%08d" % number])
-        if None in rows:
-            raise ValueError(f"{self.folder / name} has no clip {number}, its index says it has; pack the clips again.")
-        tensors, text = safetensors.torch.load(rows[0]), json.loads(rows[1])
-        return {"latent": tensors["latent"].float(), "reference": tensors["reference"].float() / 127.5 - 1,
-                "caption": text["caption"], "name": text["name"]}
+        (name, count, _), number = self.shards[shard], index - (self._ends[shard - 1] if shard else 0)
+        changed = (self.folder / name / "data.mdb").stat().st_mtime_ns
+        if self._checked.get(name) != changed:
+            _check_shard(self.folder / name, count, self.version)
+            self._checked[name] = changed
+        tensors, text = _read_rows(self.folder / name, number, self.version)
+        try:
+            return _item(safetensors.torch.load(tensors), values.parse_json(text, "its text"))
+        except (ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{self.folder / name}, clip {number}: {error} {AGAIN.capitalize()}.") from error
+
+
+def _item(tensors: dict[str, Tensor], text: dict) -> dict:
+    latent, reference = tensors.get("latent"), tensors.get("reference")
+    if latent is None or latent.ndim != 4 or not latent.is_floating_point() or not latent.numel():
+        raise ValueError("there is no latent [C, T, h, w].")
+    if reference is None or reference.ndim != 3 or reference.dtype != torch.uint8 or len(reference) != 3:
+        raise ValueError("there is no reference image [3, H, W] in bytes.")
+    if not all(isinstance(text.get(name), str) for name in ("caption", "name")):
+        raise ValueError("there is no caption, or no name.")
+    return {"latent": latent.float(), "reference": reference.float() / 127.5 - 1, "caption": text["caption"],
+            "name": text["name"]}
