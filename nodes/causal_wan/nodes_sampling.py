@@ -1,13 +1,12 @@
 """Block-Autoregressive Sampler: as LATENT, or straight to a file for videos longer than memory."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
-import comfy.model_management
 import folder_paths
 import latent_preview
 from comfy_api.latest import InputImpl, io, ui
 
+from ..common.memory import memory_advice
 from ..common.nodes import output_path, workflow_tags
 from ..common.schema import schema
 from ..common.video import MAX_FPS, frames_uint8, stream_mp4
@@ -16,6 +15,7 @@ from .resume import BlockFolder
 from .run import BlockSettings, prepare
 
 Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
+LESS_MEMORY = "Use a smaller window, size or block, or cfg 1 (half the cache)."
 ADVANCED = ["first_steps", "shift", "warp", "independent_first", "short_last_block", "context_noise", "refresh_sink"]
 
 
@@ -103,7 +103,7 @@ class BlockAutoregressiveSampler(io.ComfyNode):
         else:
             preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
             callback, show = preview.on_step, lambda part_CFHW: preview.show(decoder.decode(part_CFHW))
-        with _memory_advice(run):
+        with memory_advice(f"with {run.summary}", LESS_MEMORY):
             return io.NodeOutput(run.sample(callback, folder, show), run.summary)
 
 
@@ -157,7 +157,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
         scale = vae.spacial_compression_decode()
         path, subfolder = output_path(filename_prefix, width * scale, height * scale, ".mp4")
         preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
-        with _memory_advice(run), stream_mp4(path, fps, crf, workflow_tags(cls.hidden)) as add:
+        with (memory_advice(f"with {run.summary}", LESS_MEMORY),
+              stream_mp4(path, fps, crf, workflow_tags(cls.hidden)) as add):
             def show(part_CFHW):
                 frames_THWC = decoder.decode(part_CFHW)
                 preview.show(frames_THWC)
@@ -184,15 +185,3 @@ def _open_folder(name, run):
         raise ValueError(f"resume_folder is {name!r}, which does not lie in ComfyUI's output folder: give a name such "
                          "as runs/balloon.")
     return BlockFolder(path, run.fingerprint())
-
-
-@contextmanager
-def _memory_advice(run):
-    try:
-        yield
-    except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
-        if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
-            raise
-        raise comfy.model_management.OOM_EXCEPTION(
-            f"Out of memory with {run.summary}. Use a smaller window, size or block, or cfg 1 (half the cache). "
-            f"({error})") from error
