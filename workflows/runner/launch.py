@@ -33,13 +33,13 @@ def models_folder(comfyui):
     return comfyui / "models"
 
 
-def device_arguments(python, device):
+def device_arguments(found, device):
     """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU."""
     if device == "auto":
         # the private CPU host needs no look; torch takes two seconds to import
         code = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
-        found = "-cpu-" not in str(python) and subprocess.run([str(python), "-c", code]).returncode == 0
-        return [] if found else ["--cpu"]
+        gpu = found.variant != "cpu" and subprocess.run([str(found.python), "-c", code]).returncode == 0
+        return [] if gpu else ["--cpu"]
     named = re.fullmatch(r"(?:cuda:?)?(\d*)", device)
     if device == "cpu":
         return ["--cpu"]
@@ -83,7 +83,7 @@ class Server:
             self.command = [
                 str(found.python), str(found.comfyui / "main.py"), "--listen", "127.0.0.1", "--disable-auto-launch",
                 "--disable-api-nodes", "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found.python, device), *arguments]
+                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found, device), *arguments]
             self._start()
             self._check_pack()
         except BaseException:
