@@ -18,7 +18,6 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "workflows" / "runner")]
 
 import host  # noqa: E402
-from nodes import NODES  # noqa: E402
 
 FEW_STEPS = 4
 TRAINING_STEPS = 10
@@ -67,6 +66,8 @@ def main():
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="a ComfyUI")
     parser.add_argument("--private", action="store_true", help="also the private host")
     given = parser.parse_args(own)
+    host.reexec()
+    from nodes import NODES
     try:
         hosts = [host.existing_host(folder) for folder in given.folders]
         if given.private or not hosts:
