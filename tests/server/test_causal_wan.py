@@ -13,8 +13,8 @@ import pytest
 import torch
 from client import JobError
 from safetensors.torch import save_file
-from saved_frames import SAVER
-from saved_frames import lossless_frames as run
+from core_calls import SAVER
+from core_calls import lossless_frames as run
 
 LOADER, I2V, TIMELINE, SAMPLER, TO_FILE = ("Stillmotion_" + name for name in (
     "LoadCausalWan", "CausalWanImageToVideo", "PromptTimeline", "BlockAutoregressiveSampler",

@@ -98,7 +98,7 @@ def network(family):
     """(network, what it is called with but the options) for one clip of 3 frames of 8 x 8."""
     torch.manual_seed(0)
     if family == "dynamicrafter":
-        net = CrafterUNet(crafter.UNET, torch.nn, torch_attention)
+        net = CrafterUNet(crafter.CONFIG.unet, torch.nn, torch_attention)
         net.load_state_dict(crafter.weights())
         given = crafter.draw(2, 16, 24), torch.tensor([5.0, 5.0])
         return net, (crafter.draw(2, 8, 3, 8, 8), torch.tensor([400.0] * 2), crafter.draw(2, 77, 16), *given)

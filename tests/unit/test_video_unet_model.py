@@ -138,7 +138,7 @@ def test_a_prompt_needs_no_conditions_node_and_another_encoder_is_named():
     model = make_model()
     latent = {"samples": torch.zeros(1, 4, 6, 8, 8)}
     assert sample_latent(model, text(), text(), latent, 1, settings(2))[0]["samples"].isfinite().all()
-    with pytest.raises(ValueError, match="768 wide, this model was trained with 32.*trained with demo.*checkpoint demo"):
+    with pytest.raises(ValueError, match="768 wide, this model was trained with 32.*with demo.*checkpoint demo"):
         sample_latent(model, text(768), text(768), latent, 1, settings(2))
     positive, negative, _ = conditions(model)
     with pytest.raises(ValueError, match="4 x 6 x 8 x 8"):
