@@ -69,7 +69,8 @@ def train(settings):
         print(dataset.summary(), flush=True)
     if settings.init_2d:
         from stillmotion.nodes.common.files import read_checkpoint
-        print("2-D weights: %d tensors copied, %d new" % inflate(family.net, read_checkpoint(settings.init_2d).tensors))
+        copied, new = inflate(family.net, read_checkpoint(settings.init_2d).tensors)
+        print(f"2-D weights: {copied} tensors copied, {new} new")
     torch.manual_seed(settings.seed)
     Training(family, dataset, settings, result, result.with_suffix(""), processes,
              lambda progress: show(progress, stop)).run()

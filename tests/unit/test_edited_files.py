@@ -115,7 +115,8 @@ def edited_weights(found, rng):
         elif edit == 2:
             found[rng.choice(["x", "", ".", "..", "blocks.999999.x", "a" * 300, "model.", "scaled_fp8", "betas",
                               "scale_arr", f"{key}_scale", f"{key}.", "lora_A.weight", "img_emb.x", "v_pred",
-                              UNET_HEADER, *(f"{key.rpartition('.')[0]}.{end}" for end in ("comfy_quant", "alpha"))])] = value
+                              UNET_HEADER, f"{key.rpartition('.')[0]}.comfy_quant",
+                              f"{key.rpartition('.')[0]}.alpha"])] = value
         elif edit < 5:
             shape = rng.choice([(), (0,), (1,), tuple(value.shape[::-1]), (*value.shape, 1), tuple(value.shape[1:]),
                                 (2, *value.shape[1:]), (0, *value.shape[1:]), (65537,), (1000, 0, 3)])
