@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "workflows" / "runner")]
 
 import host  # noqa: E402
+
 from nodes import NODES  # noqa: E402
 
 FEW_STEPS = 4

@@ -54,10 +54,10 @@ def show(progress, stop):
 def train(settings):
     """Train as the settings say; returns the result's path."""
     import torch
-    from stillmotion.nodes.training.parallel import make_processes
     from stillmotion.nodes.training import load as parts
-    from stillmotion.nodes.training.families.registry import make_family
     from stillmotion.nodes.training.families.inflate import inflate
+    from stillmotion.nodes.training.families.registry import make_family
+    from stillmotion.nodes.training.parallel import make_processes
     from stillmotion.nodes.training.run import Training
 
     processes = make_processes(settings.mixed_precision, parts.choose_device(settings.device))

@@ -29,15 +29,14 @@ from causal_wan_stub import (
 )
 from core_calls import with_hidden
 from PIL import Image
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, StartFrames
 from stillmotion.nodes.causal_wan.live import LiveDecoder, MovingPicture, check_vae, decode_bytes
 from stillmotion.nodes.causal_wan.run import prepare
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.video import encode_mp4, frames_uint8
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ import folder_paths
 import pytest
 import torch
 from causal_wan_stub import conditioning, draw, latent, load, make_run, sample, settings, strong_tensors
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.fingerprint import digest, model_digests
 from stillmotion.nodes.causal_wan.resume import BlockFolder
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.common.saving import holding
 
 

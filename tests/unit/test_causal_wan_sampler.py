@@ -24,14 +24,14 @@ from causal_wan_stub import (
 )
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.patcher_extension import WrappersMP
-from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.model import CausalWan
 from stillmotion.nodes.causal_wan.noise import seeded_noise
 from stillmotion.nodes.causal_wan.run import make_plan, parse_steps, prepare
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
+from stillmotion.nodes.common.attention import torch_attention
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,23 @@ import dynamicrafter_stub as crafter
 import pytest
 import torch
 import video_unet_stub as plain_unet
-from comfy_extras import (nodes_context_windows, nodes_freelunch, nodes_hypertile, nodes_lumina2, nodes_model_advanced,
-                          nodes_model_downscale, nodes_pag, nodes_rope, nodes_sag, nodes_tomesd, nodes_video_model)
+from comfy_extras import (
+    nodes_context_windows,
+    nodes_freelunch,
+    nodes_hypertile,
+    nodes_lumina2,
+    nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_pag,
+    nodes_rope,
+    nodes_sag,
+    nodes_tomesd,
+    nodes_video_model,
+)
 from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet as CrafterUNet
-from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.video_unet.conditioning import clip_conditions
 
 FAMILIES = ("dynamicrafter", "video_unet")

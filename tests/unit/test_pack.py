@@ -22,7 +22,8 @@ PACK = Path(stillmotion.__file__).parent
 RUFF = shutil.which("ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SOURCES = sorted((PACK / "nodes").rglob("*.py"))
 FAMILIES = {"dynamicrafter", "causal_wan", "video_unet"}
-NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py", "blocks.py", "cache.py", "noise.py", "rope.py", "keys.py"}
+NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py", "blocks.py", "cache.py", "noise.py", "rope.py",
+            "keys.py"}
 PURE = {"common/patches.py", *(f"ddim/{name}.py" for name in ("schedule", "step", "guidance", "report", "official"))}
 # what only node modules take from ComfyUI otherwise: the form of a node, the folders of files
 NODE_HELPERS = {"__init__.py", "common/schema.py", "common/examples.py"}

@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 from stillmotion.nodes.common.drawing import ALARM, LEVELS
 from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, LATENT, LEFT, MIDDLE, RIGHT, TOP, WIDTH, X0, draw_report
+from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 
 SHAPE = (1, 4, 2, 8, 8)
 

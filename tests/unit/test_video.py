@@ -13,8 +13,8 @@ import pytest
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, Types
-from PIL import Image
 from core_calls import with_hidden
+from PIL import Image
 from stillmotion.nodes.common import video as files
 from stillmotion.nodes.common.nodes import SaveVideo
 

@@ -13,8 +13,8 @@ def import_pack(comfyui, cpu=None):
     cpu None: the GPU where there is one.
     """
     sys.path.insert(0, str(comfyui))
-    from comfy.cli_args import args
     import torch
+    from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available() if cpu is None else cpu
     spec = importlib.util.spec_from_file_location(
