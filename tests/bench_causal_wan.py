@@ -41,8 +41,8 @@ def load_model(options):
     import torch
     from comfy import model_management
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.common.attention import torch_attention
     from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
+    from stillmotion.nodes.common.attention import torch_attention
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
     name, (width, height), words, found = "demo", (64, 64), 77, None

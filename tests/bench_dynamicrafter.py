@@ -83,8 +83,8 @@ def make_conditioning(loaded, width, height, frames):
 
 
 def make_settings(options):
-    from stillmotion.nodes.ddim.step import Clip
     from stillmotion.nodes.ddim.sampler import DDIMSettings
+    from stillmotion.nodes.ddim.step import Clip
 
     return DDIMSettings(
         steps=options.steps, cfg=options.cfg, eta=1.0, spacing="auto", guidance_rescale=-1.0, denoise=1.0,
@@ -96,8 +96,8 @@ def plain_loop(model, positive, negative, shape, settings, seed):
     import comfy.sample
     import torch
     from stillmotion.nodes.ddim import guidance
-    from stillmotion.nodes.ddim.step import ddim_step
     from stillmotion.nodes.ddim.sampler import make_sampler, seeded_noise
+    from stillmotion.nodes.ddim.step import ddim_step
 
     base, device = model.model, model.load_device
     dtype = base.manual_cast_dtype or base.get_dtype()

@@ -37,8 +37,8 @@ def run(job):
     import torch
     from bench_tools import peak_megabytes, timed
     from stillmotion.nodes.ddim.schedule import DiffusionParams, make_alphas_cumprod
-    from stillmotion.nodes.training.objectives import video_unet_loss
     from stillmotion.nodes.training.families.registry import checkpoint_blocks
+    from stillmotion.nodes.training.objectives import video_unet_loss
     from stillmotion.nodes.video_unet.unet import Block, VideoUNetParams, new_network
     device = torch.device(job["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     width, levels, depth, edge = PRESETS[job["preset"]]

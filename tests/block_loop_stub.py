@@ -1,11 +1,11 @@
 """A tiny causal Wan with random weights, and the block loop evaluated the slow way: without cache, video by video."""
 
 import torch
-from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.blocks import BlockLoop, Plan
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
 from stillmotion.nodes.causal_wan.schedule import make_steps
+from stillmotion.nodes.common.attention import torch_attention
 
 CHANNELS, HEIGHT, WIDTH, TEXT, CLIP = 3, 4, 6, 10, 14
 STEPS = make_steps([1000, 500], 5.0, warp=True)

@@ -1,8 +1,15 @@
-"""What the tests do as core does it, in the words of every release."""
+"""What the tests do as core does it, in the words of every release, and what graphs save."""
+from io import BytesIO
+
+import graph
+import numpy as np
 from comfy import sd
 from comfy_api.latest import io
 from comfy_api.latest._io import HiddenHolder
+from PIL import Image
 from safetensors.torch import load_file
+
+SAVER = "Stillmotion_SaveVideo"
 
 
 def with_hidden(node, prompt, extra_pnginfo):
@@ -15,3 +22,17 @@ def saved_by_core(model, path):
     """The tensors that core's Save Checkpoint writes of a MODEL."""
     sd.save_checkpoint(str(path), model)
     return load_file(path)
+
+
+def lossless_frames(client, job, progress=None):
+    """Run the graph with PNG frames in place of its MP4, which x264 does not write the same way twice.
+
+    Returns the frames as [T, H, W, 3] uint8.
+    """
+    saver = graph.find_node(job, SAVER)
+    job[saver]["inputs"]["format"] = "png frames"
+    frames = []
+    for entry in client.run(job, progress=progress)[saver]["images"]:
+        with client.view(entry) as answer:
+            frames.append(np.array(Image.open(BytesIO(answer.read()))))
+    return np.stack(frames)

@@ -46,9 +46,9 @@ def network_outputs(loaded, case: dict, given: dict, ours: dict) -> dict:
 def sampling_run(loaded, case: dict, given: dict, ours: dict, eta: int) -> dict:
     """A whole run of the sampler, the recorded noise injected, and its decoded video."""
     import torch
-    from stillmotion.nodes.ddim.step import Clip
-    from stillmotion.nodes.ddim.schedule import make_timesteps
     from stillmotion.nodes.ddim.sampler import DDIMSettings, make_sampler, sample_latent
+    from stillmotion.nodes.ddim.schedule import make_timesteps
+    from stillmotion.nodes.ddim.step import Clip
     shared = {"concat_latent_image": ours["condition"], "frame_stride": case["fs"]}
     positive = [[ours["text_emb"], {**shared, "image_tokens": ours["clip_image_tokens"]}]]
     negative = [[ours["text_emb_empty"], {**shared, "image_tokens": ours["clip_image_tokens_uncond"]}]]

@@ -6,9 +6,9 @@ import comfy.latent_formats
 import comfy.supported_models_base
 import torch
 from comfy import conds, model_base, model_patcher
-from stillmotion.nodes.ddim.step import Clip
-from stillmotion.nodes.ddim.schedule import DiffusionParams
 from stillmotion.nodes.ddim import sampler as ours
+from stillmotion.nodes.ddim.schedule import DiffusionParams
+from stillmotion.nodes.ddim.step import Clip
 
 SHAPE = (2, 4, 3, 4, 6)
 PARAMS = {

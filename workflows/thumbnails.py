@@ -3,8 +3,8 @@
     python workflows/thumbnails.py [NAME ...]      only these workflows
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,8 +28,11 @@ def grid(frames):
 
 def main():
     host.check_python()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a workflow (default: all that save a video)")
+    names = parser.parse_args().names
     host.reexec()
-    import av
+    import imageio.v3 as imageio
     from client import Client
     from launch import Server
     with Server(host.find_host(), threads=1) as server, tempfile.TemporaryDirectory() as folder:
@@ -39,12 +42,11 @@ def main():
         for api in sorted((host.WORKFLOWS / "api").glob("*.json")):
             job = json.loads(api.read_text())
             savers = [i for i, node in job.items() if node["class_type"] == "Stillmotion_SaveVideo"]
-            if not savers or sys.argv[1:] and api.stem not in sys.argv[1:]:
+            if not savers or names and api.stem not in names:
                 continue
             video, = client.run(job)[savers[0]]["images"]
             client.download(video, Path(folder) / "video.mp4")
-            with av.open(str(Path(folder) / "video.mp4")) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            frames = imageio.imread(Path(folder) / "video.mp4", plugin="pyav")
             grid(frames).save(host.WORKFLOWS / f"{api.stem}.jpg", quality=88)
             print(f"{api.stem}.jpg")
 

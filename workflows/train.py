@@ -54,10 +54,10 @@ def show(progress, stop):
 def train(settings):
     """Train as the settings say; returns the result's path."""
     import torch
-    from stillmotion.nodes.training.parallel import make_processes
     from stillmotion.nodes.training import load as parts
-    from stillmotion.nodes.training.families.registry import make_family
     from stillmotion.nodes.training.families.inflate import inflate
+    from stillmotion.nodes.training.families.registry import make_family
+    from stillmotion.nodes.training.parallel import make_processes
     from stillmotion.nodes.training.run import Training
 
     processes = make_processes(settings.mixed_precision, parts.choose_device(settings.device))
@@ -69,7 +69,8 @@ def train(settings):
         print(dataset.summary(), flush=True)
     if settings.init_2d:
         from stillmotion.nodes.common.files import read_checkpoint
-        print("2-D weights: %d tensors copied, %d new" % inflate(family.net, read_checkpoint(settings.init_2d).tensors))
+        copied, new = inflate(family.net, read_checkpoint(settings.init_2d).tensors)
+        print(f"2-D weights: {copied} tensors copied, {new} new")
     torch.manual_seed(settings.seed)
     Training(family, dataset, settings, result, result.with_suffix(""), processes,
              lambda progress: show(progress, stop)).run()

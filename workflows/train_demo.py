@@ -34,8 +34,8 @@ def main():
     torch.set_num_threads(options.threads)
     from stillmotion.nodes.training.recipes.causal_wan import make_causal_wan_demo
     from stillmotion.nodes.training.recipes.dynamicrafter_64 import make_demo
-    from stillmotion.nodes.training.recipes.video_unet_early import make_early_demo
     from stillmotion.nodes.training.recipes.video_unet import make_video_unet_demo
+    from stillmotion.nodes.training.recipes.video_unet_early import make_early_demo
     make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo,
             "video_unet": make_video_unet_demo, "early": make_early_demo}[options.family]
     name = "video_unet_early" if options.family == "early" else f"{options.family}_demo"

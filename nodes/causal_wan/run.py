@@ -19,12 +19,12 @@ from torch import Tensor
 from .base import wan_params
 from .blocks import Plan, split_frames
 from .conditioning import CHUNK, CONCAT, PREFIX, START_KEY, StartFrames, latent_frames
-from .sampler import BlockSampler, count_steps, given_blocks, inference_dtype
 from .fingerprint import Fingerprint, digest, model_digests
 from .live import check_vae, decode_bytes
 from .model import PATCH
 from .noise import seeded_noise
 from .resume import BlockFolder
+from .sampler import BlockSampler, count_steps, given_blocks, inference_dtype
 from .schedule import make_steps
 from .timeline import PromptTimeline, apply_timeline
 

@@ -19,7 +19,6 @@ from .cache import KVCache
 from .conditioning import CLAMP, StartFrames
 from .schedule import predict_x0
 
-
 GUIDANCE_FUNCTIONS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
 
 

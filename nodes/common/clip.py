@@ -38,9 +38,6 @@ TOKENIZER_WORDS = 49408
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Of the whole CLIP, the official files keep with each tower what it does not use.
-UNUSED_TEXT_KEYS = {"logit_scale", "attn_mask"}
-
 
 def open_clip_config(arch, folder):
     """Model configuration of the open_clip architecture `arch`.

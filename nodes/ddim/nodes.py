@@ -5,10 +5,10 @@ from comfy_api.latest import io
 from ..common.drawing import as_images
 from ..common.memory import memory_advice
 from ..common.schema import schema
-from .step import CLIP_MODES, Clip
-from .schedule import SPACINGS
 from .plot import draw_report
 from .sampler import TABLES, DDIMSettings, make_sampler, sample_latent
+from .schedule import SPACINGS
+from .step import CLIP_MODES, Clip
 
 Report = io.Custom("STILLMOTION_REPORT")
 LESS_MEMORY = "Use a smaller preset or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction a step)."

@@ -7,8 +7,8 @@ model.conditioning_key. `original=True` everywhere brings back the unfixed table
 import torch
 
 from . import guidance
-from .step import Clip, ddim_step
 from .schedule import NUM_TIMESTEPS, DiffusionParams, make_alphas_cumprod, make_tables
+from .step import Clip, ddim_step
 
 NO_CLIP = Clip("off", 3.0, False)
 

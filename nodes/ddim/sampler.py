@@ -7,19 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import torch
 
 from . import guidance
-from .step import Clip, ddim_step
+from .inputs import check_inputs
 from .report import Recorder, SamplingReport
 from .schedule import NUM_TIMESTEPS, SPACINGS, DDIMTables, make_alphas_cumprod, make_scale_arr, make_tables
-from .inputs import check_inputs
+from .step import Clip, ddim_step
 
 Noise = Callable[[int], torch.Tensor]
 TABLES = ("fixed", "original")

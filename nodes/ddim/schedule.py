@@ -49,9 +49,10 @@ def make_betas(params: DiffusionParams) -> torch.Tensor:
     return zero_terminal_snr(betas) if params.zero_snr else betas
 
 
-def cosine_betas(offset: float = 0.008, largest: float = 0.999) -> torch.Tensor:
+def cosine_betas() -> torch.Tensor:
     """Betas [1000] in float64 by which alpha_bar falls as a squared cosine (arXiv 2102.09672, eq. 17). The cap keeps
     the last alpha_bar above 0: it is 2.4e-9."""
+    offset, largest = 0.008, 0.999
     angles = (torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS + offset) / (1 + offset)
     alphas_bar = (angles * math.pi / 2).cos() ** 2
     return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=largest)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from .probe import finite
 from ..ddim.report import SamplingReport
+from .probe import finite
 
 LEVELS = ("good", "doubtful", "bad")
 MEAN, STD = (0.3, 0.7), (0.1, 0.3)            # of decoded pictures

@@ -3,9 +3,9 @@ import textwrap
 
 from PIL import Image
 
-from .judgement import Diagnosis
 from ..common.drawing import INK, LEVELS, PAPER, Pen, blank, shrink
 from ..ddim.plot import HEIGHT, LEFT, WIDTH, draw_report
+from .judgement import Diagnosis
 
 LINE, TOP, CHARACTERS = 19, 60, 112
 

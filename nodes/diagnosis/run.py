@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..common.files import read_checkpoint
-from . import judgement as judge
+from ..ddim.sampler import NUM_TIMESTEPS, DDIMSettings, sample_latent
 from ..ddim.step import Clip
+from . import judgement as judge
 from .judgement import Diagnosis, Finding
 from .probe import finite, tensors, watch
-from ..ddim.sampler import NUM_TIMESTEPS, DDIMSettings, sample_latent
 
 DEPTHS = ("detailed", "quick")
 TEST_COLOUR, TEST_GROUND = (0.88, 0.18, 0.18), 0.48

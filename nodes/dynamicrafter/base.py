@@ -10,8 +10,15 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ..common import core_model
-from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
-                                 check_width)
+from ..common.core_model import (
+    ClipLatent,
+    HostNetwork,
+    ModelConfig,
+    build_model,
+    call_wrapped,
+    check_condition,
+    check_width,
+)
 from ..common.core_nodes import ClipModel, make_clip_patcher
 from ..ddim.schedule import DiffusionParams, make_scale_arr
 from .keys import file_key

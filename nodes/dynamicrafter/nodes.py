@@ -20,7 +20,6 @@ from . import checkpoint as loader
 from .conditioning import MODES, image_conditions
 from .config import VARIANTS
 
-
 # Shown by the node that needs the part, where a pruned file lacks it.
 MISSING = {
     "clip": "This checkpoint holds no text encoder (it was pruned). Use core's Load CLIP with OpenCLIP ViT-H, the "

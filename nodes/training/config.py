@@ -137,7 +137,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting. What is not given does not appear in the result, so that the YAML decides it."""
     for each in fields(TrainConfig):
-        text = each.metadata["help"]
+        text = each.metadata["help"].replace("%", "%%")  # argparse fills in a % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
             parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)

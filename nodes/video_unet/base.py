@@ -5,8 +5,16 @@ import comfy.conds
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_model, call_wrapped, check_condition,
-                                 check_width, prediction_type)
+from ..common.core_model import (
+    ClipLatent,
+    HostNetwork,
+    ModelConfig,
+    build_model,
+    call_wrapped,
+    check_condition,
+    check_width,
+    prediction_type,
+)
 from ..common.core_nodes import ClipModel
 from ..ddim.schedule import make_alphas_cumprod
 from .config import HEADER, TEXT_ENCODERS, VideoUNetConfig, to_json

@@ -7,7 +7,6 @@ import host
 import launch
 import pytest
 
-
 FOREIGN = os.environ.get("STILLMOTION_SERVER")  # of tests/run.py --server
 
 

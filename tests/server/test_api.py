@@ -10,9 +10,9 @@ import graph
 import host
 import pytest
 from client import JobError
+from core_calls import lossless_frames
 from safetensors import safe_open
 from safetensors.torch import save_file
-from saved_frames import lossless_frames
 from stillmotion.nodes import NODES
 
 API_GRAPHS = sorted((host.WORKFLOWS / "api").glob("*.json"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from client import JobError
+from core_calls import SAVER
+from core_calls import lossless_frames as run
 from safetensors.torch import save_file
-from saved_frames import SAVER
-from saved_frames import lossless_frames as run
 
 LOADER, I2V, TIMELINE, SAMPLER, TO_FILE = ("Stillmotion_" + name for name in (
     "LoadCausalWan", "CausalWanImageToVideo", "PromptTimeline", "BlockAutoregressiveSampler",

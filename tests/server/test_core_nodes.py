@@ -7,7 +7,7 @@ import host
 import numpy as np
 import pytest
 from client import JobError
-from saved_frames import lossless_frames
+from core_calls import lossless_frames
 from stillmotion.nodes.training.data import shapes as data
 from tracking import track
 

@@ -1,4 +1,4 @@
-"""A server that is killed at any moment: nothing half-written under a final name, and the rerun makes the same bytes."""
+"""A server that is killed at any moment: nothing half-written under a final name, the rerun makes the same bytes."""
 import copy
 import io
 import json

@@ -6,8 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 from causal_wan_stub import SIZES, load, run, tensors, weights_of
-from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan
+from stillmotion.nodes.common.attention import torch_attention
 
 
 @pytest.fixture(autouse=True)

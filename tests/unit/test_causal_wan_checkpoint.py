@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from causal_wan_stub import HEADER, NETWORK, SIZES, load, prefixed, same, tensors, weights_of
-from safetensors.torch import save_file
 from core_calls import saved_by_core
+from safetensors.torch import save_file
 from stillmotion.nodes.causal_wan import checkpoint as loader
-from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
+from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "cases" / "manifests.json.gz").read_bytes()))

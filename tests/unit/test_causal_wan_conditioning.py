@@ -8,8 +8,18 @@ import pytest
 import torch
 from causal_wan_stub import SIZES, load, tensors
 from stillmotion.nodes.causal_wan import nodes_loading as nodes
-from stillmotion.nodes.causal_wan.conditioning import (CHUNK, CLAMP, CONCAT, PREFIX, START_KEY, StartFrames,
-                                                       choose_mechanism, image_conditions, latent_frames, plan_frames)
+from stillmotion.nodes.causal_wan.conditioning import (
+    CHUNK,
+    CLAMP,
+    CONCAT,
+    PREFIX,
+    START_KEY,
+    StartFrames,
+    choose_mechanism,
+    image_conditions,
+    latent_frames,
+    plan_frames,
+)
 from stillmotion.nodes.causal_wan.run import BlockSettings, prepare
 from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline
 from stillmotion.nodes.common.images import fit_image

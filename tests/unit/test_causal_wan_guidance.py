@@ -4,8 +4,7 @@ from inspect import signature
 
 import pytest
 import torch
-from causal_wan_run_stub import conditioning, distance, latent, sample, settings, tensors
-from causal_wan_stub import load
+from causal_wan_stub import conditioning, distance, latent, load, sample, settings, strong_tensors
 from comfy_extras import nodes_cfg, nodes_context_windows, nodes_easycache, nodes_model_advanced, nodes_rope
 from stillmotion.nodes.causal_wan.run import prepare
 
@@ -22,7 +21,7 @@ def call(node, **values):
 
 
 def make_model():
-    return load(tensors(), weight_dtype="fp32")
+    return load(strong_tensors(), weight_dtype="fp32")
 
 
 def test_a_function_that_does_what_core_does_changes_nothing():

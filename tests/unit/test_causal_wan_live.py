@@ -15,19 +15,28 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from causal_wan_run_stub import HEIGHT, WIDTH, conditioning, draw, latent, make_run, sample, settings, tensors
-from causal_wan_stub import load
+from causal_wan_stub import (
+    HEIGHT,
+    WIDTH,
+    conditioning,
+    draw,
+    latent,
+    load,
+    make_run,
+    sample,
+    settings,
+    strong_tensors,
+)
 from core_calls import with_hidden
 from PIL import Image
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, StartFrames
 from stillmotion.nodes.causal_wan.live import LiveDecoder, MovingPicture, check_vae, decode_bytes
 from stillmotion.nodes.causal_wan.run import prepare
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.video import encode_mp4, frames_uint8
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +164,7 @@ WIDGETS = dict(seed=3, steps="1000, 500", first_steps="", shift=5.0, warp=True, 
 def run_node(name, batch=1, **changes):
     kind = KINDS[name]
     return nodes.BlockAutoregressiveSampler.execute(
-        load(tensors(kind), weight_dtype="fp32"), conditioning(kind, 6, 1), conditioning(kind, 6, 2),
+        load(strong_tensors(kind), weight_dtype="fp32"), conditioning(kind, 6, 1), conditioning(kind, 6, 2),
         latent(kind, 6, batch), **WIDGETS, **changes).result[0]["samples"]
 
 
@@ -212,7 +221,7 @@ def to_file(tmp_path, monkeypatch):
         node = with_hidden(nodes.BlockAutoregressiveToFile, {"1": "prompt"}, {})
         kind = KINDS[name]
         given = {**WIDGETS, "length": 0, "filename_prefix": "long/clip", "fps": 12.0, "crf": 1, **changes}
-        out = node.execute(model or load(tensors(kind), weight_dtype="fp32"), conditioning(kind, frames, 1),
+        out = node.execute(model or load(strong_tensors(kind), weight_dtype="fp32"), conditioning(kind, frames, 1),
                            conditioning(kind, frames, 2), latent(kind, frames, batch), vae=VAES[name](), **given)
         shown, = out.ui["images"]
         path = tmp_path / shown["subfolder"] / shown["filename"]
@@ -256,7 +265,7 @@ def test_the_video_may_be_longer_than_the_latent(to_file):
 @pytest.mark.parametrize("start", [StartFrames(CHUNK, 2, 2, True), StartFrames(CLAMP, 1, 2, False),
                                    StartFrames(CHUNK, 4, 2, False)], ids=str)
 def test_a_short_latent_begins_a_longer_video(start):
-    model, texts = load(tensors(), weight_dtype="fp32"), [conditioning("t2v", 8, seed) for seed in (1, 2)]
+    model, texts = load(strong_tensors(), weight_dtype="fp32"), [conditioning("t2v", 8, seed) for seed in (1, 2)]
     long = latent("t2v", 8, start=start)
     short = {**long, "samples": long["samples"][:, :, :max(1, start.frames)]}
     cut = 1 if start.still else 0
@@ -280,7 +289,7 @@ def test_a_full_disk_leaves_no_file_and_gives_advice(place, to_file, tmp_path, m
 
 def test_an_interrupted_file_leaves_nothing_and_is_made_whole_from_the_stored_blocks(to_file, tmp_path):
     _, whole = to_file()
-    model, calls = load(tensors(), weight_dtype="fp32"), []
+    model, calls = load(strong_tensors(), weight_dtype="fp32"), []
 
     def stop(apply, given):
         calls.append(None)
@@ -307,7 +316,7 @@ def test_an_interrupted_file_leaves_nothing_and_is_made_whole_from_the_stored_bl
     ({"crf": 0}, "crf = 0"),
 ])
 def test_bad_input_is_refused_before_the_first_step(change, words, to_file, tmp_path):
-    model = load(tensors(KINDS[change.get("name", "wan")]), weight_dtype="fp32")
+    model = load(strong_tensors(KINDS[change.get("name", "wan")]), weight_dtype="fp32")
     model.set_model_unet_function_wrapper(lambda *_: pytest.fail("a step was made"))
     with pytest.raises(ValueError, match=words):
         to_file(model=model, **change)

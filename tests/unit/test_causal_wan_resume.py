@@ -7,12 +7,11 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from causal_wan_run_stub import conditioning, draw, latent, make_run, sample, settings, tensors
-from causal_wan_stub import load
+from causal_wan_stub import conditioning, draw, latent, load, make_run, sample, settings, strong_tensors
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.fingerprint import digest, model_digests
 from stillmotion.nodes.causal_wan.resume import BlockFolder
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.common.saving import holding
 
 
@@ -96,14 +95,14 @@ def test_a_missing_block_is_made_anew_and_the_later_ones_are_kept(tmp_path):
 
 
 def lora(strength):
-    model = load(tensors(), weight_dtype="fp32").clone()
+    model = load(strong_tensors(), weight_dtype="fp32").clone()
     found = {"q.lora_down.weight": draw(7, 2, 48), "q.lora_up.weight": draw(8, 48, 2)}
     model.add_patches(comfy.lora.load_lora(found, {"q": "diffusion_model.blocks.0.self_attn.q.weight"}), strength)
     return model
 
 
 def scaled(factor):
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     model.set_model_unet_function_wrapper(lambda apply, given: factor * apply(given["input"], given["timestep"],
                                                                              **given["c"]))
     return model
@@ -126,10 +125,11 @@ CHANGES = {
     "first": ({"frames": 7, "independent_first": True}, "Of block 0: frames was 2, now it is 1"),
     "prompt": ({"switches": (2,)}, r"Of block 1: prompt was 0 \(\w+\), now it is 1 \("),
     "start": ({"start": StartFrames(CLAMP, 1, 2, False)}, r"start was \[\], now it is \['in-block clamp', 1, 2, False"),
-    "model": ({"model": load({key: 1.001 * value for key, value in tensors().items()}, weight_dtype="fp32")},
+    "model": ({"model": load({key: 1.001 * value for key, value in strong_tensors().items()}, weight_dtype="fp32")},
               r"run. model was \w+, now it is"),
     "kind": ({"kind": "i2v"}, "model was"),
-    "dtype": ({"model": load(tensors(), weight_dtype="bf16")}, "weights was torch.float32, now it is torch.bfloat16"),
+    "dtype": ({"model": load(strong_tensors(), weight_dtype="bf16")},
+              "weights was torch.float32, now it is torch.bfloat16"),
     "lora": ({"model": lora(0.5)}, r"run. model patches was \w+, now it is"),
     "wrapper": ({"model": scaled(0.5)}, "model patches was"),
 }
@@ -159,7 +159,7 @@ def test_the_text_and_the_image_count(tmp_path):
     for seed in (1, 2):
         (_, values), = conditioning("i2v", 6, 1)
         values["concat_latent_image"][:, :, -1] += seed
-        changed = nodes.prepare(load(tensors("i2v"), weight_dtype="fp32"), [[draw(seed, 1, 6, 24), values]],
+        changed = nodes.prepare(load(strong_tensors("i2v"), weight_dtype="fp32"), [[draw(seed, 1, 6, 24), values]],
                                 conditioning("i2v", 6, 2), latent("i2v", 6), None, 3, settings())
         found.append(changed.fingerprint())
     assert found[0].settings == found[1].settings == found[2].settings
@@ -222,7 +222,7 @@ WIDGETS = dict(seed=3, steps="1000, 500", first_steps="", shift=5.0, warp=True, 
 
 
 def run_node(folder):
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     return nodes.BlockAutoregressiveSampler.execute(model, conditioning("t2v", 6, 1), conditioning("t2v", 6, 2),
                                                     latent("t2v", 6), resume_folder=folder, **WIDGETS).result[0]
 

@@ -7,30 +7,31 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import torch
-from causal_wan_run_stub import (
+from causal_wan_stub import (
     HEIGHT,
+    SIZES,
     WIDTH,
     conditioning,
     distance,
     draw,
     latent,
+    load,
     sample,
     settings,
+    strong_tensors,
     tensors,
     timeline_of,
 )
-from causal_wan_stub import SIZES, load
-from causal_wan_stub import tensors as weak_tensors
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.patcher_extension import WrappersMP
-from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.causal_wan import nodes_sampling as nodes
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
 from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.causal_wan.conditioning import CHUNK, CLAMP, CONCAT, PREFIX, StartFrames
 from stillmotion.nodes.causal_wan.model import CausalWan
 from stillmotion.nodes.causal_wan.noise import seeded_noise
 from stillmotion.nodes.causal_wan.run import make_plan, parse_steps, prepare
-from stillmotion.nodes.causal_wan import nodes_sampling as nodes
+from stillmotion.nodes.common.attention import torch_attention
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +42,9 @@ def as_in_the_host():
 
 def by_hand(kind, frames, batch, start, switches, seed=3, **changes):
     """The loop over the plain network, with the same weights, noise and conditions."""
-    params, host = SIZES[kind], load(tensors(kind)).model
+    params, host = SIZES[kind], load(strong_tensors(kind)).model
     network = CausalWan(params, torch.nn, torch_attention)
-    network.load_state_dict(tensors(kind))
+    network.load_state_dict(strong_tensors(kind))
     plan = make_plan(settings(**changes), frames, start, switches)
     texts = [conditioning(kind, frames, 1), *(timeline_of(kind, frames, *switches) or ((), ()))[1]]
 
@@ -149,7 +150,7 @@ def test_interrupt_stops_before_the_next_evaluation(at):
         if step == at:
             comfy.model_management.interrupt_current_processing(True)
 
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     model.add_wrapper(WrappersMP.DIFFUSION_MODEL, count)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(frames=6, model=model, callback=stop)
@@ -160,9 +161,9 @@ def test_lora_through_cores_patches_equals_merged_weights():
     down, up = draw(7, 2, 48), draw(8, 48, 2)
     key = "blocks.0.self_attn.q.weight"
     lora = comfy.lora.load_lora({"q.lora_down.weight": down, "q.lora_up.weight": up}, {"q": "diffusion_model." + key})
-    patched = load(tensors(), weight_dtype="fp32").clone()
+    patched = load(strong_tensors(), weight_dtype="fp32").clone()
     patched.add_patches(lora, 0.5)
-    merged = load({**tensors(), key: tensors()[key] + 0.5 * up @ down}, weight_dtype="fp32")
+    merged = load({**strong_tensors(), key: strong_tensors()[key] + 0.5 * up @ down}, weight_dtype="fp32")
     found, expected, plain = sample(model=patched), sample(model=merged), sample()
     assert distance(found, expected) < 1e-4
     assert distance(found, plain) > 1e-2
@@ -190,7 +191,7 @@ PATCHES = {
 
 @pytest.mark.parametrize("name", PATCHES | WRAPPERS)
 def test_patches_and_wrappers_act_on_their_model_alone(name):
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     plain, changed = sample(model=model), model.clone()
     (PATCHES | WRAPPERS)[name](changed)
     assert distance(sample(model=changed), plain) > 1e-2
@@ -200,7 +201,7 @@ def test_patches_and_wrappers_act_on_their_model_alone(name):
 def test_every_kind_of_wrapper_gets_the_flow():
     found = []
     for wrap in WRAPPERS.values():
-        model = load(tensors(), weight_dtype="fp32")
+        model = load(strong_tensors(), weight_dtype="fp32")
         wrap(model)
         found.append(sample(model=model))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -213,14 +214,14 @@ def test_patches_are_told_branch_and_noise_level():
         told.append((transformer_options["cond_or_uncond"], transformer_options["sigmas"].tolist()))
         return executor(x, t, *args, transformer_options=transformer_options, **kwargs)
 
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     model.add_wrapper(WrappersMP.DIFFUSION_MODEL, listen)
     sample(frames=2, batch=2, model=model, cfg=2.0, shift=1.0)
     assert told == [(branch, [sigma] * 2) for sigma in (1.0, 0.5) for branch in ([0], [1])]
 
 
 def test_the_cache_is_counted_in_the_memory_that_core_makes_free(monkeypatch, caplog):
-    model, asked = load(tensors(), weight_dtype="fp32"), []
+    model, asked = load(strong_tensors(), weight_dtype="fp32"), []
     real = comfy.model_management.load_models_gpu
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required=0, **rest: (
         asked.append(memory_required), real(models, memory_required=memory_required, **rest)))
@@ -253,7 +254,7 @@ def refused():
 
     def i2v(then):
         def turn(arguments):
-            arguments.update(model=load(tensors("i2v")), positive=conditioning("i2v", 4, 1))
+            arguments.update(model=load(strong_tensors("i2v")), positive=conditioning("i2v", 4, 1))
             then(arguments)
         return turn
 
@@ -297,7 +298,7 @@ def refused():
 @pytest.mark.parametrize("name", refused())
 def test_bad_input_is_refused_before_anything_is_loaded(name, monkeypatch):
     change, words = refused()[name]
-    arguments = {"model": load(tensors()), "positive": conditioning("t2v", 4, 1),
+    arguments = {"model": load(strong_tensors()), "positive": conditioning("t2v", 4, 1),
                  "negative": conditioning("t2v", 4, 2), "latent": latent("t2v", 4), "timeline": None, "seed": 0,
                  "settings": settings()}
     change(arguments)
@@ -306,13 +307,13 @@ def test_bad_input_is_refused_before_anything_is_loaded(name, monkeypatch):
 
 
 def test_at_cfg_1_the_negative_prompt_is_not_looked_at():
-    prepare(load(tensors()), conditioning("t2v", 4, 1), [], latent("t2v", 4), None, 0, settings())
+    prepare(load(strong_tensors()), conditioning("t2v", 4, 1), [], latent("t2v", 4), None, 0, settings())
 
 
 @pytest.mark.parametrize("name, limit", [("bf16", 0.1), ("fp16", 0.02), ("fp8_e4m3fn", 0.3)])
 def test_small_weight_types_come_near_the_exact_run(name, limit):
-    found = sample(frames=6, model=load(weak_tensors(), weight_dtype=name), window=4, sink=1, cfg=2.0)
-    exact = sample(frames=6, model=load(weak_tensors(), weight_dtype="fp32"), window=4, sink=1, cfg=2.0)
+    found = sample(frames=6, model=load(tensors(), weight_dtype=name), window=4, sink=1, cfg=2.0)
+    exact = sample(frames=6, model=load(tensors(), weight_dtype="fp32"), window=4, sink=1, cfg=2.0)
     assert found.dtype == torch.float32 and 0 < distance(found, exact) < limit
 
 
@@ -332,7 +333,7 @@ def run_node(kind, model):
 def test_the_node():
     declared = [entry.id for entry in nodes.BlockAutoregressiveSampler.define_schema().inputs]
     assert declared == ["model", "positive", "negative", "latent", *VALUES, "timeline", "vae", "resume_folder"]
-    found, summary = run_node("t2v", load(tensors(), weight_dtype="fp32"))
+    found, summary = run_node("t2v", load(strong_tensors(), weight_dtype="fp32"))
     assert torch.equal(found["samples"], sample(frames=6, window=4, sink=1, cfg=2.0))
     assert summary.startswith("6 latent frames; 3 blocks to make in 6 steps; cache")
 
@@ -343,7 +344,7 @@ def test_every_step_shows_the_block_that_is_being_made(kind, monkeypatch):
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **kwargs: seen.append(
         (value, total, preview[1].size)))
-    run_node(kind, load(tensors(kind), weight_dtype="fp32"))
+    run_node(kind, load(strong_tensors(kind), weight_dtype="fp32"))
     assert seen == [(step, 6, (WIDTH, HEIGHT)) for step in range(1, 7)]
 
 
@@ -356,7 +357,7 @@ def test_out_of_memory_gives_advice(error, told):
     def fail(*args):
         raise error
 
-    model = load(tensors(), weight_dtype="fp32")
+    model = load(strong_tensors(), weight_dtype="fp32")
     model.set_model_unet_function_wrapper(fail)
     with pytest.raises(RuntimeError, match=told):
         run_node("t2v", model)

@@ -12,9 +12,9 @@ from stillmotion.nodes.causal_wan.cache import KVCache
 from stillmotion.nodes.common.demo import DYNAMICRAFTER
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-from stillmotion.nodes.training.recipes import causal_wan as recipe
-from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training import objectives
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.recipes import causal_wan as recipe
 
 
 @pytest.fixture(scope="module")

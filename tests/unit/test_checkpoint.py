@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
-
 from core_calls import saved_by_core
-from dynamicrafter_file import HEADER, OPEN_CLIP, tensors, tiny
+from dynamicrafter_stub import HEADER, OPEN_CLIP, tensors, tiny
+from safetensors.torch import save_file
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as loader
 from stillmotion.nodes.dynamicrafter.config import parse, published, read_yaml

@@ -8,7 +8,6 @@ import kornia
 import open_clip
 import pytest
 import torch
-
 from stillmotion.nodes.common import clip as towers
 
 CONFIGS = {

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from stillmotion.nodes.dynamicrafter.conditioning import (check_counts, check_images, check_size, condition_frames,
-                                                          fit_image)
+from stillmotion.nodes.dynamicrafter.conditioning import (
+    check_counts,
+    check_images,
+    check_size,
+    condition_frames,
+    fit_image,
+)
 
 START, END = torch.full((1, 4, 2, 3), 1.0), torch.full((1, 4, 2, 3), 2.0)
 

@@ -8,12 +8,23 @@ import dynamicrafter_stub as crafter
 import pytest
 import torch
 import video_unet_stub as plain_unet
-from comfy_extras import (nodes_context_windows, nodes_freelunch, nodes_hypertile, nodes_lumina2, nodes_model_advanced,
-                          nodes_model_downscale, nodes_pag, nodes_rope, nodes_sag, nodes_tomesd, nodes_video_model)
+from comfy_extras import (
+    nodes_context_windows,
+    nodes_freelunch,
+    nodes_hypertile,
+    nodes_lumina2,
+    nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_pag,
+    nodes_rope,
+    nodes_sag,
+    nodes_tomesd,
+    nodes_video_model,
+)
 from stillmotion.nodes.common.attention import torch_attention
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter.unet import VideoUNet as CrafterUNet
-from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.video_unet.conditioning import clip_conditions
 
 FAMILIES = ("dynamicrafter", "video_unet")
@@ -98,7 +109,7 @@ def network(family):
     """(network, what it is called with but the options) for one clip of 3 frames of 8 x 8."""
     torch.manual_seed(0)
     if family == "dynamicrafter":
-        net = CrafterUNet(crafter.UNET, torch.nn, torch_attention)
+        net = CrafterUNet(crafter.CONFIG.unet, torch.nn, torch_attention)
         net.load_state_dict(crafter.weights())
         given = crafter.draw(2, 16, 24), torch.tensor([5.0, 5.0])
         return net, (crafter.draw(2, 8, 3, 8, 8), torch.tensor([400.0] * 2), crafter.draw(2, 77, 16), *given)

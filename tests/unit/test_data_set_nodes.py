@@ -4,10 +4,9 @@ import folder_paths
 import pytest
 import torch
 from stillmotion.nodes.evaluation.nodes import EvaluateVideo
-from stillmotion.nodes.training.data.nodes import (DataSetClip, LatentShardsNode, MovingShapesNode,
-                                                   VideoFolderNode)
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.data.folders import write_shapes
+from stillmotion.nodes.training.data.nodes import DataSetClip, LatentShardsNode, MovingShapesNode, VideoFolderNode
 from stillmotion.nodes.training.data.shards import pack
 
 FOLDER = {"frames": 4, "width": 64, "height": 48, "stride": 0, "problems": "skip", "sizes": "any", "mirror": False,

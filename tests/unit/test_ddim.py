@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from stillmotion.nodes.ddim.step import Clip, clip_x0, ddim_step, predict
 from stillmotion.nodes.ddim.schedule import DiffusionParams, StepCoefficients, make_alphas_cumprod, make_tables
+from stillmotion.nodes.ddim.step import Clip, clip_x0, ddim_step, predict
 
 OFF = Clip("off", 3.0, False)
 SHAPE = (2, 4, 3, 2, 2)

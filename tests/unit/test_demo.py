@@ -4,12 +4,12 @@ from random import Random
 
 import pytest
 import torch
+from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint
 from stillmotion.nodes.dynamicrafter.conditioning import image_conditions
-from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
-from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.training.data import shapes as data
 
 

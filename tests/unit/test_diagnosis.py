@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sampler_stub import SHAPE, conditioning, empty_latent, stub_model
+from stillmotion.nodes.ddim.report import COLUMNS, SamplingReport
+from stillmotion.nodes.diagnosis import judgement as judge
 from stillmotion.nodes.diagnosis import nodes
 from stillmotion.nodes.diagnosis.plot import draw_diagnosis
 from stillmotion.nodes.diagnosis.run import Request, diagnose
-from stillmotion.nodes.diagnosis import judgement as judge
-from stillmotion.nodes.ddim.report import COLUMNS, SamplingReport
 from torch import nn
 
 NAN = float("nan")

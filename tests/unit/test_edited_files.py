@@ -17,9 +17,9 @@ from causal_wan_stub import HEADER as WAN_HEADER
 from causal_wan_stub import load as load_wan
 from causal_wan_stub import marked, named, stored
 from causal_wan_stub import tensors as wan_tensors
-from dynamicrafter_file import HEADER as CRAFTER_HEADER
-from dynamicrafter_file import OPEN_CLIP, tiny
-from dynamicrafter_file import tensors as crafter_tensors
+from dynamicrafter_stub import HEADER as CRAFTER_HEADER
+from dynamicrafter_stub import OPEN_CLIP, tiny
+from dynamicrafter_stub import tensors as crafter_tensors
 from safetensors.torch import load_file, save_file
 from stillmotion.nodes.causal_wan import checkpoint as wan
 from stillmotion.nodes.causal_wan.lora import add_lora
@@ -114,8 +114,9 @@ def edited_weights(found, rng):
             found[re.sub(r"\d+", lambda _: str(rng.choice([0, 1, 7, 999999, "9" * 30])), key, count=1)] = found.pop(key)
         elif edit == 2:
             found[rng.choice(["x", "", ".", "..", "blocks.999999.x", "a" * 300, "model.", "scaled_fp8", "betas",
-                              "scale_arr", f"{key}_scale", f"{key}.", "lora_A.weight", "img_emb.x", "v_pred", UNET_HEADER,
-                              f"{key.rpartition('.')[0]}.comfy_quant", f"{key.rpartition('.')[0]}.alpha"])] = value
+                              "scale_arr", f"{key}_scale", f"{key}.", "lora_A.weight", "img_emb.x", "v_pred",
+                              UNET_HEADER, f"{key.rpartition('.')[0]}.comfy_quant",
+                              f"{key.rpartition('.')[0]}.alpha"])] = value
         elif edit < 5:
             shape = rng.choice([(), (0,), (1,), tuple(value.shape[::-1]), (*value.shape, 1), tuple(value.shape[1:]),
                                 (2, *value.shape[1:]), (0, *value.shape[1:]), (65537,), (1000, 0, 3)])
@@ -180,7 +181,8 @@ def test_yaml_and_open_clip_files(tmp_path, monkeypatch):
             text = yaml.safe_dump(edited(tiny(), rng))
         elif which == 1:
             text = rng.choice([edited_text(text, rng), "a: " + "[" * 5000, "&a [*a]", "- 1", "x", "? [1]\n: 2",
-                               "a: 2020-01-01", "!!python/object:os.system {}", "a: ${", "a: b: c", "\t", "a: 1\na: 2", "%", "\x00"])
+                               "a: 2020-01-01", "!!python/object:os.system {}", "a: ${", "a: b: c", "\t",
+                               "a: 1\na: 2", "%", "\x00"])
         else:
             towers = json.dumps(edited(OPEN_CLIP, rng)) if which == 2 else edited_text(towers, rng)
         (tmp_path / "m.yaml").write_text(text, encoding="utf-8")
@@ -240,10 +242,12 @@ def test_bytes_of_files(tmp_path):
 
 
 PICKLES = [1, "x", [], {}, {"state_dict": []}, {"state_dict": {}}, {"model": {"model": {"model": {}}}},
-           {1: torch.ones(2)}, {"module": {1: torch.ones(2)}}, {None: torch.ones(2)}, {(1, 2): torch.ones(2)}, {"a": [torch.ones(2)]},
+           {1: torch.ones(2)}, {"module": {1: torch.ones(2)}}, {None: torch.ones(2)}, {(1, 2): torch.ones(2)},
+           {"a": [torch.ones(2)]},
            {"a": torch.ones(2).to_sparse()}, {"a": torch.ones(2, 2).expand(2, 2)}, {"": torch.ones(2)},
-           {"patch_embedding.weight": torch.empty(3, device="meta")}, torch.ones(2), {"generator": {"x": torch.ones(2)}},
-           {"generator": 1, "generator_ema": [1]}, {"state_dict": {"module": torch.ones(2)}},
+           {"patch_embedding.weight": torch.empty(3, device="meta")}, torch.ones(2),
+           {"generator": {"x": torch.ones(2)}}, {"generator": 1, "generator_ema": [1]},
+           {"state_dict": {"module": torch.ones(2)}},
            {"optimizer": {"state": {}}}]
 
 

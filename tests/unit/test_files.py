@@ -7,7 +7,6 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from stillmotion.nodes.common import files
 
 WEIGHTS = {"model.a": torch.arange(20000.0), "first.b": torch.ones(2, 3)}

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.common.video import encode_gif, encode_mp4, encode_png
-from stillmotion.nodes.training.data import shapes as data, folders
+from stillmotion.nodes.training.data import folders
+from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.data.folders import VideoFolder, write_shapes
 from stillmotion.nodes.training.data.frames import look, pick_times, read_frames

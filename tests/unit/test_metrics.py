@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.training.data import shapes as data
-from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.evaluation.metrics import SAME, compare
 from stillmotion.nodes.evaluation.plot import draw_scores
+from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.data.clips import MovingShapes
 
 pytest.importorskip("skimage")
 CLIP = MovingShapes(1).clip(0)[0]

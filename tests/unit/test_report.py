@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 from stillmotion.nodes.common.drawing import ALARM, LEVELS
 from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, LATENT, LEFT, MIDDLE, RIGHT, TOP, WIDTH, X0, draw_report
+from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 
 SHAPE = (1, 4, 2, 8, 8)
 
@@ -81,7 +81,7 @@ def test_the_plot_shows_verdict_clipped_values_and_nan():
 @pytest.mark.parametrize("steps", [1, 2, 61, 1000])
 def test_the_plot_draws_any_number_of_steps(steps):
     upper_panel = np.asarray(draw_report(report(steps)))[TOP:MIDDLE]
-    drawn = (np.abs(upper_panel.astype(int) - X0).max(-1) < 40).any(0).nonzero()[0]  # columns with the line of the means
+    drawn = (np.abs(upper_panel.astype(int) - X0).max(-1) < 40).any(0).nonzero()[0]  # columns with the means' line
     end = 0 if steps == 1 else (RIGHT - LEFT) / steps / 2  # it leads from the first step to the last
     assert abs(drawn.min() - LEFT - end) < 4 and abs(drawn.max() - RIGHT + end) < 4
     assert steps == 2 or len(drawn) > 0.9 * (drawn.max() - drawn.min())

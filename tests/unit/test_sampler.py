@@ -12,9 +12,9 @@ from comfy import model_base
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_model_advanced
 from sampler_stub import PARAMS, SHAPE, StubConfig, conditioning, empty_latent, plain_ddim, run, settings, stub_model
-from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.ddim import nodes
 from stillmotion.nodes.ddim import sampler as ours
+from stillmotion.nodes.ddim.step import Clip
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stillmotion.nodes.ddim.schedule import (DiffusionParams, make_alphas_cumprod, make_scale_arr, make_tables,
-                                             make_timesteps)
+from stillmotion.nodes.ddim.schedule import (
+    DiffusionParams,
+    make_alphas_cumprod,
+    make_scale_arr,
+    make_tables,
+    make_timesteps,
+)
 
 RECORDED = Path(__file__).parents[1] / "cases" / "dynamicrafter_tables.safetensors"
 RECORD = load_file(RECORDED)

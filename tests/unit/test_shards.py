@@ -117,7 +117,8 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, packed):
     ({"version": 9}, "version 9, this pack reads 1 and 2"), ({"shards": []}, "no list of shards"),
     ({"shards": [3]}, "no list of shards"), ({"version": "2"}, "version is '2'"),
     ({"name": "../other"}, r"name of a shard is '../other'"), ({"name": None}, "name of a shard is None"),
-    ({"count": 3}, "there is no record tensors/00000002"), ({"count": -1}, "count is -1"), ({"bytes": True}, "bytes is")])
+    ({"count": 3}, "there is no record tensors/00000002"), ({"count": -1}, "count is -1"),
+    ({"bytes": True}, "bytes is")])
 def test_an_edited_index_is_refused(packed, edits, words):
     index = json.loads((packed / "index.json").read_text())
     for name, value in edits.items():

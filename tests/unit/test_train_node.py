@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as causal_wan
 from stillmotion.nodes.common.demo import CAUSAL_WAN
+from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.dynamicrafter.attention import SpatialTransformer
-from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.families import base
 from stillmotion.nodes.training.nodes import TrainVideoModel

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
-from stillmotion.nodes.training.data import shapes as data
-from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
 from stillmotion.nodes.training import objectives
+from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.loop import fit
+from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
 
 
 def test_one_combination_in_five_is_held_out_and_never_drawn():

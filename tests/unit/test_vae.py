@@ -2,11 +2,11 @@
 
 import comfy.sd
 import comfy.utils
-import nodes as core_nodes
 import pytest
 import torch
-
 from stillmotion.nodes.common import vae as video_vae
+
+import nodes as core_nodes
 
 
 def config(mults):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from stillmotion.nodes.common.demo import DYNAMICRAFTER, VIDEO_UNET
 from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.recipes.video_unet import CONFIG
 from stillmotion.nodes.video_unet.nodes import LoadVideoUNet, VideoUNetConditions

@@ -74,7 +74,8 @@ def widgets_of(node):
 
 
 def test_widgets_are_read_by_position():
-    node = {"type": "Sampler", "inputs": [{"name": "model"}, *({"name": name, "widget": {}} for name in ("seed", "cfg"))]}
+    sockets = [{"name": "model"}, {"name": "seed", "widget": {}}, {"name": "cfg", "widget": {}}]
+    node = {"type": "Sampler", "inputs": sockets}
     assert widgets_of(node | {"widgets_values": [1, "fixed", 2]}) == {"seed": 1, "cfg": 2}
     with pytest.raises(AssertionError):
         widgets_of(node | {"widgets_values": [1, "fixed", 2, 3]})

@@ -48,8 +48,8 @@ class HostError(RuntimeError):
 
 def check_python():
     """Stop with a clear message on a Python that is too old."""
-    if sys.version_info < (3, 11):
-        sys.exit("Stillmotion's scripts need Python 3.11 or newer; this is Python %s (%s). "
+    if sys.version_info < (3, 11):  # noqa: UP036  any Python may start a script
+        sys.exit("Stillmotion's scripts need Python 3.11 or newer; this is Python %s (%s). "  # noqa: UP031
                  "Start them with a newer one, for example `python3.11`." % (platform.python_version(), sys.executable))
 
 
