@@ -22,21 +22,29 @@ START = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 PICTURES = host.PACK / "web" / "pages"
 SAVER = "Stillmotion_SaveVideo"
 SIDE, GAP = 288, 8  # pixels
-WINDOW = {"width": 1600, "height": 1000}
+WINDOW, SHARPNESS = {"width": 1600, "height": 1000}, 1.5
 # the video is drawn by its node only after it has been loaded
+NODES_BOX = """() => {
+    const {scale, offset} = app.canvas.ds, at = app.canvas.canvas.getBoundingClientRect();
+    const boxes = app.graph._nodes.map(n => n.getBounding());
+    const [left, top] = [0, 1].map(i => Math.min(...boxes.map(b => b[i])));
+    const [right, bottom] = [0, 1].map(i => Math.max(...boxes.map(b => b[i] + b[i + 2])));
+    return {x: at.x + (left + offset[0]) * scale - 20, y: at.y + (top + offset[1]) * scale - 20,
+            width: (right - left) * scale + 40, height: (bottom - top) * scale + 40};
+}"""
 SHOWN = """name => [...document.querySelectorAll('video')].some(v => v.currentSrc.includes(name) && v.readyState >= 2)"""
 
 
 def run_in_page(page):
-    """Open the template and run it; the video as an output entry of the server, and a PNG of the page."""
+    """Open the template and run it; the video as an output entry of the server, and a PNG of the nodes in the page."""
     page.load(json.loads(TEMPLATE.read_text()))
     saver, = [i for i, node in page.run_js("async () => Object.entries((await app.graphToPrompt()).output)")
               if node["class_type"] == SAVER]
     video, = page.run()[saver]["images"]
     page.page.wait_for_function(SHOWN, arg=video["filename"])
     page.run_js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.page.wait_for_timeout(2000)  # the view glides there
-    return video, page.page.screenshot()
+    page.page.wait_for_timeout(2000)  # the view moves smoothly
+    return video, page.page.screenshot(clip=page.run_js(NODES_BOX))
 
 
 def side_by_side(frames):
@@ -68,7 +76,7 @@ def main():
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(SETTINGS))
         browser = tool.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
-        tab = browser.new_page(viewport=WINDOW)
+        tab = browser.new_page(viewport=WINDOW, device_scale_factor=SHARPNESS)
         tab.goto(server.url)
         tab.wait_for_function(READY, timeout=60000)
         video, screen = run_in_page(Page(tab))
