@@ -122,8 +122,8 @@ def managed(module: torch.nn.Module, load_device, offload_device) -> comfy.model
 
 
 def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
-    """Like the MODEL's `get_key_patches`: for each weight its value and convert function, then the patches on it. Core's
-    own fails on entries that only the state dict has: scales and marks of layers in 8 and 4 bits."""
+    """Like the MODEL's `get_key_patches`: for each weight its value and convert function, then the patches on it.
+    Core's own fails on entries that only the state dict has: scales and marks of layers in 8 and 4 bits."""
     saved = patcher.model_state_dict()
     found = {}
     for key, _ in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
@@ -140,8 +140,8 @@ def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
 def check_width(tower: str, tokens_BNC: torch.Tensor, width: int, remedy: str) -> None:
     """Raise ValueError unless the tokens of a text encoder or vision tower are `width` wide; `remedy`: what to use."""
     if tokens_BNC.shape[-1] != width:
-        raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, but this model was trained with {width}. "
-                         f"{remedy}")
+        raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, but this model was trained with "
+                         f"{width}. {remedy}")
 
 
 def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node: str) -> None:
@@ -151,8 +151,8 @@ def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node:
                          f"{size_words(latent_BCTHW.shape[1:])} (channels, frames, height, width). Use the latent from "
                          f"{node}, or set the same size and frames there.")
     if len(noise_BCTHW) % len(latent_BCTHW):
-        raise ValueError(f"The latent is a batch of {len(noise_BCTHW)}, but the conditioning of {len(latent_BCTHW)}. Set "
-                         f"the same batch size in {node}.")
+        raise ValueError(f"The latent is a batch of {len(noise_BCTHW)}, but the conditioning of {len(latent_BCTHW)}. "
+                         f"Set the same batch size in {node}.")
 
 
 def size_words(shape) -> str:

@@ -25,7 +25,7 @@ class ClipModel(comfy.model_base.BaseModel):
         self.diffusion_model.in_channels = params.in_channels
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
-        """Called by core's context windows since 0.18. They would otherwise cut any axis that is as long as the clip."""
+        """Called by core's context windows since 0.18. Otherwise they cut any axis as long as the clip."""
         if cond_key == "c_concat":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=FRAMES,
                                                            retain_index_list=retain_index_list))
@@ -51,7 +51,8 @@ def refuse_misfits(executor, noise, *args, **kwargs):
     options, network = guider.model_options, guider.model_patcher.model.diffusion_model
     check_nodes(nodes_on(options), network, len(noise))
     if "rope_options" in options.get("transformer_options", {}):
-        raise ValueError("ScaleROPE changes rotary positions, but this network has none. Remove that node from the model.")
+        raise ValueError("ScaleROPE changes rotary positions, but this network has none. Remove that node from the "
+                         "model.")
     if "context_handler" in options:
         check_windows(options["context_handler"], noise.shape)
     return executor(noise, *args, **kwargs)
@@ -72,12 +73,12 @@ def check_nodes(modules: set[str], network, clips: int) -> None:
     """Raise ValueError for a core node that cannot work on `network` (`params`, `stride`, `frame_attention`)."""
     width, mults = network.params.model_channels, network.params.channel_mult
     if "nodes_sag" in modules:
-        raise ValueError("Self-Attention Guidance blurs single images and cannot work on clips. Remove that node from the "
-                         "model. Perturbed-Attention Guidance has the same purpose and works here.")
+        raise ValueError("Self-Attention Guidance blurs single images and cannot work on clips. Remove that node from "
+                         "the model. Perturbed-Attention Guidance has the same purpose and works here.")
     if "nodes_video_model" in modules:
-        raise ValueError("Video Linear and Triangle CFG Guidance vary guidance over the images of a batch, but the frames "
-                         "of this model are on the time axis, so all of them would get the smallest value. Remove that "
-                         "node from the model and set cfg in the sampler.")
+        raise ValueError("Video Linear and Triangle CFG Guidance vary guidance over the images of a batch, but the "
+                         "frames of this model are on the time axis, so all of them would get the smallest value. "
+                         "Remove that node from the model and set cfg in the sampler.")
     if "nodes_freelunch" in modules and not {2, 4} & set(mults):
         raise ValueError(f"FreeU changes levels that are {2 * width} or {4 * width} channels wide (2 or 4 times "
                          f"model_channels), but this network has {', '.join(str(width * mult) for mult in mults)}. "
@@ -87,24 +88,24 @@ def check_nodes(modules: set[str], network, clips: int) -> None:
             raise ValueError(f"{node} speeds up attention within the frame at the latent's full size, but this network "
                              "has none there. Remove that node from the model: it would have no effect.")
     if "nodes_pag" in modules and network.stride not in network.frame_attention:
-        raise ValueError("Perturbed-Attention Guidance changes attention within the frame in the middle of the network, "
-                         "but this network has none there. Remove that node from the model, or train a network with "
-                         "its deepest level in spatial_attention.")
+        raise ValueError("Perturbed-Attention Guidance changes attention within the frame in the middle of the "
+                         "network, but this network has none there. Remove that node from the model, or train a "
+                         "network with its deepest level in spatial_attention.")
     if "nodes_lumina2" in modules and clips > 1:
-        raise ValueError(f"RenormCFG takes one clip at a time, but the latent is a batch of {clips}. Set the batch size to "
-                         "1, or use guidance_rescale of DDIM Sampler (fixed) instead.")
+        raise ValueError(f"RenormCFG takes one clip at a time, but the latent is a batch of {clips}. Set the batch "
+                         "size to 1, or use guidance_rescale of DDIM Sampler (fixed) instead.")
 
 
 def check_windows(handler, shape_BCTHW) -> None:
-    """Raise ValueError for context windows that are not along the frames, not shorter than the clip, or over a batch."""
+    """Raise ValueError for context windows not along the frames, not shorter than the clip, or over a batch."""
     clips, frames = shape_BCTHW[0], shape_BCTHW[FRAMES]
     if handler.dim != FRAMES:
         raise ValueError(f"The context windows are along dim {handler.dim}, but the frames of this model are dim "
                          f"{FRAMES} of [batch, channels, frames, height, width]. Set dim to {FRAMES} in Context "
                          "Windows (Manual).")
     if handler.context_length >= frames:
-        raise ValueError(f"The context windows are {handler.context_length} frames long, but the clip has only {frames}. "
-                         "Remove that node from the model, or set a smaller context_length.")
+        raise ValueError(f"The context windows are {handler.context_length} frames long, but the clip has only "
+                         f"{frames}. Remove that node from the model, or set a smaller context_length.")
     if clips > 1:
-        raise ValueError(f"Core's context windows take one clip at a time, but the latent is a batch of {clips}. Set the "
-                         "batch size to 1 and queue once per seed.")
+        raise ValueError(f"Core's context windows take one clip at a time, but the latent is a batch of {clips}. Set "
+                         "the batch size to 1 and queue once per seed.")

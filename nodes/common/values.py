@@ -69,7 +69,8 @@ def parse_json(text, source):
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{source} is not JSON ({why}). The file is damaged or was edited by hand. Get it again.") from error
+        raise ValueError(f"{source} is not JSON ({why}). The file is damaged or was edited by hand. Get it "
+                         "again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} is not a JSON object but {shown(found)}. The file is damaged or of another kind.")
     return found

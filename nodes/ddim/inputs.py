@@ -9,9 +9,10 @@ def check_inputs(model, positive, negative, latent: dict, start_noise: torch.Ten
     samples = latent["samples"]
     _check_latent(samples, model.get_model_object("latent_format"))
     if start_noise is not None and (start_noise.shape != samples.shape or not start_noise.isfinite().all()):
-        raise ValueError(f"The start noise is {_shape(start_noise)}{'' if start_noise.isfinite().all() else ', not finite'}"
-                         f". It must be finite and have the latent's shape, {_shape(samples)}. Make it for this latent, "
-                         "or disconnect it.")
+        raise ValueError("The start noise is "
+                         f"{_shape(start_noise)}{'' if start_noise.isfinite().all() else ', not finite'}. It must be "
+                         f"finite and have the latent's shape, {_shape(samples)}. Make it for this latent, or "
+                         "disconnect it.")
     for name, conditioning in (("positive", positive), ("negative", negative)):
         if not conditioning:
             raise ValueError(f"The {name} conditioning is empty. Connect the one from {SOURCE}.")
@@ -20,8 +21,8 @@ def check_inputs(model, positive, negative, latent: dict, start_noise: torch.Ten
     has_tokens = [all("image_tokens" in values for _, values in c) for c in (positive, negative)]
     if has_tokens == [True, False] or has_tokens == [False, True]:
         missing = "negative" if has_tokens[0] else "positive"
-        raise ValueError(f"The {missing} conditioning has no image tokens, but the other one has. Connect both positive "
-                         f"and negative from {SOURCE}.")
+        raise ValueError(f"The {missing} conditioning has no image tokens, but the other one has. Connect both "
+                         f"positive and negative from {SOURCE}.")
     if image_cfg != 0 and not has_tokens[0]:
         raise ValueError(f"image_cfg is {image_cfg:g}, but the conditioning holds no image tokens. Set image_cfg to 0, "
                          "or connect a conditioning with an image (DynamiCrafter has one, Video U-Net does not).")

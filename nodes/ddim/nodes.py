@@ -57,8 +57,8 @@ class DDIMSampler(io.ComfyNode):
                       "start_step", "end_step", "tables"],
             inputs=[
                 io.Model.Input("model", tooltip="The video model; any eps or v model with 1000 timesteps works."),
-                io.Conditioning.Input("positive", tooltip="From the model's conditioning node, such as DynamiCrafter Image "
-                                                          "to Video."),
+                io.Conditioning.Input("positive", tooltip="From the model's conditioning node, such as DynamiCrafter "
+                                                          "Image to Video."),
                 io.Conditioning.Input("negative", tooltip="What to avoid, from the same node. Not used at cfg 1."),
                 io.Latent.Input("latent", tooltip="The empty latent from the conditioning node, or a video latent with "
                                                   "denoise below 1. Its noise mask is respected."),
@@ -74,7 +74,8 @@ class DDIMSampler(io.ComfyNode):
                                        "image, cfg for the prompt. Three predictions per step, in one batch."),
                 CLIP, CLIP_VALUE, RECOMPUTE,
                 io.Int.Input("start_step", default=0, min=0, max=999,
-                             tooltip="First step to sample. Above 0, noise is added to the input latent for that step."),
+                             tooltip="First step to sample. Above 0, noise is added to the input latent for that "
+                                     "step."),
                 io.Int.Input("end_step", default=1000, min=1, max=1000,
                              tooltip="Stop before this step. If it is below steps, the output latent is still noisy: "
                                      "continue with start_step at this number and zeros as noise."),
@@ -110,8 +111,8 @@ class DDIMSamplerSelect(io.ComfyNode):
             node_id="Stillmotion_DDIMSamplerSelect",
             display_name="DDIM Sampler Select",
             category="Stillmotion/sampling",
-            description="The same sampler for SamplerCustomAdvanced: connect both outputs; cfg and seed come from there. "
-                        "Guidance rescale works with any guider.",
+            description="The same sampler for SamplerCustomAdvanced: connect both outputs; cfg and seed come from "
+                        "there. Guidance rescale works with any guider.",
             search_aliases=["ksampler select", "ddim sampler advanced", "sampler custom", "ddim sigmas"],
             advanced=["spacing", "guidance_rescale", "denoise", "clip_x0", "clip_value", "recompute_eps", "tables"],
             inputs=[
@@ -120,7 +121,8 @@ class DDIMSamplerSelect(io.ComfyNode):
             ],
             outputs=[
                 io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced or SamplerCustom."),
-                io.Sigmas.Output(display_name="sigmas", tooltip="The sampler's own timesteps. Split Sigmas works on them."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The sampler's own timesteps. Split Sigmas works on "
+                                                                "them."),
             ],
         )
 

@@ -55,8 +55,8 @@ class DDIMSettings:
             raise ValueError(f"start_step is {self.start_step} and end_step is {self.end_step}, which leaves no step. "
                              "start_step must be at least 0 and below end_step.")
         if self.start_step >= self.steps:
-            raise ValueError(f"start_step is {self.start_step}, but there are only {self.steps} steps. Choose a smaller "
-                             "start_step.")
+            raise ValueError(f"start_step is {self.start_step}, but there are only {self.steps} steps. Choose a "
+                             "smaller start_step.")
 
 
 class Schedule(NamedTuple):
@@ -83,8 +83,8 @@ def model_schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
                         params.spacing, params.guidance_rescale, sigmas.tolist())
     alphas_cumprod, parameterization = 1 / (1 + sigmas.double() ** 2), _parameterization(sampling)
     if parameterization == "eps" and alphas_cumprod[-1] < 1e-6:
-        raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, so x0 "
-                         "cannot be computed from eps. Switch zsnr off in ModelSamplingDiscrete, or choose "
+        raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, so "
+                         "x0 cannot be computed from eps. Switch zsnr off in ModelSamplingDiscrete, or choose "
                          "v_prediction for a model that was trained with it.")
     return Schedule(parameterization, alphas_cumprod, None, "uniform", 0.0, sigmas.tolist())
 
@@ -210,8 +210,8 @@ def _span(table_sigmas, sigmas):
     for first in range(len(table_sigmas) - count + 1):
         if table_sigmas[first:first + count] == sigmas:
             return first, first + count - 1
-    raise ValueError("These SIGMAS do not belong to this DDIM sampler. Connect both SAMPLER and SIGMAS from the same DDIM "
-                     "Sampler Select node with the same model. Split Sigmas may be between.")
+    raise ValueError("These SIGMAS do not belong to this DDIM sampler. Connect both SAMPLER and SIGMAS from the same "
+                     "DDIM Sampler Select node with the same model. Split Sigmas may be between.")
 
 
 class ImageTextGuider(comfy.samplers.CFGGuider):
@@ -246,9 +246,9 @@ def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comf
         guider.set_cfg(cfg)
         return guider
     if model.model_options.keys() & {"sampler_cfg_function", "sampler_pre_cfg_function"}:
-        raise ValueError(f"image_cfg is {image_cfg:g}, but a node on the model (RescaleCFG, RenormCFG, FreSca or another) "
-                         "changes guidance with two predictions, not with three. Set image_cfg to 0, or remove that "
-                         "node.")
+        raise ValueError(f"image_cfg is {image_cfg:g}, but a node on the model (RescaleCFG, RenormCFG, FreSca or "
+                         "another) changes guidance with two predictions, not with three. Set image_cfg to 0, or "
+                         "remove that node.")
     guider = ImageTextGuider(model)
     tokens = positive[0][1]["image_tokens"]
     seen = [[cond, {**values, "image_tokens": tokens}] for cond, values in negative]

@@ -162,7 +162,7 @@ def test_an_old_file_cut_at_any_byte(tmp_path):
     (b"", "empty"),
     (b"<!DOCTYPE html><html></html>", "web page"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
-    (bytes(range(1, 100)), "begins with"),
+    (bytes(range(1, 100)), "starts with"),
     (pickle.dumps([1, 2, "three"]), "not a checkpoint|no checkpoint"),
 ])
 def test_not_a_checkpoint(tmp_path, content, word):
