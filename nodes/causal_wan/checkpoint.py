@@ -145,7 +145,7 @@ def pick(checkpoint, weights="auto"):
 
 
 def published_choice(path):
-    """Which set of a file with both its authors use: "ema", but "raw" for chunk-wise Causal Forcing.
+    """Which set the authors of a file with both use: "ema", but "raw" for chunk-wise Causal Forcing.
 
     That model is not recognisable by its keys, only by the folder it is published in, `chunkwise`. Its long-video model
     uses "ema" again.
@@ -155,10 +155,10 @@ def published_choice(path):
 
 
 def detect(tensors, heads, path, quantized=Quantized()):
-    """`WanParams` from native keys and shapes; `heads` where they are not dim / 128, or None.
+    """`WanParams` from native keys and shapes; `heads` if it is not dim / 128, or None.
 
-    Raises ValueError for sizes that cannot be read or built, and for every input that a causal Wan of text or image to
-    video does not have.
+    Raises ValueError for sizes that cannot be read or built, and for inputs that a causal Wan of text or image to video
+    does not have.
     """
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in quantized.items()}
@@ -167,14 +167,14 @@ def detect(tensors, heads, path, quantized=Quantized()):
         if len(shapes.get(key, ())) != axes:
             found = f"is {list(shapes[key])}" if key in shapes else "is missing"
             raise ValueError(f"{path}: the size of the network cannot be read, {key} {found}. The file was pruned, "
-                             "changed or saved in part; get it whole.")
+                             "changed or saved in part. Get the complete file.")
         for size in shapes[key]:
             whole(size, f"{path}: an axis of {key}")
     dim, in_dim = shapes["patch_embedding.weight"][:2]
     if heads is None and dim % HEAD_WIDTH:
         raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
-                         'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}; '
-                         "core's Save Model leaves it out.")
+                         'heads is unknown. Set it in the header of a .safetensors file: config {"num_heads": N}. '
+                         "(Core's Save Model does not write it.)")
     params = WanParams(
         in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // math.prod(PATCH), dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
@@ -192,12 +192,12 @@ def _count_layers(keys, path):
     if found != numbers:
         raise ValueError(f"{path}: layers are numbered from 0 without a gap, {DEEPEST} at most. The file has "
                          f"{len(found)}, among them blocks.{min(found - numbers, key=len)[:20]}. It was changed, or "
-                         "saved in part; get it whole.")
+                         "saved in part. Get the complete file.")
     return len(found)
 
 
 def _check_channels(params, path):
-    """Tell the kinds of Wan apart by channels, width and image keys, and let text and image to video through."""
+    """Identify the kind of Wan by channels, width and image keys; only text and image to video are accepted."""
     taken, given, image = params.in_dim, params.out_dim, params.i2v
     use = ("Use a causal Wan 2.1 (Self-Forcing, Causal-Forcing, LongLive 1.0), or core's Load Diffusion Model for "
            "this file.")

@@ -72,7 +72,7 @@ def _check_halves(lora, path):
     for key in [key for key in lora if key.endswith(".alpha")]:
         alpha = lora[key]
         if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
-            raise ValueError(f"{path}: {key} is {shown(alpha.flatten()[:3].tolist())}; it must be one number. The file "
+            raise ValueError(f"{path}: {key} is {shown(alpha.flatten()[:3].tolist())}. It must be one number. The file "
                              "was changed. Get the original one.")
 
 

@@ -167,7 +167,7 @@ def test_what_cores_model_save_writes_loads_again(tmp_path):
 
 def test_options_are_checked():
     for options, words in (({"variant": "768"}, "'768' is unknown.*auto, 256"),
-                           ({"weight_dtype": "int4"}, "'int4' is unknown.*fp8_e4m3fn")):
+                           ({"weight_dtype": "int4"}, "weight_dtype is 'int4'.*fp8_e4m3fn")):
         with pytest.raises(ValueError, match=words):
             load(tensors(), **options)
 

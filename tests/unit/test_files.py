@@ -72,7 +72,7 @@ def test_a_pickle_that_holds_itself(tmp_path):
 
 
 def test_pickles_without_numbers(tmp_path):
-    for found, words in (({"model.a": torch.empty(3, device="meta")}, "names and shapes without numbers"),
+    for found, words in (({"model.a": torch.empty(3, device="meta")}, "names and shapes without values"),
                          ({1: torch.ones(3)}, "without named tensors"), ({"module": {1: torch.ones(3)}}, "holds no w")):
         torch.save(found, tmp_path / "a.pt")
         with pytest.raises(ValueError, match=words):

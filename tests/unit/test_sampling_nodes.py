@@ -57,7 +57,7 @@ def bad_inputs():
         ("image latent", "Use the latent from the conditioning node", latent(torch.zeros(1, 4, 8, 8))),
         ("channels", "Use the latent from the conditioning node", latent(torch.zeros(1, 16, 3, 4, 6))),
         ("empty", "is empty", latent(torch.zeros(0, *SHAPE[1:]))),
-        ("nan", "1 of the latent's 288 values are NaN", latent(broken)),
+        ("nan", "1 of the latent's 576 values are NaN", latent(broken)),
         ("noise shape", "start noise is 1 x 4", lambda a: a.update(start_noise=torch.zeros(1, *SHAPE[1:]))),
         ("noise nan", "not finite. It must be", lambda a: a.update(start_noise=broken)),
         ("frames", "from the same conditioning node", image((1, 4, 5, 4, 6))),
