@@ -23,7 +23,7 @@ PICTURES = host.PACK / "web" / "pages"
 SAVER = "Stillmotion_SaveVideo"
 SIDE, GAP = 288, 8  # pixels
 WINDOW, SHARPNESS = {"width": 1600, "height": 1000}, 1.5
-# the video is drawn by its node only after it has been loaded
+# on the page, with a margin
 NODES_BOX = """() => {
     const {scale, offset} = app.canvas.ds, at = app.canvas.canvas.getBoundingClientRect();
     const boxes = app.graph._nodes.map(n => n.getBounding());
@@ -32,6 +32,7 @@ NODES_BOX = """() => {
     return {x: at.x + (left + offset[0]) * scale - 20, y: at.y + (top + offset[1]) * scale - 20,
             width: (right - left) * scale + 40, height: (bottom - top) * scale + 40};
 }"""
+# the node draws the video only after it has been loaded
 SHOWN = """name => [...document.querySelectorAll('video')].some(v => v.currentSrc.includes(name) && v.readyState >= 2)"""
 
 

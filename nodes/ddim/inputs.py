@@ -9,10 +9,9 @@ def check_inputs(model, positive, negative, latent: dict, start_noise: torch.Ten
     samples = latent["samples"]
     _check_latent(samples, model.get_model_object("latent_format"))
     if start_noise is not None and (start_noise.shape != samples.shape or not start_noise.isfinite().all()):
-        raise ValueError("The start noise is "
-                         f"{_shape(start_noise)}{'' if start_noise.isfinite().all() else ', not finite'}. It must be "
-                         f"finite and have the latent's shape, {_shape(samples)}. Make it for this latent, or "
-                         "disconnect it.")
+        broken = "" if start_noise.isfinite().all() else " with NaN or Inf values"
+        raise ValueError(f"The start noise is {_shape(start_noise)}{broken}. It must be finite and have the latent's "
+                         f"shape, {_shape(samples)}. Make it for this latent, or disconnect it.")
     for name, conditioning in (("positive", positive), ("negative", negative)):
         if not conditioning:
             raise ValueError(f"The {name} conditioning is empty. Connect the one from {SOURCE}.")

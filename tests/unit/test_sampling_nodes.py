@@ -59,7 +59,7 @@ def bad_inputs():
         ("empty", "is empty", latent(torch.zeros(0, *SHAPE[1:]))),
         ("nan", "1 of the latent's 576 values are NaN", latent(broken)),
         ("noise shape", "start noise is 1 x 4", lambda a: a.update(start_noise=torch.zeros(1, *SHAPE[1:]))),
-        ("noise nan", "not finite. It must be", lambda a: a.update(start_noise=broken)),
+        ("noise nan", "with NaN or Inf values. It must be", lambda a: a.update(start_noise=broken)),
         ("frames", "from the same conditioning node", image((1, 4, 5, 4, 6))),
         ("batch", "holds 3 images", image((3, *SHAPE[1:]))),
         ("negative tokens", "negative conditioning has no image tokens", lambda a: a["negative"][0][1].clear()),
