@@ -37,7 +37,7 @@ SHOWN = """name => [...document.querySelectorAll('video')].some(v => v.currentSr
 
 
 def run_in_page(page):
-    """Open the template and run it; the video as an output entry of the server, and a PNG of the nodes in the page."""
+    """Open the template and run it; the video as an output entry of the server, and a PNG of the nodes."""
     page.load(json.loads(TEMPLATE.read_text()))
     saver, = [i for i, node in page.run_js("async () => Object.entries((await app.graphToPrompt()).output)")
               if node["class_type"] == SAVER]

@@ -226,7 +226,8 @@ def test_other_models_in_full_size(in_dim, out_dim, dim, layers, words):
     ('{"num_heads": true}', "num_heads .* is True"), ('{"scale_factor": 0}', "scale_factor .* is 0.*above 0"),
     ('{"scale_factor": NaN}', "scale_factor .* is nan"), ('{"transformer": {"causal_ar": 1}}', "causal_ar .* is 1"),
     ('[' * 100_000, "not JSON"),
-    ('{"num_heads": 5}', "num_heads is 5, which does not divide the width 48"), ("{}", "48 wide.*no multiple of 128.*header"),
+    ('{"num_heads": 5}', "num_heads is 5, which does not divide the width 48"),
+    ("{}", "48 wide.*no multiple of 128.*header"),
 ])
 def test_bad_header(config, words):
     with pytest.raises(ValueError, match=words):

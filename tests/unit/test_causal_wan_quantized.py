@@ -158,7 +158,8 @@ def test_parts_that_do_not_fit(change, words):
         load(found)
 
 
-@pytest.mark.parametrize("text, words", [("{", "not JSON"), ("{}", "no entry layers"), ('{"layers": [1]}', "not an object"),
+@pytest.mark.parametrize("text, words", [("{", "not JSON"), ("{}", "no entry layers"),
+                                         ('{"layers": [1]}', "not an object"),
                                          ('{"layers": {"blocks.0.ffn.0": 1}}', "has the format 1")])
 def test_bad_marks_in_the_header(text, words):
     with pytest.raises(ValueError, match=words):

@@ -353,7 +353,7 @@ def test_weights_that_are_no_floating_point_numbers(key):
     ({"stillmotion.open_clip": None}, "stillmotion.open_clip, is not JSON"),
     ({"stillmotion.open_clip": "[]"}, "stillmotion.open_clip, is not a JSON object"),
     ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"text_cfg": {"layers": 1000}})}, "layers in .* is 1000"),
-    ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"text_cfg": {"heads": 3}})}, "not divisible by its attention heads"),
+    ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"text_cfg": {"heads": 3}})}, "not divisible by its attention"),
     ({"stillmotion.open_clip": json.dumps(OPEN_CLIP | {"embed_dim": None})}, "embed_dim in .* is None"),
 ])
 def test_bad_headers(change, words):

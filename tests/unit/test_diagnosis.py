@@ -71,7 +71,8 @@ LAYOUTS = {"model.diffusion_model.out.2.weight": "model_ema.diffusion_modelout2w
 
 @pytest.mark.parametrize("raw_key", LAYOUTS)
 @pytest.mark.parametrize("ema, level, words", [
-    ([1.1, 2.0], "good", "raw weights 0.045"), ([1.0, 2.0], "doubtful", "never updated"), ([0.0, 0.0], "bad", "All zero"),
+    ([1.1, 2.0], "good", "raw weights 0.045"),
+    ([1.0, 2.0], "doubtful", "never updated"), ([0.0, 0.0], "bad", "All zero"),
     ([9.0, 9.0], "bad", "not an average"), ([NAN, 1.0], "bad", "NaN"),
 ])
 def test_averaged_weights(raw_key, ema, level, words):

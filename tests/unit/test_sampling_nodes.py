@@ -65,7 +65,8 @@ def bad_inputs():
         ("negative tokens", "negative conditioning has no image tokens", lambda a: a["negative"][0][1].clear()),
         ("positive tokens", "positive conditioning has no image tokens", lambda a: a["positive"][0][1].clear()),
         ("no negative", "negative conditioning is empty", lambda a: a["negative"].clear()),
-        ("image cfg", "holds no image tokens. Set image_cfg to 0", lambda a: (a["positive"][0][1].clear(), a["negative"][0][1].clear())),
+        ("image cfg", "holds no image tokens. Set image_cfg to 0",
+         lambda a: (a["positive"][0][1].clear(), a["negative"][0][1].clear())),
     ]
 
 
