@@ -33,7 +33,8 @@ NODES_BOX = """() => {
             width: (right - left) * scale + 40, height: (bottom - top) * scale + 40};
 }"""
 # the node draws the video only after it has been loaded
-SHOWN = """name => [...document.querySelectorAll('video')].some(v => v.currentSrc.includes(name) && v.readyState >= 2)"""
+SHOWN = """name => [...document.querySelectorAll("video")].some(
+    v => v.currentSrc.includes(name) && v.readyState >= 2)"""
 
 
 def run_in_page(page):
