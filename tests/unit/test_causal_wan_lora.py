@@ -45,7 +45,7 @@ def test_lora_equals_merging_by_hand(tmp_path, name, caplog):
     base = load(tensors(), weight_dtype="fp32")
     with caplog.at_level("INFO"):
         patched = add_lora(base, read_checkpoint(tmp_path / "lora.pt"), 0.7)
-    assert "LoRA of 40 keys on 20 weights" in caplog.text and "left aside" not in caplog.text
+    assert "LoRA of 40 keys on 20 weights" in caplog.text and "are ignored" not in caplog.text
     by_hand = run(load(merged(0.7), weight_dtype="fp32"))
     plain = run(base)
     found = run(patched)
