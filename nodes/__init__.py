@@ -1,7 +1,7 @@
 """The extension: node classes in menu order.
 
-The families' node modules are imported when ComfyUI asks for them, so the engine modules below this
-package can be used with torch alone. One that fails costs its own nodes only.
+The node modules are imported when ComfyUI asks for them, so the other modules of this package can be used with torch
+alone. If one fails to import, only its own nodes are missing.
 """
 
 import logging
@@ -37,21 +37,21 @@ NODES = [
 
 
 def load_nodes(listed):
-    """The node classes of `listed`, shaped as NODES; those that do not load are left out, and named in the log."""
+    """The node classes of `listed`, a list like NODES; those that do not load are left out and logged."""
     loaded, lost = [], {}
     for module, name in listed:
         try:
             node = getattr(import_module(f".{module}", __name__), name)
-            node.GET_SCHEMA()  # ComfyUI asks for it next, and would drop the whole pack where one schema fails
-        except Exception as error:  # whatever it is, the other nodes can do without
+            node.GET_SCHEMA()  # ComfyUI reads it next, and would drop the whole pack if one schema fails
+        except Exception as error:  # whatever it is, the other nodes work without it
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             lost.setdefault(cause, []).append(f"Stillmotion_{name.removesuffix('Node')}")
         else:
             loaded.append(checked(node))
     for cause, ids in lost.items():
-        logging.error("Stillmotion: without %s, which did not load in ComfyUI %s (%s). The other nodes are not "
-                      "touched. Update this pack; if that does not help, report this line, and pin ComfyUI to a "
-                      "release that the README lists.", ", ".join(ids), _release(), cause)
+        logging.error("Stillmotion: %s did not load in ComfyUI %s (%s). The other nodes work. Update this pack. If "
+                      "that does not help, report this line and use a release of ComfyUI that the README "
+                      "lists.", ", ".join(ids), _release(), cause)
     return loaded
 
 

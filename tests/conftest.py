@@ -1,4 +1,4 @@
-"""Puts ComfyUI and the pack in reach of the tests: `from stillmotion.nodes.diffusion import schedule`."""
+"""Makes ComfyUI and the pack importable in tests: `from stillmotion.nodes.ddim import schedule`."""
 
 import importlib.util
 import os

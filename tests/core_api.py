@@ -1,10 +1,10 @@
 """What ComfyUI's own modules offer, release by release: names, parameters, classes and their bases.
 
-    python tests/core_api.py --record COMFYUI_FOLDER VERSION    add a release, or read one anew
+    python tests/core_api.py --record COMFYUI_FOLDER VERSION    add a release, or read one again
     python tests/core_api.py --show NAME                        the history of one name: comfy.sd:VAE.decode
 
 Run --record with the folder of any ComfyUI when a release comes out; the tests then hold the pack against it, too.
-Nothing of ComfyUI is imported: names are read from the syntax trees, so no release needs to be installed. They lie in
+Nothing of ComfyUI is imported: names are read from the syntax trees, so no release needs to be installed. They are in
 cases/core_api/names.json, one name a line with what it is: in all releases, or since which ("" where it is gone):
 
     "comfy.ldm.wan.vae": {
@@ -168,7 +168,7 @@ def read_release(root: Path) -> dict[str, str]:
         names = ModuleNames(path.read_text(encoding="utf-8"), package).names
         found |= {f"{module}:{name}": entry for name, entry in names.items()}
     if "comfy.sd:" not in found:
-        raise ValueError(f"{root} is no ComfyUI: it has no comfy/sd.py. Give the folder that main.py lies in.")
+        raise ValueError(f"{root} is no ComfyUI: it has no comfy/sd.py. Give the folder that holds main.py.")
     return found
 
 

@@ -2,7 +2,7 @@
 
     python workflows/data.py shapes moving --count 500         videos/ and captions/ of drawn moving shapes
     python workflows/data.py check my_clips                    decode every clip, name what is wrong
-    python workflows/data.py pack my_clips packed --vae demo   latents in LMDB shards; stopped, it goes on
+    python workflows/data.py pack my_clips packed --vae demo   latents in LMDB shards; resumes if stopped
 
 A data set is a folder with videos/ (any video format, or folders of numbered images) and captions/ (.txt of the same
 names). Runs in ComfyUI's Python, which is set up on first use; pack needs the package lmdb there.

@@ -1,4 +1,4 @@
-"""Make the templates' pictures anew: every workflow is run with the demo model, four frames of its video are kept.
+"""Make the templates' thumbnails: run each workflow with the demo model and keep four frames of its video.
 
     python workflows/thumbnails.py [NAME ...]      only these workflows
 """

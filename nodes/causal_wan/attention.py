@@ -28,12 +28,12 @@ class ContextKeys(NamedTuple):
 
 @dataclass
 class Step:
-    """What every layer may read during one evaluation."""
+    """What the layers may read during one forward pass."""
 
-    modulation_BF6C: Tensor                 # from the timestep of every frame
+    modulation_BF6C: Tensor                 # from the timestep of each frame
     rotation: Rotation
     context: tuple[ContextKeys, ...]        # by layer
-    mask_LL: Tensor | None                  # without a cache: True where a token may look
+    mask_LL: Tensor | None                  # without a cache: True where a token may attend
     cache: KVCache | None
     placement: Placement | None
     sink_rotation: Rotation | None
@@ -41,7 +41,7 @@ class Step:
 
 
 def modulate(x_BLC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor) -> Tensor:
-    """x * (1 + scale) + shift with one shift and scale a frame."""
+    """x * (1 + scale) + shift with one shift and scale per frame."""
     x_BFSC = x_BLC.unflatten(1, (shift_BFC.shape[1], -1))
     return torch.addcmul(shift_BFC[:, :, None], x_BFSC, 1 + scale_BFC[:, :, None]).flatten(1, 2)
 
@@ -51,7 +51,7 @@ def gate(x_BLC: Tensor, gate_BFC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """What both kinds of attention have. `index`: the number of the layer, by which it finds its keys."""
+    """The common part of both attentions. `index`: number of the layer, which selects its keys."""
 
     def __init__(self, index: int, dim: int, heads: int, operations, attention, **factory):
         super().__init__()
@@ -81,7 +81,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """To the text and, in I2V models, to the tokens of the start image; the results are added."""
+    """Attention to the text and, in I2V models, to the tokens of the start image; the results are added."""
 
     def __init__(self, index: int, dim: int, heads: int, i2v: bool, operations, attention, **factory):
         super().__init__(index, dim, heads, operations, attention, **factory)

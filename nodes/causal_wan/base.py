@@ -11,12 +11,12 @@ from ..common.core_model import ClipLatent, HostNetwork, ModelConfig, build_mode
 from ..common.quantized import Quantized
 from .model import CausalWan, WanParams
 
-TOWERS = "Connect the {} that belongs to it: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
-MASK_CHANNELS = 4  # one for each of the video frames that a latent frame of Wan's VAE stands for
+TOWERS = "Connect the {} of this model: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
+MASK_CHANNELS = 4  # one for each video frame of a latent frame of Wan's VAE
 
 
 class ManagedCausalWan(HostNetwork, CausalWan):
-    """The network with the host's attention, as core calls it, open to the wrappers that packs put around a network."""
+    """The network with ComfyUI's attention and interface and the wrappers that other packs add."""
 
     def __init__(self, params: WanParams, operations, dtype=None, device=None):
         super().__init__(params, operations, optimized_attention, dtype, device)
@@ -24,9 +24,9 @@ class ManagedCausalWan(HostNetwork, CausalWan):
     def forward(self, x, timestep, context, clip_fea=None, transformer_options={}, **block):
         """Flow [B, out_dim, F, H, W] of frames x [B, in_dim, F, H, W] at `timestep` [B], or [B, F] with one a frame.
 
-        `context` is text tokens [B, N, text_dim], with `clip_fea` for image to video, or what `project_context` made
-        of them. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without these, as in core's
-        own samplers, all frames see each other.
+        `context` is text tokens [B, N, text_dim], with `clip_fea` for image to video, or the result of
+        `project_context`. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without these, as in
+        core's own samplers, all frames attend to each other.
         """
         return call_wrapped(self._forward, self, x, timestep, context, clip_fea,
                             transformer_options=transformer_options, **block)
@@ -45,11 +45,11 @@ class CausalWanConfig(ModelConfig):
     sampling_settings = {"shift": 5.0}  # of Self-Forcing and LongLive, for core's schedulers; our sampler has its own
 
     def __init__(self, params: WanParams, scale_factor: float):
-        # Wan's 16 channels have means and deviations of their own, small models' 4 one factor
+        # Wan's 16 channels have a mean and deviation each, the 4 channels of small models one factor
         self.latent_format = comfy.latent_formats.Wan21 if params.out_dim == 16 else lambda: ClipLatent(scale_factor)
         self.model_class = CausalWanModel
         super().__init__(params)
-        self.memory_usage_factor = params.dim / 2222  # as core reckons for Wan
+        self.memory_usage_factor = params.dim / 2222  # same formula as core's for Wan
 
     def model_type(self, state_dict, prefix=""):
         return comfy.model_base.ModelType.FLOW
@@ -58,13 +58,13 @@ class CausalWanConfig(ModelConfig):
 def wan_params(patcher) -> WanParams:
     """Sizes of the network of a MODEL; raises ValueError unless it is a causal Wan."""
     if not isinstance(patcher.model, CausalWanModel):
-        raise ValueError(f"The model is {type(patcher.model).__name__}, not a causal Wan: use Load Causal Wan. For "
+        raise ValueError(f"The model is {type(patcher.model).__name__}, not a causal Wan. Use Load Causal Wan; for "
                          "other models use KSampler.")
     return patcher.model.wan_params
 
 
 class CausalWanModel(comfy.model_base.BaseModel):
-    """`wan_params` tells samplers the network's sizes and whether it takes an image."""
+    """`wan_params` holds the network's sizes and whether it takes an image."""
 
     def __init__(self, model_config: CausalWanConfig, model_type, device=None):
         super().__init__(model_config, model_type, device, ManagedCausalWan)
@@ -73,9 +73,9 @@ class CausalWanModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs):
         """Text tokens; for image to video also y (mask, then image latent, over all latent frames) and image tokens.
 
-        Entries of the conditioning, named and meant as by core's Wan nodes: "concat_latent_image" [B, C, T, h, w],
+        Entries of the conditioning, as in core's Wan nodes: "concat_latent_image" [B, C, T, h, w],
         "concat_mask" [B, 1 or 4, T, h, w] with 0 where a frame is given, "clip_vision_output". Raises ValueError
-        where an image-to-video model lacks one, or they are of another size than the latent.
+        if an image-to-video model lacks one, or if they have another size than the latent.
         """
         out = super().extra_conds(**kwargs)
         text_BLC = kwargs["cross_attn"]
@@ -84,7 +84,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
         if self.wan_params.i2v:
             tower = kwargs.get("clip_vision_output")
             if tower is None:
-                raise ValueError("This image-to-video model needs image tokens (clip_fea), and the conditioning has "
+                raise ValueError("This image-to-video model needs image tokens (clip_fea), but the conditioning has "
                                  "none. Connect CLIP Vision Encode to clip_vision_output of Causal Wan Image "
                                  "to Video, and pass positive and negative through it.")
             tokens_BNC = tower.penultimate_hidden_states
@@ -96,30 +96,30 @@ class CausalWanModel(comfy.model_base.BaseModel):
         return out
 
     def extra_conds_shapes(self, **kwargs):
-        """What our sampler puts into the conditioning as "block_memory": bytes of the caches, longest evaluation in
-        latent frames, bytes that decoding a block takes."""
+        """The entry "block_memory" that our sampler adds to the conditioning: bytes of the caches, latent frames of the
+        longest forward pass, bytes for decoding a block."""
         return {"block_memory": kwargs["block_memory"]} if "block_memory" in kwargs else {}
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes for core's memory management: an evaluation takes some frames of the video only, caches come on top."""
+        """Bytes for core's memory management: a forward pass takes a part of the video; caches are added."""
         if "block_memory" not in cond_shapes:
             return super().memory_required(input_shape, cond_shapes)
         nbytes, frames, decoding = cond_shapes["block_memory"][0]
         return max(decoding, super().memory_required([*input_shape[:2], frames, *input_shape[3:]])) + nbytes
 
     def _image_condition(self, noise_BCTHW, latent_BCTHW, mask_BMTHW):
-        """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent that the frames were encoded to."""
+        """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent of the frames."""
         if latent_BCTHW is None or mask_BMTHW is None:
-            raise ValueError("This image-to-video model needs a masked image latent (y), and the conditioning has "
+            raise ValueError("This image-to-video model needs a masked image latent (y), but the conditioning has "
                              "none. Pass positive and negative through Causal Wan Image to Video.")
         for part_BXTHW in (latent_BCTHW, mask_BMTHW):
             if part_BXTHW.shape[2:] != noise_BCTHW.shape[2:]:
-                raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[2:])}, the conditioning (y) was made "
-                                 f"for {size_words(part_BXTHW.shape[2:])} (frames, height, width). Use the latent of "
-                                 "Causal Wan Image to Video, or give that node the same size and length.")
+                raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[2:])}, but the conditioning (y) was "
+                                 f"made for {size_words(part_BXTHW.shape[2:])} (frames, height, width). Use the latent "
+                                 "from Causal Wan Image to Video, or set the same size and length there.")
         if latent_BCTHW.shape[1] != self.wan_params.out_dim:
-            raise ValueError(f"The conditioning's image latent has {latent_BCTHW.shape[1]} channels, this model takes "
-                             f"{self.wan_params.out_dim}. Use the VAE that belongs to the model.")
+            raise ValueError(f"The conditioning's image latent has {latent_BCTHW.shape[1]} channels, but this model "
+                             f"takes {self.wan_params.out_dim}. Use the VAE of this model.")
         given_BMTHW = 1 - mask_BMTHW.to(latent_BCTHW)
         given_BMTHW = given_BMTHW.expand(len(latent_BCTHW), -1, -1, -1, -1)
         if given_BMTHW.shape[1] == 1:
@@ -131,6 +131,6 @@ def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype
                quantized: Quantized | None = None) -> CausalWanModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`.
 
-    `scale_factor` belongs to 4-channel latents. `quantized`: the layers that are stored in 8 or 4 bits.
+    `scale_factor` is for 4-channel latents. `quantized`: the layers that are stored in 8 or 4 bits.
     """
     return build_model(CausalWanConfig(params, scale_factor), weight_dtype, quantized=quantized)

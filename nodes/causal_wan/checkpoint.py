@@ -1,7 +1,7 @@
 """From a causal Wan 2.1 checkpoint to MODEL, every key accounted for.
 
-Type and size are read from keys and shapes, heads from the width or the header. Whether weights were trained causally
-cannot be read from them: keys and shapes are those of Wan 2.1.
+Type and size are read from keys and shapes, the number of heads from the width or the header. The weights do not show
+whether they were trained causally: keys and shapes are those of Wan 2.1.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZED_IMAGE = {"img_emb.proj.1.weight": 2}
 
 
 class Header(NamedTuple):
-    """What the `config` entry of a file's header says; heads None: by the width."""
+    """The `config` entry of a file's header; heads None: computed from the width."""
 
     heads: int | None
     scale_factor: float
@@ -85,24 +85,24 @@ def expected_shapes(params):
 
 
 def _check(tensors, quantized, expected):
-    """Every key accounted for; the quantised layers by the shapes that their numbers have."""
+    """Every key accounted for; the quantised layers by their unpacked shapes."""
     shapes = {f"{name}.weight": layer for name, layer in quantized.items()}
     found = tensors | {key: torch.empty(layer.shape, device="meta") for key, layer in shapes.items()}
     check_keys("network", found, expected,
-               "Missing keys: the file was pruned or saved in part; get it whole. Unknown keys or other shapes: an "
-               "extension or another model was merged into it; use the original file.")
+               "Missing keys: the file was pruned or saved in part. Get the complete file. Unknown keys or other "
+               "shapes: an extension or another model was merged into it. Use the original file.")
 
 
 def read_header(metadata, path):
     """The `Header` of a .safetensors file: {"num_heads": 4, "scale_factor": 0.18, "transformer": {"causal_ar": true}}.
 
-    All entries may be missing. Core marks causal files with the last one.
+    All entries are optional. Core marks causal files with the last one.
     """
     place = f"The entry config in the header of {path}"
     config = parse_json(metadata.get("config", "{}"), place)
     transformer = config.get("transformer", {})
     if not isinstance(transformer, dict):
-        raise ValueError(f"{place} has {shown(transformer)} as transformer, which is no JSON object. Write it anew, or "
+        raise ValueError(f"{place} has {shown(transformer)} as transformer, which is not a JSON object. Correct it, or "
                          "remove it: published models need none.")
     heads = config.get("num_heads", transformer.get("num_heads"))
     if heads is not None:
@@ -112,13 +112,13 @@ def read_header(metadata, path):
 
 
 def pick(checkpoint, weights="auto"):
-    """The chosen weights by native key, taken out of `checkpoint.tensors`, which is emptied.
+    """The chosen weights by native key; `checkpoint.tensors` is emptied.
 
     "raw" is `generator` (or a file with one set of weights), "ema" is `generator_ema`, "auto" what the authors use.
-    Raises ValueError for a choice that the file does not hold and for names that fall together.
+    Raises ValueError for a choice that the file does not hold and for duplicate names.
     """
     if weights not in WEIGHTS:
-        raise ValueError(f"Weights {weights!r} is unknown: choose one of {', '.join(WEIGHTS)}.")
+        raise ValueError(f"weights is {weights!r}. Choose one of {', '.join(WEIGHTS)}.")
     path, tensors = checkpoint.path, checkpoint.tensors
     sets = {"raw": take_prefix(tensors, RAW), "ema": take_prefix(tensors, EMA)}
     if not any(sets.values()):
@@ -131,10 +131,10 @@ def pick(checkpoint, weights="auto"):
     held = [name for name, found in sets.items() if found] or ["raw"]
     if weights == "auto":
         weights = published_choice(path) if len(held) == 2 else held[0]
-        log.info("%s holds %s weights; %s taken.", path, " and ".join(held), weights)
+        log.info("%s holds %s weights; using %s.", path, " and ".join(held), weights)
         if len(held) == 2 and re.search("causal[-_ ]?forcing", path.lower()) and "wise" not in path.lower():
             log.warning("%s does not say whether it is frame-wise (ema) or chunk-wise Causal-Forcing (raw). Choose raw "
-                        "for chunk-wise, or keep the file in a folder of that name.", path)
+                        "for chunk-wise, or put the file into a folder of that name.", path)
     if weights not in held:
         raise ValueError(f"{path} holds no {weights} weights, only {held[0]}. Choose {held[0]}, or auto.")
     named = {native_key(key): value for key, value in sets[weights].items()}
@@ -145,19 +145,20 @@ def pick(checkpoint, weights="auto"):
 
 
 def published_choice(path):
-    """Which set of a file with both its authors use: "ema", but "raw" for chunk-wise Causal Forcing.
+    """Which set the authors of a file with both use: "ema", but "raw" for chunk-wise Causal Forcing.
 
-    Keys do not tell that model; the folder it is published in, `chunkwise`, does. Its long-video model is "ema" again.
+    That model is not recognisable by its keys, only by the folder it is published in, `chunkwise`. Its long-video model
+    uses "ema" again.
     """
     place = "/".join(Path(path).parts[-3:]).lower()
     return "raw" if re.search("chunk[-_ ]?wise", place) and "long" not in place else "ema"
 
 
 def detect(tensors, heads, path, quantized=Quantized()):
-    """`WanParams` from native keys and shapes; `heads` where they are not dim / 128, or None.
+    """`WanParams` from native keys and shapes; `heads` if it is not dim / 128, or None.
 
-    Raises ValueError for sizes that cannot be read or built, and for every input that a causal Wan of text or image to
-    video does not have.
+    Raises ValueError for sizes that cannot be read or built, and for inputs that a causal Wan of text or image to video
+    does not have.
     """
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in quantized.items()}
@@ -166,14 +167,14 @@ def detect(tensors, heads, path, quantized=Quantized()):
         if len(shapes.get(key, ())) != axes:
             found = f"is {list(shapes[key])}" if key in shapes else "is missing"
             raise ValueError(f"{path}: the size of the network cannot be read, {key} {found}. The file was pruned, "
-                             "changed or saved in part; get it whole.")
+                             "changed or saved in part. Get the complete file.")
         for size in shapes[key]:
             whole(size, f"{path}: an axis of {key}")
     dim, in_dim = shapes["patch_embedding.weight"][:2]
     if heads is None and dim % HEAD_WIDTH:
         raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
-                         'heads cannot be told. Give it in the header of a .safetensors file: config {"num_heads": N}; '
-                         "core's Save Model leaves it out.")
+                         'heads is unknown. Set it in the header of a .safetensors file: config {"num_heads": N}. '
+                         "(Core's Save Model does not write it.)")
     params = WanParams(
         in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // math.prod(PATCH), dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
@@ -191,47 +192,47 @@ def _count_layers(keys, path):
     if found != numbers:
         raise ValueError(f"{path}: layers are numbered from 0 without a gap, {DEEPEST} at most. The file has "
                          f"{len(found)}, among them blocks.{min(found - numbers, key=len)[:20]}. It was changed, or "
-                         "saved in part; get it whole.")
+                         "saved in part. Get the complete file.")
     return len(found)
 
 
 def _check_channels(params, path):
-    """Tell the kinds of Wan apart by channels, width and image keys, and let text and image to video through."""
+    """Identify the kind of Wan by channels, width and image keys; only text and image to video are accepted."""
     taken, given, image = params.in_dim, params.out_dim, params.i2v
     use = ("Use a causal Wan 2.1 (Self-Forcing, Causal-Forcing, LongLive 1.0), or core's Load Diffusion Model for "
            "this file.")
     if taken == given == 48:
         raise ValueError(f"{path} is Wan2.2 TI2V-5B or a model made from it, LongLive 2.0 ({params.dim} wide, 48 "
-                         f"channels): its latents, of the Wan 2.2 VAE, and its blocks are others. {use}")
+                         f"channels): its latents (Wan 2.2 VAE) and its blocks are different. {use}")
     if taken == 48 and given == 16:
-        raise ValueError(f"{path} is Wan Fun-Control (48 channels in, 16 out): it needs a control video, which a "
-                         f"block-autoregressive sampler does not give. {use}")
+        raise ValueError(f"{path} is Wan Fun-Control (48 channels in, 16 out): it needs a control video, which the "
+                         f"block-autoregressive sampler does not have. {use}")
     if taken == 2 * given + 4 and not image:
-        raise ValueError(f"{path} takes {taken} channels and has no image tokens (img_emb), as Wan2.2 I2V-A14B: one "
+        raise ValueError(f"{path} takes {taken} channels and has no image tokens (img_emb), like Wan2.2 I2V-A14B: one "
                          f"of a pair of bidirectional experts. {use}")
     if taken != (2 * given + 4 if image else given) or given not in (4, 16):
         raise ValueError(f"{path}: {taken} channels in, {given} out, {'with' if image else 'without'} image tokens, "
-                         "fits no known Wan. Text to video has as many in as out, image to video 2 x out + 4 and "
-                         f"img_emb; out is 16 (Wan 2.1) or 4 (small models on Stable Diffusion's latents). {use}")
+                         "fits no known Wan. Text to video has the same number in and out, image to video 2 x out + 4 "
+                         f"and img_emb; out is 16 (Wan 2.1) or 4 (small models on Stable Diffusion's latents). {use}")
 
 
 def _leave_aside(path, keys):
-    """Say which other parts of the file (critic, optimizer, VAE) are not used."""
+    """Log which other parts of the file (critic, optimizer, VAE) are not used."""
     if keys:
         parts = sorted({key.partition(".")[0] for key in keys})
-        log.info("%s: %d tensors beside the network are left aside: %s.", path, len(keys), ", ".join(parts))
+        log.info("%s: ignored %d tensors outside the network: %s.", path, len(keys), ", ".join(parts))
 
 
 def _say_if_not_causal(checkpoint, header):
     named = CAUSAL_NAMES.search("/".join(Path(checkpoint.path).parts[-2:]).lower())
     if not (header.causal or named or any(key.startswith((RAW, EMA)) for key in checkpoint.tensors)):
-        log.warning("%s does not say that it is causal, neither in its header nor by its name. Bidirectional Wan has "
-                    "the same keys and loads too, but its videos fall apart from block to block. Use a causal model; "
-                    "if it is one, name the file so.", checkpoint.path)
+        log.warning("%s does not say that it is causal, neither in its header nor in its name. Bidirectional Wan has "
+                    "the same keys and loads too, but its videos fall apart from block to block. Use a causal model. "
+                    "If it is one, put the word causal into its name.", checkpoint.path)
 
 
 def _cast(value, dtype):
-    """To the storage type; with 8 bits only the matrices, as the rest is small and would lose most."""
+    """To the storage type; with 8 bits only the matrices, because the rest is small and would lose most."""
     if dtype.itemsize == 1 and value.ndim != 2:
         dtype = torch.bfloat16
     return value.to(dtype)

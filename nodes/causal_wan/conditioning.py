@@ -15,20 +15,20 @@ from ..common.images import check_finite, check_size, fit_image
 
 PREFIX, CHUNK, CLAMP, CONCAT = "prefix frame", "still chunk", "in-block clamp", "concat"
 MECHANISMS = ("auto", PREFIX, CHUNK, CLAMP, CONCAT)
-START_KEY = "stillmotion_start"  # in a LATENT: how it begins
+START_KEY = "stillmotion_start"  # entry of a LATENT: its given frames
 
 
 class StartFrames(NamedTuple):
-    """How a latent begins. `frames` latent frames at its start are given (none with concat)."""
+    """The given frames of a latent: the first `frames` latent frames (none with concat)."""
 
     mechanism: str
     frames: int
     block: int
-    still: bool       # the given frames repeat one image: all but the first are cut off after sampling
+    still: bool       # the given frames repeat one image; all but the first are cut off after sampling
 
 
 class FramePlan(NamedTuple):
-    """Frames of one run; `given` counts latent frames that the images make, `latents` all that are sampled."""
+    """Frames of one run: `given` latent frames are made from the images, `latents` are sampled in total."""
 
     start: StartFrames | None  # None: from text alone
     given: int
@@ -36,10 +36,10 @@ class FramePlan(NamedTuple):
 
 
 def choose_mechanism(mechanism: str, given: int, block: int, i2v: bool) -> str:
-    """The mechanism that "auto" stands for: image-to-video models need y, models that make one frame a block were
-    trained to go on from one, and others know whole blocks only."""
+    """The mechanism that "auto" stands for: image-to-video models need y, models with one frame per block were trained
+    to continue one frame, and others take whole blocks only."""
     if mechanism not in MECHANISMS:
-        raise ValueError(f"Mechanism {mechanism!r} is unknown: choose one of {', '.join(MECHANISMS)}.")
+        raise ValueError(f"mechanism is {mechanism!r}. Choose one of {', '.join(MECHANISMS)}.")
     if mechanism != "auto":
         return mechanism
     if i2v:
@@ -48,39 +48,39 @@ def choose_mechanism(mechanism: str, given: int, block: int, i2v: bool) -> str:
 
 
 def latent_frames(frames: int, factor: int, name: str) -> int:
-    """Latent frames of `frames` video frames; `factor` video frames make one, the first one stands alone."""
+    """Latent frames of `frames` video frames: one for the first, then one per `factor` frames."""
     if frames < 1 or (frames - 1) % factor:
         below = max(0, (frames - 1) // factor) * factor + 1
-        raise ValueError(f"{name} is {frames} frames: this VAE takes 1 + {factor} n. Nearest: {below} or "
+        raise ValueError(f"{name} is {frames} frames. This VAE takes 1 + {factor} n. Nearest: {below} or "
                          f"{below + factor}.")
     return (frames - 1) // factor + 1
 
 
 def check_length(length: int, total: int, block: int, first: int, factor: int) -> None:
-    """Raise ValueError unless `total` latent frames less the `first` one (1 or 0) are whole blocks."""
+    """Raise ValueError unless `total` latent frames minus the `first` one (1 or 0) are whole blocks."""
     whole, rest = divmod(total - first, block)
     if rest:
         blocks = [n for n in range(1, total - first + 1) if (total - first) % n == 0]
         lengths = [(first + n * block - 1) * factor + 1 for n in (whole, whole + 1) if n]
         after = f"{total - 1} after the first one, " if first else ""
         raise ValueError(f"length is {length} frames, which are {total} latent frames, {after}no whole blocks of "
-                         f"{block}. Lengths that are: {' or '.join(map(str, lengths))}. Blocks that fit this length: "
-                         f"{', '.join(map(str, blocks))}. Or allow a short last block.")
+                         f"{block}. Lengths that fit: {' or '.join(map(str, lengths))}. Blocks that fit this length: "
+                         f"{', '.join(map(str, blocks))}. Or set short_last_block.")
 
 
 def plan_frames(images: int, length: int, block: int, mechanism: str, i2v: bool, factor: int,
                 short_last: bool) -> FramePlan:
-    """Check the numbers of a run before anything is encoded; ValueErrors name the numbers that would do."""
+    """Check the numbers of a run before anything is encoded. ValueErrors name the numbers that fit."""
     if block < 1:
-        raise ValueError(f"block is {block}: give the latent frames that the model makes at once, 3 or 1.")
+        raise ValueError(f"block is {block}. It must be the latent frames that the model makes at once, 3 or 1.")
     if not images:
         return plan_text(length, block, mechanism, factor, short_last)
     given, total = latent_frames(images, factor, "image"), latent_frames(length, factor, "length")
     mechanism = choose_mechanism(mechanism, given, block, i2v)
     still = mechanism == CHUNK and images == 1 and block > 1
     if given >= total:
-        raise ValueError(f"The given images fill {given} latent frames, the video has {total}: nothing is left to "
-                         "make. Give a larger length, or fewer images.")
+        raise ValueError(f"The given images fill {given} latent frames, but the video has only {total}. Set a larger "
+                         "length, or give fewer images.")
     first = mechanism == PREFIX or still or mechanism == CONCAT and (total - 1) % block == 0
     if not short_last:
         check_length(length, total, block, int(first), factor)
@@ -91,14 +91,15 @@ def plan_frames(images: int, length: int, block: int, mechanism: str, i2v: bool,
         latents = [n for n in range(1, total) if (n - (mechanism == PREFIX)) % block == 0]
         counts = ", ".join(str((n - 1) * factor + 1) for n in latents[:4])
         raise ValueError(f"{images} images make {given} latent frames, which end inside a block of {block} with "
-                         f"{mechanism}: give {counts or 'fewer'} images, or choose another mechanism or block.")
+                         f"{mechanism}. Give {counts or 'fewer'} images, or choose another mechanism or block.")
     return FramePlan(StartFrames(mechanism, 0 if mechanism == CONCAT else given, block, False), given, total)
 
 
 def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: bool) -> FramePlan:
-    """`plan_frames` without images. Whether the first frame stands alone is the sampler's to say: both fit here."""
+    """`plan_frames` without images. Both numbers are valid that the sampler's independent_first allows."""
     if mechanism != "auto":
-        raise ValueError(f"Mechanism {mechanism!r} needs an image: connect one, or choose auto for a video from text.")
+        raise ValueError(f"mechanism is {mechanism!r}, which needs an image. Connect one, or choose auto for a video "
+                         "from text.")
     total = latent_frames(length, factor, "length")
     if not short_last:
         check_length(length, total, block, int((total - 1) % block == 0), factor)
@@ -109,12 +110,12 @@ def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, l
                      i2v: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
     """(entries for the CONDITIONING, LATENT) of a start image, of the frames of a clip to continue, or of none.
 
-    The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], of the images and grey frames
-    after them, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are made for image-to-video models
+    The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], the images followed by grey
+    frames, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are set for image-to-video models
     (`i2v`) and with concat, and are empty otherwise.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+        raise ValueError(f"batch_size is {batch_size}. It must be at least 1.")
     scale = vae.spacial_compression_encode()
     check_size(width, height, 2 * scale)
     factor = vae.temporal_compression_decode() or 1

@@ -1,4 +1,4 @@
-"""Everything that decides a run's result, in a form that can be stored and compared."""
+"""Everything that determines a run's result, in a form that can be stored and compared."""
 from __future__ import annotations
 
 from functools import partial
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from ..common.core_model import key_patches
 
-SAMPLES = 1024     # numbers of each weight that are looked at: a fine-tune changes nearly all of them
+SAMPLES = 1024     # values of each weight that are compared: a fine-tune changes nearly all of them
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Fingerprint(NamedTuple):
-    """`settings` hold for the whole run; `blocks[i]` for block i alone: what a longer run may have otherwise."""
+    """`settings` apply to the whole run, `blocks[i]` to block i only; these may differ in a longer run."""
 
     settings: dict
     blocks: tuple[dict, ...]
 
     def histories(self) -> list[str]:
-        """For every block a name of all that decides the video up to its end."""
+        """For each block a hash of everything that determines the video up to its end."""
         return list(accumulate(self.blocks, digest, initial=digest(self.settings)))[1:]
 
 
 def digest(*values) -> str:
     """Short hash of values: tensors by their bytes, containers by their parts, the rest by name.
 
-    Functions count with the numbers, words and tensors that they enclose, LoRAs with their weights. What else lies in
-    functions and objects may change during a run, so it is not looked at.
+    Functions are hashed with the numbers, strings and tensors in their closures, LoRAs with their weights. Other
+    contents of functions and objects may change during a run and are ignored.
     """
     found = blake2b(digest_size=8)
     for value in values:
@@ -72,10 +72,10 @@ def _feed(found, value) -> None:
 
 
 def model_digests(patcher) -> dict:
-    """Names for the weights of a MODEL and for all that lies on them: LoRAs, patches, wrappers, overrides."""
+    """Hashes of the weights of a MODEL and of everything on them: LoRAs, patches, wrappers, overrides."""
     weights, patches = {}, {}
     for key, (weight, *added) in key_patches(patcher).items():
-        flat = weight[0].detach().flatten()  # with the function that turns it into its type
+        flat = weight[0].detach().flatten()  # with its convert function
         weights[key] = (list(weight[0].shape), flat[::max(1, len(flat) // SAMPLES)])
         if added:
             patches[key] = added

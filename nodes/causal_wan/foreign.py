@@ -1,12 +1,12 @@
-"""Checkpoints that are no causal Wan, told by their keys: what each is, and what to use instead."""
+"""Checkpoints that are not causal Wan, recognised by their keys: what each is, and what to use instead."""
 from __future__ import annotations
 
 NATIVE = "Use the same model in Wan's own key layout (blocks.0.self_attn.q.weight), .safetensors or the original .pt."
 DIFFUSION = "Use core's Load Diffusion Model for this file."
 
-# First match wins; a key that contains the mark tells the family.
+# The first match wins; a key that contains the mark identifies the family.
 FOREIGN = (
-    ("a model with a LoRA beside its weights, not yet merged (PEFT)", ".base_layer.",
+    ("a model with an unmerged LoRA (PEFT)", ".base_layer.",
      "Use the merged file of the same model."),
     ("a LoRA", "lora_", "Choose it under lora, and the model that it was made for under checkpoint."),
     ("a LoRA", ".lora.", "Choose it under lora, and the model that it was made for under checkpoint."),
@@ -24,7 +24,7 @@ FOREIGN = (
     ("Stable Diffusion", "input_blocks.0.0.", "Use core's Load Checkpoint."),
 )
 
-# Wan with parts of its own; a key that begins with the mark tells which.
+# Wan with additional parts; a key that starts with the mark identifies it.
 EXTENDED = (
     ("Wan VACE", "vace_"),
     ("Wan Camera Control", "control_adapter."),
@@ -40,13 +40,13 @@ def check_family(path, tensors):
     wan = "patch_embedding.weight" in tensors and "head.modulation" in tensors
     extended = next((name for name, mark in EXTENDED if any(key.startswith(mark) for key in tensors)), None)
     if wan and extended:
-        raise ValueError(f"{path} is {extended}: it needs inputs that a block-autoregressive sampler does not give. "
+        raise ValueError(f"{path} is {extended}: it needs inputs that the block-autoregressive sampler does not have. "
                          f"Use a causal Wan 2.1 (Self-Forcing, Causal-Forcing, LongLive 1.0). {DIFFUSION}")
     found = next(((name, use) for name, mark, use in FOREIGN if any(mark in key for key in tensors)), None)
     if found:
         raise ValueError(f"{path} is not a causal Wan model: it looks like {found[0]}. {found[1]}")
     if not wan:
         missing = " and ".join(key for key in ("patch_embedding.weight", "head.modulation") if key not in tensors)
-        raise ValueError(f"{path} is not a whole Wan model: it lacks {missing} (its keys: "
-                         f"{', '.join(list(tensors)[:3])}, ...). Give a causal Wan 2.1, .safetensors or the original "
+        raise ValueError(f"{path} is not a complete Wan model: it lacks {missing} (its keys: "
+                         f"{', '.join(list(tensors)[:3])}, ...). Use a causal Wan 2.1, .safetensors or the original "
                          ".pt.")

@@ -1,17 +1,17 @@
-"""Keys of causal Wan: the network's own are native Wan keys, which files put behind prefixes.
+"""Keys of causal Wan: the network has native Wan keys; files add prefixes.
 
-Saving needs no map: core's Save Model writes the native keys behind "model.diffusion_model.", training as they are.
+Saving needs no map: core's Save Model adds the prefix "model.diffusion_model.", training writes the native keys.
 """
 
 RAW, EMA = "generator.", "generator_ema."            # the two sets of weights of an original .pt file
-BESIDE = ("vae.", "text_encoders.", "clip_vision.")  # parts of an all-in-one checkpoint that core's loaders take
-FRONT = {"model", "diffusion_model"}                 # at the front of keys: names of the network in a larger model
-LORA_FRONT = FRONT | {"base_model"}                  # as PEFT names it
-CORE_PREFIX = "diffusion_model."                     # of core's names for the weights that a LoRA changes
+BESIDE = ("vae.", "text_encoders.", "clip_vision.")  # parts of an all-in-one checkpoint, for core's loaders
+FRONT = {"model", "diffusion_model"}                 # prefixes of the network in a larger model
+LORA_FRONT = FRONT | {"base_model"}                  # with PEFT's prefix
+CORE_PREFIX = "diffusion_model."                     # core's prefix for the weights that a LoRA changes
 
 
 def native_key(key: str, front: set[str] = FRONT) -> str:
-    """A key as core names it: without what encloses the network (`front`)."""
+    """A key as core names it: without the prefixes of the enclosing model (`front`)."""
     parts = key.split(".")
     while len(parts) > 1 and parts[0] in front:
         parts.pop(0)
@@ -19,5 +19,5 @@ def native_key(key: str, front: set[str] = FRONT) -> str:
 
 
 def core_lora_key(key: str) -> str:
-    """The key of a LoRA's tensor in core's generic layout, of one as PEFT writes it or in a layout that core reads."""
+    """The key of a LoRA's tensor in core's generic layout, from PEFT's key or one that core reads."""
     return key if key.startswith("lora_") else CORE_PREFIX + native_key(key.replace(".default.", "."), LORA_FRONT)

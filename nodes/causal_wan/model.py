@@ -36,8 +36,8 @@ class WanParams:
 
     def __post_init__(self):
         if self.dim % (2 * self.num_heads):
-            raise ValueError(f"{self.num_heads} heads do not share the width {self.dim}: the width of a head must be "
-                             "an even whole number. Give the number of heads in the file's header.")
+            raise ValueError(f"num_heads is {self.num_heads}, which does not divide the width {self.dim} into heads of "
+                             "an even width. Set the number of heads in the file's header.")
 
     def cache_layout(self, *, capacity: int, sink: int, height: int, width: int, relative_sink: bool) -> CacheLayout:
         """Cache of this network for a latent of height x width and `capacity` frames, the `sink` frames included."""
@@ -55,7 +55,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class CausalWan(nn.Module):
-    """Predicts the flow (noise - clean) of a block of latent frames, each frame with a timestep of its own.
+    """Predicts the flow (noise - clean) of a block of latent frames, each frame with its own timestep.
 
     `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function.
     """
@@ -82,19 +82,19 @@ class CausalWan(nn.Module):
 
     def project_context(self, text_BND: Tensor, image_BNW: Tensor | None = None) -> tuple[ContextKeys, ...]:
         """Keys and values of every cross-attention layer for text [B, N, text_dim] and, in I2V models, vision-tower
-        tokens [B, N, clip_dim] (CLIP ViT-H: 257 x 1280). They depend on nothing else: compute them once a prompt."""
+        tokens [B, N, clip_dim] (CLIP ViT-H: 257 x 1280). They depend on nothing else: compute them once per prompt."""
         params = self.params
         if text_BND.shape[-1] != params.text_dim:
-            raise ValueError(f"The text embedding is {text_BND.shape[-1]} wide, the model takes {params.text_dim}: use "
-                             "the text encoder that belongs to it (UMT5-XXL for Wan 2.1).")
+            raise ValueError(f"The text embedding is {text_BND.shape[-1]} wide, but the model takes {params.text_dim}. "
+                             "Use the text encoder of this model (UMT5-XXL for Wan 2.1).")
         image_BNC = None
         if params.i2v:
             if image_BNW is None:
-                raise ValueError("This image-to-video model needs the tokens of the start image (clip_fea): give a "
+                raise ValueError("This image-to-video model needs the tokens of the start image (clip_fea). Connect a "
                                  "CLIP vision output.")
             if image_BNW.ndim != 3 or image_BNW.shape[-1] != params.clip_dim:
-                raise ValueError(f"clip_fea has shape {list(image_BNW.shape)}, the model takes [batch, tokens, "
-                                 f"{params.clip_dim}]: use the CLIP vision tower that belongs to it.")
+                raise ValueError(f"clip_fea has shape {list(image_BNW.shape)}, but the model takes [batch, tokens, "
+                                 f"{params.clip_dim}]. Use the CLIP vision tower of this model.")
             image_BNC = self.img_emb(image_BNW)
         text_BNC = self.text_embedding(text_BND)
         return tuple(block.cross_attn.project(text_BNC, image_BNC) for block in self.blocks)
@@ -112,7 +112,7 @@ class CausalWan(nn.Module):
         frames, (height, width) = x_BCFHW.shape[2], x_BCFHW.shape[3:]
         rows, columns = height // PATCH[1], width // PATCH[2]
         if height % PATCH[1] or width % PATCH[2]:
-            raise ValueError(f"The latent is {width} x {height}: width and height must be multiples of "
+            raise ValueError(f"The latent is {width} x {height}. Width and height must be multiples of "
                              f"{PATCH[2]} and {PATCH[1]}. Choose another video size.")
         head_dim, device, dtype = params.dim // params.num_heads, x_BCFHW.device, x_BCFHW.dtype
         placement = sink_rotation = mask_LL = None
@@ -146,7 +146,7 @@ class CausalWan(nn.Module):
 
 
 def replaced_block(replace, block: WanBlock, x_BLC: Tensor, step: Step) -> Tensor:
-    """Run a block through a patch in the form that core's Wan model calls it."""
+    """Run a block through a patch, called as in core's Wan model."""
     def original(args: dict) -> dict:
         return {"img": block(args["img"], step)}
 

@@ -36,21 +36,21 @@ class LoadCausalWan(io.ComfyNode):
             inputs=[
                 io.Combo.Input("checkpoint", options=["demo", *_names(FOLDERS)],
                                tooltip="A file in models/diffusion_models or models/checkpoints. It must be a causal "
-                                       "model: ordinary Wan has the same keys and cannot be told apart, loads with a "
-                                       "warning in the log at most, and its videos fall apart from block to block. "
-                                       "demo is the small model that comes with this pack."),
+                                       "model. Ordinary Wan has the same keys, so it loads with at most a warning in "
+                                       "the log, but its videos fall apart from block to block. demo is the small "
+                                       "model that comes with this pack."),
                 io.Combo.Input("weights", options=list(loader.WEIGHTS), default="auto",
-                               tooltip="For .pt files that hold the weights twice. ema: averaged (Self-Forcing, "
+                               tooltip="For .pt files that hold two sets of weights. ema: averaged (Self-Forcing, "
                                        "frame-wise and long Causal-Forcing). raw: as trained (chunk-wise "
                                        "Causal-Forcing). auto: what the authors use; the log says which."),
                 io.Combo.Input("lora", options=["none", *_names(("loras",))], default="none",
-                               tooltip="A file in models/loras, also LongLive's lora.pt as it was published (LongLive "
-                                       "needs it with longlive_base.pt). More LoRAs: core's LoRA loaders."),
+                               tooltip="A file in models/loras, including LongLive's lora.pt as published (LongLive "
+                                       "needs it with longlive_base.pt). For more LoRAs use core's LoRA loaders."),
                 io.Float.Input("lora_strength", default=1.0, min=-20.0, max=20.0, step=0.01,
-                               tooltip="1 is as trained. A LoRA that was trained with another alpha than its rank and "
-                                       "does not say so in the file needs alpha / rank."),
+                               tooltip="1 is as trained. If a LoRA was trained with an alpha other than its rank and "
+                                       "the file does not say so, set this to alpha / rank."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto",
-                               tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device. "
+                               tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device. "
                                        "fp8_e4m3fn: matrices in 8 bits, half the memory of bf16."),
             ],
             outputs=[io.Model.Output(tooltip="For Block-Autoregressive Sampler. Text, VAE and image encoder come from "
@@ -79,48 +79,50 @@ class CausalWanImageToVideo(io.ComfyNode):
             node_id="Stillmotion_CausalWanImageToVideo",
             display_name="Causal Wan Image to Video",
             category="Stillmotion/Causal Wan",
-            description="Begins a video with a start image, goes on from the frames of a clip, or starts from text "
-                        "alone, for the Block-Autoregressive Sampler.",
+            description="Starts a video from an image, continues the frames of a clip, or starts from text alone, for "
+                        "the Block-Autoregressive Sampler.",
             search_aliases=["image to video", "i2v", "text to video", "t2v", "animate", "extend video",
                             "continue video", "LongLive", "Self Forcing"],
             advanced=["mechanism", "short_last_block"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; used with a cfg other than 1."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; used if cfg is not 1."),
                 io.Vae.Input("vae", tooltip="From core's Load VAE (Wan 2.1), or the demo's."),
                 io.Image.Input("image", optional=True,
                                tooltip="The start image, or the last frames of a clip in order: with Wan's VAE 1, 5, "
-                                       "9, ... frames. Scaled and cropped, never stretched. Open: text to video."),
+                                       "9, ... frames. Scaled and cropped, never stretched. Not connected: text to "
+                                       "video."),
                 io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("length", default=73, min=2, max=100000,
-                             tooltip="Video frames, the given ones included. Wan's VAE makes 4 of each latent frame "
-                                     "after the first. With blocks of 3: 73, 85, 97, ... A wrong number is refused, "
-                                     "with the right ones."),
+                             tooltip="Video frames, including the given ones. Wan's VAE makes 4 of each latent frame "
+                                     "after the first. With blocks of 3: 73, 85, 97, ... For a number that does not "
+                                     "fit, the error lists those that do."),
                 io.Int.Input("block", default=3, min=1, max=64,
                              tooltip="Latent frames that the model makes at once: 3 (chunk-wise models: Self-Forcing, "
-                                     "LongLive, Krea) or 1 (frame-wise Causal-Forcing). The same as in the sampler."),
+                                     "LongLive, Krea) or 1 (frame-wise Causal-Forcing). Same value as in the sampler."),
                 io.Combo.Input("mechanism", options=list(MECHANISMS), default="auto",
-                               tooltip="How the model sees the image. prefix frame: a block of its own, for frame-wise "
-                                       "models. still chunk: the image repeated for one block, cut off afterwards, for "
-                                       "chunk-wise models. in-block clamp: held inside the first block. concat: "
-                                       "image-to-video models only. auto: concat for image-to-video models, else by "
-                                       "block; connect model, or image tokens tell which it is."),
+                               tooltip="How the image is given to the model. prefix frame: a block of its own, for "
+                                       "frame-wise models. still chunk: the image repeated for one block, cut off "
+                                       "afterwards, for chunk-wise models. in-block clamp: held inside the first "
+                                       "block. concat: image-to-video models only. auto: concat for image-to-video "
+                                       "models (detected from model, or from image tokens), otherwise depending on "
+                                       "block."),
                 io.Boolean.Input("short_last_block", default=False,
-                                 tooltip="Allow a length that ends inside a block. Set it in the sampler, too."),
+                                 tooltip="Allow a length that ends inside a block. Set it in the sampler too."),
                 io.Int.Input("batch_size", default=1, min=1, max=64,
-                             tooltip="Videos made at once, each with noise of its own."),
+                             tooltip="Videos made at once, each with its own noise."),
                 io.ClipVisionOutput.Input("clip_vision_output", optional=True,
                                           tooltip="Image tokens, from CLIP Vision Encode. Image-to-video models need "
-                                                  "them (without image: those of a grey picture); leave it open for "
-                                                  "text-to-video models."),
+                                                  "them (without an image: those of a grey picture). Do not connect "
+                                                  "it for text-to-video models."),
                 io.Model.Input("model", optional=True,
-                               tooltip="The model that will sample: auto then chooses the mechanism for it."),
+                               tooltip="The model to sample with: auto then chooses the mechanism for it."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
                 io.Conditioning.Output(display_name="negative", tooltip="With the image, for guidance."),
-                io.Latent.Output(tooltip="Begins with the given frames, for Block-Autoregressive Sampler alone."),
+                io.Latent.Output(tooltip="Starts with the given frames; for Block-Autoregressive Sampler only."),
             ],
         )
 
@@ -143,14 +145,15 @@ class PromptTimelineNode(io.ComfyNode):
             node_id="Stillmotion_PromptTimeline",
             display_name="Prompt Timeline",
             category="Stillmotion/Causal Wan",
-            description="Prompts that take turns in one video.",
+            description="Prompts that follow one another in one video.",
             search_aliases=["prompt schedule", "prompt travel", "prompt switch", "multi prompt", "LongLive"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the model: UMT5-XXL for Wan 2.1."),
                 io.String.Input("prompts", multiline=True, default="0: a circle moves left\n12: a circle moves up",
-                                tooltip="One 'start frame: prompt' a line, in order. Start frames count latent frames "
-                                        "(with Wan's VAE 4 video frames each) from 0; a prompt begins with the next "
-                                        "block. Before the first line's frame the sampler's positive prompt holds."),
+                                tooltip="One 'start frame: prompt' per line, in order. Start frames count latent "
+                                        "frames (with Wan's VAE 4 video frames each) from 0; a prompt takes effect at "
+                                        "the next block. Before the first line's frame the sampler's positive prompt "
+                                        "is used."),
             ],
             outputs=[Timeline.Output(display_name="timeline", tooltip="For Block-Autoregressive Sampler.")],
         )
@@ -168,6 +171,6 @@ def _names(folders):
 
 
 def _paths(checkpoint, lora):
-    """Checkpoint and LoRA (None where none is named) as paths."""
+    """Checkpoint and LoRA (None if not given) as paths."""
     return (CAUSAL_WAN if checkpoint == "demo" else find_model(checkpoint, FOLDERS, ["demo"]),
             None if lora == "none" else find_model(lora, ("loras",)))

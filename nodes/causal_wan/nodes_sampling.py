@@ -25,51 +25,52 @@ ADVANCED = ["first_steps", "shift", "warp", "independent_first", "short_last_blo
 
 def _inputs():
     return [
-        io.Model.Input("model", tooltip="From Load Causal Wan; LoRAs and other model patches may lie between."),
-        io.Conditioning.Input("positive", tooltip="What to see."),
-        io.Conditioning.Input("negative", tooltip="What to avoid; not used at cfg 1."),
+        io.Model.Input("model", tooltip="From Load Causal Wan; LoRAs and other model patches can be between."),
+        io.Conditioning.Input("positive", tooltip="The prompt, from Causal Wan Image to Video."),
+        io.Conditioning.Input("negative", tooltip="What to avoid. Not used at cfg 1."),
         io.Latent.Input("latent", tooltip="From Causal Wan Image to Video, or an empty Wan video latent."),
         io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                     tooltip="Every latent frame draws noise of its own from it, on the CPU: a longer video "
-                             "begins with the frames of a shorter one, on every machine."),
+                     tooltip="Seed of the noise, drawn on the CPU for each latent frame: a longer video begins "
+                             "with the frames of a shorter one, on every machine."),
         io.String.Input("steps", default="1000, 750, 500, 250",
-                        tooltip="Denoising steps as trained. Self-Forcing, LongLive: 1000, 750, 500, 250."),
+                        tooltip="Denoising steps, as trained. Self-Forcing, LongLive: 1000, 750, 500, 250."),
         io.String.Input("first_steps", default="",
-                        tooltip="Steps of the first block, empty: the same. Models with 1 or 2 steps "
+                        tooltip="Steps of the first block. Empty: the same. Models with 1 or 2 steps "
                                 "(Causal-Forcing++) need 1000, 750, 500, 250 here."),
         io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.01,
-                       tooltip="Shift of the schedule towards noise: 5, CausVid 8."),
+                       tooltip="Shift of the noise schedule: 5, CausVid 8."),
         io.Boolean.Input("warp", default=True,
-                         tooltip="On: the steps count on the shifted table (Self-Forcing, LongLive). Off: they "
-                                 "are timesteps (CausVid: 1000, 757, 522)."),
-        io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames a block, as trained: 3 or 1."),
+                         tooltip="On: the steps are positions in the shifted schedule (Self-Forcing, LongLive). "
+                                 "Off: they are timesteps (CausVid: 1000, 757, 522)."),
+        io.Int.Input("block", default=3, min=1, max=64, tooltip="Latent frames per block, as trained: 3 or 1."),
         io.Boolean.Input("independent_first", default=False,
-                         tooltip="The first latent frame is a block of its own, for models trained so. With a "
-                                 "prefix frame or a still chunk the image decides."),
+                         tooltip="The first latent frame is a block of its own, for models trained that way. Not "
+                                 "used with a prefix frame or a still chunk."),
         io.Boolean.Input("short_last_block", default=False,
                          tooltip="Allow a length that ends inside a block."),
         io.Int.Input("window", default=-1, min=-1, max=100000,
-                     tooltip="Latent frames that a block sees, sink and itself included; memory grows with it. "
-                             "-1: all of the video. LongLive: 12."),
+                     tooltip="Latent frames that a block attends to, including sink and itself; memory grows "
+                             "with it. -1: the whole video. LongLive: 12."),
         io.Int.Input("sink", default=0, min=0, max=1000,
-                     tooltip="First latent frames that stay in the window for ever. LongLive: 3."),
+                     tooltip="First latent frames, which always stay in the window. LongLive: 3."),
         io.Boolean.Input("endless", default=False,
-                         tooltip="Keeps the sink near in position, for videos far longer than the model was "
-                                 "trained on."),
+                         tooltip="Keeps the sink's position close to the current block, for videos far longer than "
+                                 "the model was trained on."),
         io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0,
-                       tooltip="Timestep by which finished blocks are told to the model. 0 is as published."),
+                       tooltip="Timestep at which finished blocks are shown to the model. 0 is as published."),
         io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
-                       tooltip="Guidance. 1 for models with few steps; others need twice the time and cache."),
+                       tooltip="Guidance strength. 1 for few-step models; other values need twice the time and "
+                                   "cache."),
         io.Boolean.Input("refresh_sink", default=False,
-                         tooltip="At a prompt switch the oldest frames in the window become the sink, under "
-                                 "the new prompt. Off: the sink stays as it was, as LongLive does."),
+                         tooltip="At a change of prompt, the oldest frames in the window become the sink under the "
+                                 "new prompt. Off: the sink stays as it was, as in LongLive."),
     ]
 
 
 def _resume_input():
     return io.String.Input("resume_folder", default="", optional=True,
-                           tooltip="A folder in ComfyUI's output folder, empty: none. Every finished block is kept "
-                                   "there, and an interrupted run with the same settings goes on from them.")
+                           tooltip="A folder in ComfyUI's output folder. Each finished block is stored there, and an "
+                                   "interrupted run with the same settings resumes from them. Empty: none.")
 
 
 class BlockAutoregressiveSampler(io.ComfyNode):
@@ -79,17 +80,18 @@ class BlockAutoregressiveSampler(io.ComfyNode):
             node_id="Stillmotion_BlockAutoregressiveSampler",
             display_name="Block-Autoregressive Sampler",
             category="Stillmotion/Causal Wan",
-            description="Makes a video block by block, each in a few steps from a cache of those before it: any "
-                        "length in bounded memory, with prompts that change on the way.",
+            description="Samples a video block by block, each in a few steps and with a cache of the blocks before it: "
+                        "any length in bounded memory, with prompts that can change.",
             search_aliases=["long video", "LongLive", "Self Forcing", "causal sampler", "streaming", "text to video",
                             "t2v", "image to video", "i2v"],
             advanced=ADVANCED,
             inputs=[
                 *_inputs(),
-                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
+                Timeline.Input("timeline", optional=True, tooltip="Prompts that follow one another, from Prompt "
+                                                                  "Timeline."),
                 io.Vae.Input("vae", optional=True,
-                             tooltip="Decodes every block when it is finished and shows it here, moving. Wan 2.1's "
-                                     "VAE, its tiny one (lighttaew2_1: far faster) or the demo's."),
+                             tooltip="Decodes each finished block and shows it here. Wan 2.1's VAE, its tiny one "
+                                     "(lighttaew2_1: far faster) or the demo's."),
                 _resume_input(),
             ],
             outputs=[
@@ -117,18 +119,18 @@ class BlockAutoregressiveToFile(io.ComfyNode):
             node_id="Stillmotion_BlockAutoregressiveToFile",
             display_name="Block-Autoregressive Sampler to File",
             category="Stillmotion/Causal Wan",
-            description="For videos longer than memory: like Block-Autoregressive Sampler, but every finished block is "
-                        "decoded and goes straight into an MP4, so that nothing of the video is held.",
+            description="For videos longer than memory: like Block-Autoregressive Sampler, but each finished block is "
+                        "decoded and written straight to an MP4, so that the video is not kept in memory.",
             search_aliases=["endless video", "long video", "LongLive", "Self Forcing", "streaming", "save mp4"],
             advanced=[*ADVANCED, "crf"],
             inputs=[
                 *_inputs(),
-                io.Vae.Input("vae", tooltip="Decodes every block when it is finished: Wan 2.1's VAE, its tiny one "
+                io.Vae.Input("vae", tooltip="Decodes each finished block: Wan 2.1's VAE, its tiny one "
                                             "(lighttaew2_1: far faster, a little softer) or the demo's."),
                 io.Int.Input("length", default=0, min=0, max=10000000,
-                             tooltip="Video frames in all, given ones included; with Wan's VAE 1 + 4 n. 0: as long as "
-                                     "the latent. Text-to-video models need no latent of that length: a short one "
-                                     "tells size and start."),
+                             tooltip="Total video frames, including the given ones; with Wan's VAE 1 + 4 n. 0: as long "
+                                     "as the latent. For text-to-video models a short latent is enough, which sets "
+                                     "size and start."),
                 io.String.Input("filename_prefix", default="video/Stillmotion",
                                 tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
                                         "%year%, %month%, %day%, %hour%, %minute%, %second%, %width%, %height% are "
@@ -137,7 +139,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
                                tooltip="Frames shown a second. Wan 2.1 was trained on 16."),
                 io.Int.Input("crf", default=16, min=1, max=51,
                              tooltip="1 is best, 16 looks lossless, 23 is small, 51 is worst."),
-                Timeline.Input("timeline", optional=True, tooltip="Prompts that take turns, from Prompt Timeline."),
+                Timeline.Input("timeline", optional=True, tooltip="Prompts that follow one another, from Prompt "
+                                                                  "Timeline."),
                 _resume_input(),
             ],
             outputs=[
@@ -154,8 +157,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
         run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae, length)
         batch, _, _, height, width = latent["samples"].shape
         if batch > 1:
-            raise ValueError(f"The latent is a batch of {batch} videos, a file holds one: set batch_size to 1 in the "
-                             "node that makes the latent.")
+            raise ValueError(f"The latent is a batch of {batch} videos, but a file holds one. Set batch_size to 1 in "
+                             "the node that makes the latent.")
         check_mp4(fps, crf)
         scale = vae.spacial_compression_decode()
         name, subfolder = output_name(filename_prefix, width * scale, height * scale, ".mp4")
@@ -197,7 +200,7 @@ def _settings(short_last_block, refresh_sink, **widgets):
 
 @contextmanager
 def _resume_folder(name, run):
-    """The resume folder of this name, held until the run's end; None for an empty one."""
+    """The resume folder of this name, locked until the run ends; None for an empty name."""
     if not name.strip():
         yield None
         return
@@ -205,7 +208,7 @@ def _resume_folder(name, run):
     output = os.path.abspath(folder_paths.get_output_directory())
     path = os.path.abspath(os.path.join(output, name.strip()))
     if not path.startswith(os.path.join(output, "")):
-        raise ValueError(f"resume_folder is {name!r}, which does not lie in ComfyUI's output folder: give a name such "
-                         "as runs/balloon.")
+        raise ValueError(f"resume_folder is {name!r}, which is not in ComfyUI's output folder. Use a name such as "
+                         "runs/balloon.")
     with holding(Path(path), "The resume folder"):
         yield BlockFolder(Path(path), run.fingerprint())

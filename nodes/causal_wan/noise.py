@@ -11,11 +11,11 @@ from torch import Tensor
 def seeded_noise(seed: int, batch: int, channels: int, height: int, width: int) -> Callable[[int, int, int], Tensor]:
     """`noise(start, count, step)` [batch, channels, count, height, width] in float32 on the CPU.
 
-    Every frame of every video of the batch has a generator of its own for the start (step 0) and for each re-noising,
-    so its values depend on nothing but seed, place in the batch, frame and step.
+    Each frame of each video of the batch has its own generator for the start (step 0) and for each re-noising, so its
+    values depend only on seed, position in the batch, frame and step.
     """
     def frame(row: int, index: int, step: int) -> Tensor:
-        # Hashed, since generators with neighbouring seeds are not independent by design.
+        # Hashed, because generators with neighbouring seeds are not guaranteed to be independent.
         name = hashlib.blake2b(f"{seed} {row} {index} {step}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(name, "little", signed=True))
         return torch.randn(channels, height, width, generator=generator)

@@ -15,14 +15,14 @@ NUM_TIMESTEPS = 1000
 
 
 class FlowStep(NamedTuple):
-    timestep: float  # the label that the network sees, 0 (clean) to 1000 (noise)
-    sigma: float     # the part of noise
+    timestep: float  # input of the network, 0 (clean) to 1000 (noise)
+    sigma: float     # fraction of noise
 
 
 def make_sigmas(shift: float) -> Tensor:
-    """Sigmas [1000] in float64, from 1 down: evenly spaced, then shifted towards noise."""
+    """Sigmas [1000] in float64, descending from 1: evenly spaced, then shifted towards noise."""
     if not 0 < shift < float("inf"):
-        raise ValueError(f"shift is {shift}: it must be a positive number. Wan's causal models were trained with 5.")
+        raise ValueError(f"shift is {shift}. It must be a positive number; causal Wan models were trained with 5.")
     even = 1 - torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / NUM_TIMESTEPS
     return shift * even / (1 + (shift - 1) * even)
 
@@ -30,13 +30,14 @@ def make_sigmas(shift: float) -> Tensor:
 def make_steps(step_list: Sequence[int], shift: float, warp: bool) -> tuple[FlowStep, ...]:
     """Denoising steps from a `denoising_step_list`, for example [1000, 750, 500, 250].
 
-    warp: the numbers count from the end of the shifted table (Self-Forcing, LongLive: 1000, 937.5, 833.3, 625 with
-    shift 5); otherwise they are timesteps, and the table's nearest sigma is used (CausVid).
+    warp: the numbers are positions from the end of the shifted table (Self-Forcing, LongLive: 1000, 937.5, 833.3, 625
+    with shift 5); otherwise they are timesteps, and the table's nearest sigma is used (CausVid).
     """
     falling = all(a > b for a, b in zip(step_list, step_list[1:]))
     if not step_list or not falling or not 0 < step_list[-1] <= step_list[0] <= NUM_TIMESTEPS:
-        raise ValueError(f"The denoising steps are {list(step_list)}: give falling numbers from {NUM_TIMESTEPS} to 1, "
-                         "as the model was trained with, for example 1000, 750, 500, 250.")
+        raise ValueError(f"The denoising steps are {list(step_list)}. They must be falling numbers from "
+                         f"{NUM_TIMESTEPS} to 1. Use those that the model was trained with, for example 1000, 750, "
+                         "500, 250.")
     sigmas = make_sigmas(shift)
     if warp:
         chosen = [sigmas[NUM_TIMESTEPS - step].item() for step in step_list]

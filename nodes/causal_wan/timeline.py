@@ -1,46 +1,46 @@
-"""Prompts with the latent frames from which they hold."""
+"""Prompts with the latent frames where they start."""
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-EXAMPLE = 'one "start frame: prompt" a line, for example\n0: a red circle moves left\n12: a red circle moves up'
+EXAMPLE = 'one "start frame: prompt" per line, for example\n0: a red circle moves left\n12: a red circle moves up'
 
 
 class PromptTimeline(NamedTuple):
-    """`conditionings[i]` (of ComfyUI's CONDITIONING type) holds from latent frame `starts[i]` on."""
+    """`conditionings[i]` (of ComfyUI's CONDITIONING type) applies from latent frame `starts[i]` on."""
 
     starts: tuple[int, ...]
     conditionings: tuple
 
 
 def parse_timeline(text: str) -> list[tuple[int, str]]:
-    """(start frame, prompt) of every line that is not empty; raises ValueError unless the frames rise from 0 on."""
+    """(start frame, prompt) of each non-empty line. Raises ValueError unless the frames are ascending."""
     entries = []
     for line in filter(None, map(str.strip, text.splitlines())):
         found = re.fullmatch(r"(\d+)\s*:\s*(.*)", line)
         if found is None:
-            raise ValueError(f"The timeline's line {line!r} has no start frame: write {EXAMPLE}")
+            raise ValueError(f"The timeline's line {line!r} has no start frame. Write {EXAMPLE}")
         entries.append((int(found[1]), found[2]))
     if not entries:
-        raise ValueError(f"The timeline is empty: write {EXAMPLE}")
+        raise ValueError(f"The timeline is empty. Write {EXAMPLE}")
     starts = [start for start, _ in entries]
     if any(a >= b for a, b in zip(starts, starts[1:])):
-        raise ValueError(f"The timeline's start frames are {', '.join(map(str, starts))}: every prompt must begin "
-                         "later than the one before it. Put the lines in order and give each frame once.")
+        raise ValueError(f"The timeline's start frames are {', '.join(map(str, starts))}. Each prompt must start "
+                         "later than the one before it. Put the lines in order and use each frame once.")
     return entries
 
 
 def apply_timeline(timeline: PromptTimeline | None, positive, frames: int) -> tuple[list, tuple[int, ...]]:
-    """(prompts in order, frames from which the second, third, ... holds) for a video of `frames` latent frames.
+    """(prompts in order, frames where the second, third, ... starts) for a video of `frames` latent frames.
 
-    `positive` is the prompt until the timeline's first one begins, and gives its image entries to all of them.
+    `positive` is the prompt until the timeline's first one starts, and its image entries are used for all of them.
     """
     if timeline is None:
         return [positive], ()
     if timeline.starts[-1] >= frames:
-        raise ValueError(f"The timeline's last prompt begins at latent frame {timeline.starts[-1]}, but this video has "
-                         f"the latent frames 0 to {frames - 1}: let it begin earlier, or make the video longer.")
+        raise ValueError(f"The timeline's last prompt starts at latent frame {timeline.starts[-1]}, but this video has "
+                         f"the latent frames 0 to {frames - 1}. Use an earlier frame, or make the video longer.")
     image = positive[0][1] if positive else {}
     prompts = [[[text, {**image, **values}] for text, values in conditioning]
                for conditioning in timeline.conditionings]

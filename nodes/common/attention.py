@@ -1,4 +1,4 @@
-"""Attention for networks outside ComfyUI, where the host's own function is not there to be injected."""
+"""Attention for networks outside ComfyUI, where ComfyUI's own function is not available."""
 from __future__ import annotations
 
 from torch import Tensor, nn

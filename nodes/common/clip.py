@@ -30,7 +30,7 @@ VIT_H = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
-# What open_clip takes where its configuration is silent.
+# open_clip's defaults.
 VISION_DEFAULTS = {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "patch_size": 16, "mlp_ratio": 4.0}
 TEXT_DEFAULTS = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
 TOKENIZER_WORDS = 49408
@@ -55,7 +55,7 @@ def open_clip_config(arch, folder):
 
     config = open_clip.get_model_config(arch)
     if config is None:
-        raise ValueError(f"open_clip knows no architecture {arch!r}. Put its model configuration (JSON) beside the "
+        raise ValueError(f"open_clip has no architecture {arch!r}. Put its model configuration (JSON) next to the "
                          f"YAML, in {folder}, as open_clip_config.json.")
     return config
 
@@ -71,7 +71,7 @@ def vision_config(config):
 
 
 def _tower(config, name, defaults):
-    """Raises ValueError for towers of another build, and for sizes that cannot be."""
+    """Raises ValueError for towers of another architecture, and for impossible sizes."""
     given = config.get(name)
     unknown = sorted(set(given) - set(defaults)) if isinstance(given, dict) else [shown(given)]
     if unknown:
@@ -86,8 +86,8 @@ def _tower(config, name, defaults):
             whole(value, where, high=DEEPEST if entry == "layers" else WIDEST)
     heads = tower["heads"] if "heads" in tower else tower["width"] // tower["head_width"]
     if not heads or tower["width"] % heads:
-        raise ValueError(f"The open_clip configuration's {name} is {tower['width']} wide, which its attention heads "
-                         "do not share evenly. Correct width, and heads or head_width.")
+        raise ValueError(f"The open_clip configuration's {name} is {tower['width']} wide, which is not "
+                         "divisible by its attention heads. Correct width, and heads or head_width.")
     if tower.get("patch_size", 1) > tower.get("image_size", 1):
         raise ValueError(f"The open_clip configuration's {name} has patches of {tower['patch_size']} pixels in images "
                          f"of {tower['image_size']}. Correct patch_size or image_size.")
@@ -156,7 +156,7 @@ class TextTransformer(comfy.clip_model.CLIPTextModel):
 
 
 class TextEncoder(sd1_clip.SDClipModel):
-    """Stable Diffusion 2's use of the tower: an inner layer, then ln_final; padding with token 0."""
+    """The tower as in Stable Diffusion 2: an inner layer, then ln_final; padding with token 0."""
 
     def __init__(self, config, layer_idx, device="cpu", dtype=None, model_options={}):
         super().__init__(device=device, dtype=dtype, max_length=config["max_position_embeddings"],
@@ -171,15 +171,16 @@ def text_tower(weights, tower, layer="penultimate", dtype=None, embedding_direct
     `layer` is "penultimate" or "last" as in the official YAML; `dtype` None leaves the choice to ComfyUI.
     """
     if tower["vocab_size"] != TOKENIZER_WORDS:
-        raise ValueError(f"The text tower knows {tower['vocab_size']} tokens; CLIP's tokenizer has {TOKENIZER_WORDS}.")
+        raise ValueError(f"The text tower has {tower['vocab_size']} tokens, but CLIP's tokenizer has "
+                         f"{TOKENIZER_WORDS}. Use a tower that was trained with CLIP's tokenizer.")
     if layer not in ("penultimate", "last"):
-        raise ValueError(f"Text layer {layer!r}: use 'penultimate' or 'last'.")
+        raise ValueError(f"The text layer is {layer!r}. Choose one of penultimate, last.")
     config = {**_core_config(tower), "num_attention_heads": tower["heads"],
               "max_position_embeddings": tower["context_length"], "eos_token_id": 49407}
     encoder = partial(TextEncoder, config, tower["layers"] - (2 if layer == "penultimate" else 1))
     words = partial(sd1_clip.SDTokenizer, max_length=tower["context_length"], pad_with_end=False,
                     embedding_size=tower["width"], embedding_key="clip_h")
-    # The name "h" is the one that core's LoRA loader knows the SD2 text encoder by.
+    # "h" is the name of the SD2 text encoder in core's LoRA loader.
     target = SimpleNamespace(
         params={}, clip=partial(sd1_clip.SD1ClipModel, clip_name="h", clip_model=encoder),
         tokenizer=partial(sd1_clip.SD1Tokenizer, clip_name="h", tokenizer=words))
@@ -199,12 +200,12 @@ class VisionTower(comfy.clip_vision.ClipVisionModel):
         config = {**_core_config(tower), "num_attention_heads": tower["width"] // tower["head_width"],
                   "image_size": tower["image_size"], "patch_size": tower["patch_size"], "num_channels": 3,
                   "model_type": "clip_vision_model"}
-        with TemporaryDirectory() as folder:  # until 0.11 core takes its configuration from a file alone
+        with TemporaryDirectory() as folder:  # until 0.11 core reads its configuration from a file only
             path = Path(folder, "config.json")
             path.write_text(json.dumps(config))
             super().__init__(path)
         self.dtype = dtype or self.dtype
-        with torch.device("meta"):  # built again: core's has no choice of type, and memory of its own
+        with torch.device("meta"):  # built again: core's has a fixed type and allocates memory
             self.model = comfy.clip_model.CLIPVisionModelProjection(config, self.dtype, None, comfy.ops.manual_cast)
         self.model.eval().requires_grad_(False)
         weights = {key: value.to(self.dtype) for key, value in weights.items()}
@@ -218,17 +219,17 @@ def encode_tokens(clip_vision, pixels_BHWC, width=None):
 
     The whole image is squashed to the tower's size, as in the official DynamiCrafter code (arXiv 2310.12190);
     ComfyUI's own preprocessing crops and gives other numbers. Works with any CLIP_VISION of core that is a CLIP.
-    Raises ValueError for other towers, and for one whose tokens are not `width` wide where that is given.
+    Raises ValueError for other towers, and, if `width` is given, for tokens of another width.
     """
     vision = getattr(clip_vision.model, "vision_model", None)
     if vision is None or vision.embeddings.class_embedding is None:
-        raise ValueError("This CLIP_VISION is not a CLIP tower (SigLIP or DINO?). Use the one that Load DynamiCrafter "
-                         "gives, or Load CLIP Vision with the CLIP ViT-H/14 of OpenCLIP (LAION-2B).")
+        raise ValueError("This CLIP_VISION is not a CLIP tower (SigLIP or DINO?). Use the one from Load DynamiCrafter, "
+                         "or Load CLIP Vision with the CLIP ViT-H/14 of OpenCLIP (LAION-2B).")
     found = vision.embeddings.class_embedding.shape[0]
     if width is not None and found != width:
-        raise ValueError(f"This CLIP_VISION gives tokens {found} wide; the model needs {width}. Use the CLIP_VISION "
-                         "that Load DynamiCrafter gives, or for the published models (1280) Load CLIP Vision with "
-                         "the CLIP ViT-H/14 of OpenCLIP (LAION-2B).")
+        raise ValueError(f"This CLIP_VISION gives tokens {found} wide, but the model needs {width}. Use the "
+                         "CLIP_VISION from Load DynamiCrafter, or for the published models (1280) Load CLIP Vision "
+                         "with the CLIP ViT-H/14 of OpenCLIP (LAION-2B).")
     comfy.model_management.load_model_gpu(clip_vision.patcher)
     pixels_BCHW = pixels_BHWC[..., :3].movedim(-1, 1).to(clip_vision.load_device, torch.float32)
     pixels_BCHW = squash(pixels_BCHW, clip_vision.image_size)
@@ -239,7 +240,8 @@ def encode_tokens(clip_vision, pixels_BHWC, width=None):
 
 
 def squash(x_BCHW, size):
-    """Resize to `size` x `size` whatever the shape: Gaussian blur on sides that shrink, then bicubic, corners aligned.
+    """Resize to `size` x `size`, ignoring the aspect ratio: Gaussian blur on sides that shrink, then bicubic with
+    aligned corners.
 
     This is kornia's antialiased resize, which the published models were trained with.
     """

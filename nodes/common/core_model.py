@@ -1,6 +1,6 @@
 """What every family needs to be one of ComfyUI's models: latent format, configuration, wrappers, loading, MODEL.
 
-The pack leans on core's model classes here alone, so that a change of core is mended in one place.
+Only this module depends on core's model classes, so a change of core is handled in one place.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from .quantized import Quantized
 
-# names of the loaders' weight_dtype; auto: as ComfyUI decides for this device
+# options of the loaders' weight_dtype; auto: ComfyUI chooses for the device
 WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
                  "fp8_e4m3fn": torch.float8_e4m3fn}
 
@@ -33,9 +33,9 @@ class ClipLatent(comfy.latent_formats.SD15):
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
-    """Core's description of a model. Our own sizes stay in one opaque entry, since core reads known names in it.
+    """Core's description of a model. Our own sizes are in one opaque entry, because core reads the names it knows.
 
-    A family sets `latent_format`, `sampling_settings` and `model_class`, and says what its network predicts.
+    A family sets `latent_format`, `sampling_settings` and `model_class`, and defines what its network predicts.
     """
 
     unet_extra_config = {}
@@ -56,11 +56,11 @@ def prediction_type(parameterization: str):
 
 
 class HostNetwork:
-    """Put before a network class that core will move about."""
+    """Mixin for a network class that core moves between devices."""
 
     def to(self, *args, memory_format: torch.memory_format | None = None, **kwargs):
-        """As of any module, but that core's --force-channels-last reaches the weights that it can mean, those in 4-D:
-        torch refuses a network with other convolutions."""
+        """Like any module's, but core's --force-channels-last is applied to 4-D weights only: torch refuses it for a
+        network with other convolutions."""
         super().to(*args, **kwargs)
         if memory_format is not None:
             for weight in self.parameters():
@@ -70,7 +70,7 @@ class HostNetwork:
 
 
 def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
-    """`forward` of `network`, inside the wrappers that other packs put around a network."""
+    """`forward` of `network`, inside the wrappers that other packs add."""
     wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
     executor = WrapperExecutor.new_class_executor(forward, network, wrappers)
     return executor.execute(*args, transformer_options=transformer_options, **kwargs)
@@ -80,7 +80,7 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
                 quantized: Quantized | None = None):
     """The model of `config`, by default without weights (on the meta device), to be loaded with `assign=True`.
 
-    `quantized`: the layers that are stored in 8 or 4 bits; they choose the class of layers and where these are built.
+    `quantized`: the layers that are stored in 8 or 4 bits; they decide the class of the layers and their device.
     """
     if quantized:
         quantized.prepare(config)
@@ -95,11 +95,11 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
 def check_weight_dtype(name: str, names=tuple(WEIGHT_DTYPES)) -> None:
     """Raise ValueError for a `weight_dtype` that is none of `names`."""
     if name not in names:
-        raise ValueError(f"Weight dtype {name!r} is unknown: choose one of {', '.join(names)}.")
+        raise ValueError(f"weight_dtype is {name!r}. Choose one of {', '.join(names)}.")
 
 
 def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quantized | None = None) -> torch.dtype:
-    """Type in which a network's weights are kept; beside quantised layers "auto" is what the device computes in."""
+    """Type in which a network's weights are kept. With quantised layers, "auto" is the compute type of the device."""
     weights = [*tensors.values(), *(layer.weight for layer in (quantized or {}).values())]
     return WEIGHT_DTYPES[name] or comfy.model_management.unet_dtype(
         model_params=sum(weight.numel() for weight in weights),
@@ -108,7 +108,7 @@ def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quanti
 
 def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
-    model.device = torch.device("cpu")  # built on the meta device; the weights are where the file was read to
+    model.device = torch.device("cpu")  # built on the meta device, but the weights were read to the CPU
     if comfy.model_management.force_channels_last():
         model.diffusion_model.to(memory_format=torch.channels_last)
     return managed(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
@@ -116,14 +116,14 @@ def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.Model
 
 def managed(module: torch.nn.Module, load_device, offload_device) -> comfy.model_patcher.ModelPatcher:
     """A network or tower in ComfyUI's memory management."""
-    # Since 0.16 core streams weights through a patcher of its own where the device can.
+    # Since 0.16 core streams weights through a patcher class of its own, if the device supports it.
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(module, load_device=load_device, offload_device=offload_device)
 
 
 def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
-    """As the MODEL's `get_key_patches`: weight by weight the number and its function, then the patches on it. Core's
-    own also asks for what a state dict alone has, and fails: scales and marks of layers in 8 and 4 bits."""
+    """Like the MODEL's `get_key_patches`: for each weight its value and convert function, then the patches on it.
+    Core's own fails on entries that only the state dict has: scales and marks of layers in 8 and 4 bits."""
     saved = patcher.model_state_dict()
     found = {}
     for key, _ in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
@@ -140,19 +140,19 @@ def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
 def check_width(tower: str, tokens_BNC: torch.Tensor, width: int, remedy: str) -> None:
     """Raise ValueError unless the tokens of a text encoder or vision tower are `width` wide; `remedy`: what to use."""
     if tokens_BNC.shape[-1] != width:
-        raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, this model was trained with {width}. "
-                         f"{remedy}")
+        raise ValueError(f"The {tower} gives tokens {tokens_BNC.shape[-1]} wide, but this model was trained with "
+                         f"{width}. {remedy}")
 
 
 def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node: str) -> None:
-    """Raise ValueError unless condition frames, which the node named `node` made, fit the latent to be sampled."""
+    """Raise ValueError unless condition frames, made by the node named `node`, fit the latent to be sampled."""
     if latent_BCTHW.shape[1:] != noise_BCTHW.shape[1:]:
-        raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[1:])}, the conditioning was made for "
-                         f"{size_words(latent_BCTHW.shape[1:])} (channels, frames, height, width). Use the latent of "
-                         f"{node}, or give that node the same size and frames.")
+        raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[1:])}, but the conditioning was made for "
+                         f"{size_words(latent_BCTHW.shape[1:])} (channels, frames, height, width). Use the latent from "
+                         f"{node}, or set the same size and frames there.")
     if len(noise_BCTHW) % len(latent_BCTHW):
-        raise ValueError(f"The latent is a batch of {len(noise_BCTHW)}, the conditioning of {len(latent_BCTHW)}. Give "
-                         f"{node} the same batch size.")
+        raise ValueError(f"The latent is a batch of {len(noise_BCTHW)}, but the conditioning of {len(latent_BCTHW)}. "
+                         f"Set the same batch size in {node}.")
 
 
 def size_words(shape) -> str:

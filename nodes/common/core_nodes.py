@@ -1,4 +1,4 @@
-"""Core's own nodes on the U-Nets of clips: what those ask of a model, what a window of frames sees, and who is refused.
+"""Core's nodes on the video U-Nets: what they need from a model, what a context window sees, and which are refused.
 
 Layouts: B clips, C channels, T frames, H, W latent height and width.
 """
@@ -14,18 +14,18 @@ FRAMES = 2  # axis of [B, C, T, H, W]
 
 
 class ClipModel(comfy.model_base.BaseModel):
-    """A U-Net of clips whose one condition with frames is `c_concat` [B, C, T, H, W]; the others belong to the clip."""
+    """A video U-Net whose only condition with a frame axis is `c_concat` [B, C, T, H, W]."""
 
     def __init__(self, model_config, model_type, device, unet_model):
         super().__init__(model_config, model_type, device, unet_model)
         params = self.diffusion_model.params
-        # FreeU asks for the one, RenormCFG for the other. With more names in `unet_config` core would take the network
-        # for Stable Diffusion's and look for its keys.
+        # FreeU reads the first, RenormCFG the second. With more names in `unet_config` core would treat the network as
+        # Stable Diffusion and look for its keys.
         model_config.unet_config["model_channels"] = params.model_channels
         self.diffusion_model.in_channels = params.in_channels
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
-        """Called by core's context windows since 0.18, which would otherwise cut along any axis as long as the clip."""
+        """Called by core's context windows since 0.18. Otherwise they cut any axis as long as the clip."""
         if cond_key == "c_concat":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=FRAMES,
                                                            retain_index_list=retain_index_list))
@@ -46,65 +46,66 @@ def make_clip_patcher(model: ClipModel) -> comfy.model_patcher.ModelPatcher:
 
 
 def refuse_misfits(executor, noise, *args, **kwargs):
-    """Wrapper around one whole sampler call. Raises ValueError where a node of core on the MODEL could not act."""
+    """Wrapper around one whole sampler call. Raises ValueError for a core node on the MODEL that cannot work on it."""
     guider = executor.class_obj
     options, network = guider.model_options, guider.model_patcher.model.diffusion_model
     check_nodes(nodes_on(options), network, len(noise))
     if "rope_options" in options.get("transformer_options", {}):
-        raise ValueError("ScaleROPE changes rotary positions, and this network has none. Take that node off the model.")
+        raise ValueError("ScaleROPE changes rotary positions, but this network has none. Remove that node from the "
+                         "model.")
     if "context_handler" in options:
         check_windows(options["context_handler"], noise.shape)
     return executor(noise, *args, **kwargs)
 
 
 def nodes_on(model_options: dict) -> set[str]:
-    """Modules of core whose functions lie on a MODEL: {"nodes_sag", ...}."""
+    """Modules of core whose functions patch a MODEL: {"nodes_sag", ...}."""
     options = model_options.get("transformer_options", {})
     functions = [model_options.get("sampler_cfg_function"), *model_options.get("sampler_post_cfg_function", [])]
     for placed in options.get("patches", {}).values():
         functions += placed
-    # Core names a module of nodes by its whole path.
+    # Core names its node modules by their whole path.
     return {str(getattr(function, "__module__", "")).replace("\\", "/").split("/")[-1].split(".")[-1]
             for function in functions}
 
 
 def check_nodes(modules: set[str], network, clips: int) -> None:
-    """Raise ValueError for a node of core that could not act on `network` (`params`, `stride`, `frame_attention`)."""
+    """Raise ValueError for a core node that cannot work on `network` (`params`, `stride`, `frame_attention`)."""
     width, mults = network.params.model_channels, network.params.channel_mult
     if "nodes_sag" in modules:
-        raise ValueError("Self-Attention Guidance blurs single pictures, it cannot take clips. Take that node off the "
-                         "model; Perturbed-Attention Guidance has the same aim and acts here.")
+        raise ValueError("Self-Attention Guidance blurs single images and cannot work on clips. Remove that node from "
+                         "the model. Perturbed-Attention Guidance has the same purpose and works here.")
     if "nodes_video_model" in modules:
-        raise ValueError("Video Linear and Triangle CFG Guidance spread guidance over the pictures of a batch; the "
-                         "frames of a clip lie along its time axis, and all would get the smallest. Take that node off "
-                         "the model and set cfg in the sampler.")
+        raise ValueError("Video Linear and Triangle CFG Guidance vary guidance over the images of a batch, but the "
+                         "frames of this model are on the time axis, so all of them would get the smallest value. "
+                         "Remove that node from the model and set cfg in the sampler.")
     if "nodes_freelunch" in modules and not {2, 4} & set(mults):
         raise ValueError(f"FreeU changes levels that are {2 * width} or {4 * width} channels wide (2 or 4 times "
-                         f"model_channels), and this network has {', '.join(str(width * mult) for mult in mults)}. "
-                         "Take that node off the model: it would change nothing.")
+                         f"model_channels), but this network has {', '.join(str(width * mult) for mult in mults)}. "
+                         "Remove that node from the model: it would have no effect.")
     for module, node in (("nodes_hypertile", "HyperTile"), ("nodes_tomesd", "TomePatchModel")):
         if module in modules and 1 not in network.frame_attention:
-            raise ValueError(f"{node} saves time in attention within the frame at the latent's full size, and this "
-                             "network has none there. Take that node off the model: there is nothing to save.")
+            raise ValueError(f"{node} speeds up attention within the frame at the latent's full size, but this network "
+                             "has none there. Remove that node from the model: it would have no effect.")
     if "nodes_pag" in modules and network.stride not in network.frame_attention:
-        raise ValueError("Perturbed-Attention Guidance acts on attention within the frame in the middle of the "
-                         "network, and this network has none there. Take that node off the model, or train a network "
-                         "with its deepest level among spatial_attention.")
+        raise ValueError("Perturbed-Attention Guidance changes attention within the frame in the middle of the "
+                         "network, but this network has none there. Remove that node from the model, or train a "
+                         "network with its deepest level in spatial_attention.")
     if "nodes_lumina2" in modules and clips > 1:
-        raise ValueError(f"RenormCFG takes one clip at a time, the latent is a batch of {clips}. Make a batch of 1, or "
-                         "use guidance_rescale of DDIM Sampler (fixed) for the same aim.")
+        raise ValueError(f"RenormCFG takes one clip at a time, but the latent is a batch of {clips}. Set the batch "
+                         "size to 1, or use guidance_rescale of DDIM Sampler (fixed) instead.")
 
 
 def check_windows(handler, shape_BCTHW) -> None:
-    """Raise ValueError for context windows that do not lie along the frames, that cut nothing, or over a batch."""
+    """Raise ValueError for context windows not along the frames, not shorter than the clip, or over a batch."""
     clips, frames = shape_BCTHW[0], shape_BCTHW[FRAMES]
     if handler.dim != FRAMES:
-        raise ValueError(f"The context windows lie along dim {handler.dim}; the frames of this model lie along dim "
+        raise ValueError(f"The context windows are along dim {handler.dim}, but the frames of this model are dim "
                          f"{FRAMES} of [batch, channels, frames, height, width]. Set dim to {FRAMES} in Context "
                          "Windows (Manual).")
     if handler.context_length >= frames:
-        raise ValueError(f"The context windows are {handler.context_length} frames long, the clip has {frames}: there "
-                         "is nothing to cut. Take that node off the model, or give a smaller context_length.")
+        raise ValueError(f"The context windows are {handler.context_length} frames long, but the clip has only "
+                         f"{frames}. Remove that node from the model, or set a smaller context_length.")
     if clips > 1:
-        raise ValueError(f"Core's context windows take one clip at a time, the latent is a batch of {clips}. Make a "
-                         "batch of 1, once for each seed.")
+        raise ValueError(f"Core's context windows take one clip at a time, but the latent is a batch of {clips}. Set "
+                         "the batch size to 1 and queue once per seed.")

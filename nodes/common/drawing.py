@@ -1,21 +1,21 @@
-"""Pictures drawn with Pillow: what plots and sheets share. ComfyUI brings Pillow, and no plotting library."""
+"""Drawing with Pillow, shared by plots and sheets. ComfyUI includes Pillow, but no plotting library."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 2  # drawn at SCALE times the size and shrunk: smooth lines
+SCALE = 2  # drawn at SCALE times the size, then reduced, for smooth lines
 INK, SOFT, GRID, PAPER = (38, 43, 51), (116, 124, 136), (228, 231, 236), (255, 255, 255)
 BLUE, ORANGE, GREEN, ALARM = (45, 110, 210), (236, 140, 40), (38, 145, 86), (214, 48, 60)
 LEVELS = {"good": GREEN, "doubtful": (205, 135, 20), "bad": ALARM}
 
 
 def blank(width: int, height: int) -> Image.Image:
-    """Paper for a Pen, SCALE times as large."""
+    """An empty picture for a Pen, SCALE times as large."""
     return Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
 
 
 def shrink(image: Image.Image) -> Image.Image:
-    """The finished picture, in its size."""
+    """The finished picture in its final size."""
     return image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS)
 
 

@@ -1,4 +1,4 @@
-"""The templates' small example files, in ComfyUI's input folder: Load Image and Load Video take from there only."""
+"""The templates' example files, copied to ComfyUI's input folder, the only place where Load Image looks."""
 import logging
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ OFFERED = ".stillmotion_examples"  # in the input folder: names of those that we
 
 
 def offer_examples(folder) -> None:
-    """Copy each into `folder` once: one that the user has changed or deleted since stays so."""
+    """Copy each file into `folder` once: files that the user has changed or deleted since stay that way."""
     record = Path(folder, OFFERED)
     try:
         offered = record.read_text().splitlines() if record.exists() else []
@@ -18,5 +18,5 @@ def offer_examples(folder) -> None:
                     shutil.copyfile(example, Path(folder, example.name))
                 with record.open("a") as lines:
                     lines.write(f"{example.name}\n")
-    except OSError as error:  # a shared server's input folder may be read-only; all else works without
-        logging.warning("Stillmotion: the example files could not be put into %s: %s", folder, error)
+    except OSError as error:  # a shared server's input folder may be read-only; everything else works without it
+        logging.warning("Stillmotion: the example files could not be copied to %s: %s", folder, error)

@@ -1,10 +1,10 @@
-"""Packages that only some of the pack needs: imported on use, named where they are missing."""
+"""Optional packages: imported on use, with a clear message if they are missing."""
 from importlib import import_module
 from types import ModuleType
 
 
 def import_extra(module: str, package: str, use: str) -> ModuleType:
-    """Import `module` of the optional `package`; ImportError says what it is for (`use`) and how to install it."""
+    """Import `module` of the optional `package`. The ImportError says what needs it (`use`) and how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Checkpoint files: read safely, whatever their name, and say clearly what is wrong with a bad one."""
+"""Checkpoint files: read safely, whatever their name, with a clear message for a bad one."""
 
 import logging
 import pickle
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 FORMATS = "a .safetensors file, or a .ckpt / .pt file written by torch.save"
 AGAIN = "Compare its size with the source and download or copy it again."
 
-# Parts of a key that training wrappers (DDP, DeepSpeed, FSDP, torch.compile, activation checkpoints) put in, anywhere.
+# Parts that training wrappers (DDP, DeepSpeed, FSDP, torch.compile, activation checkpoints) add anywhere in a key.
 WRAPPERS = {"module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
-# Names under which a training keeps the one model of its file.
+# Names under which training code stores the model in its file.
 ENVELOPES = ("state_dict", "module", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's tensors by key, and the text of its header (empty for pickles)."""
+    """A file's tensors by key, and its header entries (empty for pickles)."""
 
     path: str
     tensors: dict
@@ -30,39 +30,39 @@ class Checkpoint:
 
 
 def read_checkpoint(path):
-    """Read a checkpoint's tensors without running anything in it.
+    """Read a checkpoint's tensors without running any code in it.
 
-    The format is told from the first bytes, not from the name. Tensors are mapped from the disk where the
-    format allows (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used.
-    A model that lies in a dictionary of its own (`ENVELOPES`) is taken out of it, and parts of keys that training
-    wrappers put in (`WRAPPERS`) are left away. Where several models lie in one file, each in a dictionary of its own,
-    the name of that dictionary and a dot begin their keys (`generator.`, `generator_ema.`).
+    The format is detected from the first bytes, not from the name. Tensors are memory-mapped if the format allows it
+    (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used. A model in a dictionary of
+    its own (`ENVELOPES`) is taken out of it, and parts of keys that training wrappers add (`WRAPPERS`) are removed. If
+    a file holds several models, each in its own dictionary, their keys start with the name of that dictionary and a dot
+    (`generator.`, `generator_ema.`).
 
-    Returns a `Checkpoint`. Raises ValueError for a file that is cut off, is no checkpoint, names weights twice, or is
-    a pickle that would run code.
+    Returns a `Checkpoint`. Raises ValueError for a file that is truncated, is not a checkpoint, names weights twice, or
+    is a pickle that would run code.
     """
     path = str(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if head[:4] == b"PK\x03\x04":
-        # torch.load takes a file named .safetensors for what its name says, unless it gets the open file.
+        # torch.load goes by the name of a file named .safetensors, unless it gets the open file.
         return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=not path.endswith(".safetensors"))), {})
-    # Before the next: the length of a header can begin with the byte that begins a pickle.
+    # Before the next check: the length of a header can start with the byte that starts a pickle.
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if head[:1] == b"\x80":
         return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
-    raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Give {FORMATS}.")
+    raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Use {FORMATS}.")
 
 
 def _look(head):
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, the weights themselves were not downloaded"
+        return "it is a Git LFS pointer; the weights themselves were not downloaded"
     if head.lstrip()[:1] == b"<":
-        return "it is a web page, saved instead of the weights (a login or error page, perhaps)"
-    return f"it begins with {head[:8]!r}"
+        return "it is a web page that was saved instead of the weights (perhaps a login or error page)"
+    return f"it starts with {head[:8]!r}"
 
 
 def _read_safetensors(path):
@@ -71,7 +71,7 @@ def _read_safetensors(path):
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             return Checkpoint(path, unwrapped(tensors, path), file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole .safetensors file ({error}). {AGAIN}") from error
+        raise ValueError(f"{path} is not a complete .safetensors file ({error}). {AGAIN}") from error
 
 
 def _read_pickle(path, mmap):
@@ -81,42 +81,41 @@ def _read_pickle(path, mmap):
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise ValueError(f"{path} is a damaged pickle or not a checkpoint. Give {FORMATS}.") from error
+            raise ValueError(f"{path} is a damaged pickle or not a checkpoint. Use {FORMATS}.") from error
         raise ValueError(
-            f"{path} is refused: besides weights it holds the Python object {found[1]}, and loading that could "
-            "run code on this computer. Get the same weights as .safetensors, or from a source you trust "
-            "re-saved with torch.save(state_dict).") from error
+            f"{path} is refused: besides weights it holds the Python object {found[1]}, and loading it could run "
+            "code on this computer. Get the same weights as .safetensors, or re-saved with torch.save(state_dict) by "
+            "a source you trust.") from error
     except (RuntimeError, OSError, EOFError, struct.error, LookupError, ValueError, TypeError, AttributeError,
             AssertionError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{path} is cut off, or a zip or pickle that is no checkpoint ({error}). "
+        raise ValueError(f"{path} is cut off, or is a zip or pickle that is no checkpoint ({error}). "
                          f"{AGAIN} Allowed: {FORMATS}.") from error
 
 
 def _unwrap(path, found):
     """The dict of tensors inside what torch.save stored."""
-    for _ in ENVELOPES:  # one may lie in another
+    for _ in ENVELOPES:  # they may be nested
         found = next((found[name] for name in ENVELOPES if _is_only_model(found, name)), found)
     if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) and value.ndim for value in found.values()):
-        # A number beside them may be a tensor, too: the step.
+        # A number next to them may be a tensor too: the step.
         found = {f"{name}.{key}": value for name, part in found.items() if isinstance(part, dict)
                  for key, value in part.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
     tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and isinstance(key, str)
                } if isinstance(found, dict) else {}
     if not tensors:
         raise ValueError(f"{path} holds no weights: a {type(found).__name__} without named tensors was found. "
-                         "Give a file with a state dict (tensors by name).")
+                         "Use a file with a state dict (tensors by name).")
     if any(value.is_meta for value in tensors.values()):
-        raise ValueError(f"{path} holds names and shapes without numbers (tensors on the meta device). Save it again "
+        raise ValueError(f"{path} holds names and shapes without values (tensors on the meta device). Save it again "
                          "after the weights were loaded.")
     others = [str(key) for key in found if key not in tensors]
     if others:
-        log.info("%s: entries that are not tensors are left aside: %s", path, ", ".join(others))
+        log.info("%s: ignored entries that are not tensors: %s", path, ", ".join(others))
     return unwrapped(tensors, path)
 
 
 def _is_only_model(found, name):
-    """Whether `found[name]` is a dictionary, beside which no other model lies. With state_dict and module it is
-    always the model."""
+    """Whether `found[name]` is the only model in the file. A dictionary named state_dict or module always is."""
     if not isinstance(found, dict) or not isinstance(found.get(name), dict):
         return False
     return name in ENVELOPES[:2] or sum(
@@ -125,7 +124,7 @@ def _is_only_model(found, name):
 
 
 def unwrapped(tensors, path):
-    """`tensors` without the parts of their keys that training wrappers put in."""
+    """`tensors` without the parts of their keys that training wrappers add."""
     named = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in tensors.items()}
     if len(named) < len(tensors):
         raise ValueError(f"{path}: {len(tensors) - len(named)} keys name the same weights twice, with and without a "
@@ -134,25 +133,25 @@ def unwrapped(tensors, path):
 
 
 def check_kinds(path, tensors):
-    """Raise ValueError for weights that are no plain floating-point numbers: whole, complex, true or false, sparse."""
+    """Raise ValueError for weights that are not plain floating-point numbers: integer, complex, boolean, sparse."""
     strange = [f"{key} is {'quantised' if value.is_quantized else str(value.dtype).removeprefix('torch.')}"
                f"{'' if value.layout == torch.strided else ', sparse'}" for key, value in tensors.items()
                if not value.is_floating_point() or value.is_quantized or value.layout != torch.strided]
     if strange:
-        raise ValueError(f"{path}: {len(strange)} weights are not of a kind that a network is made of: "
+        raise ValueError(f"{path}: {len(strange)} weights are not of a kind that a network can use: "
                          f"{'; '.join(strange[:3])}. Allowed are floating-point numbers (fp32, fp16, bf16, fp8). The "
-                         "file was changed, or is of another kind; use the original one.")
+                         "file was changed or is of another kind. Use the original one.")
 
 
 def take_prefix(tensors, prefix):
-    """Move all tensors whose key begins with `prefix` out of `tensors`; returns them without the prefix."""
+    """Move all tensors whose key starts with `prefix` out of `tensors`; returns them without the prefix."""
     return {key[len(prefix):]: tensors.pop(key) for key in [key for key in tensors if key.startswith(prefix)]}
 
 
 def check_keys(part, found, expected, cause):
     """Every key accounted for: none missing, none extra, none of another shape.
 
-    `part` and `cause` are words for the message; `found` maps key -> tensor, `expected` key -> shape, both
+    `part` and `cause` are for the message; `found` maps key -> tensor, `expected` key -> shape, both
     named as in the file. Raises ValueError with the first few names of each kind.
     """
     missing = [key for key in expected if key not in found]

@@ -1,10 +1,10 @@
-"""Where nodes of the host step into a U-Net: places, order and arguments of ComfyUI's own.
+"""Where ComfyUI's nodes patch a U-Net: the same places, order and arguments as in ComfyUI's own U-Net.
 
-`options["patches"]` lists functions by place; `options["patches_replace"]` holds functions that take over an attention,
+`options["patches"]` lists functions by place. `options["patches_replace"]` holds functions that replace an attention,
 by block, ("input", "middle" or "output", number), or by block and index of the transformer in it. Frames are folded
-into the batch, so that a function written for pictures sees pictures. Attention along time has no such place.
+into the batch, so that a function written for images sees images. Attention along time cannot be patched.
 
-Tensor names end in their layout: N frames, C channels, H height, W width, L tokens of a frame, M tokens looked at.
+Tensor names end in their layout: N frames, C channels, H height, W width, L tokens of a frame, M attended tokens.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def open_options(options: dict, h_NCHW: Tensor) -> dict:
-    """A copy of `options` for one evaluation, with what functions at later places are told about it."""
+    """A copy of `options` for one forward pass, with the entries that patch functions read."""
     return {**options, "original_shape": list(h_NCHW.shape), "transformer_index": 0, "block_index": 0}
 
 
@@ -41,12 +41,12 @@ def patch_tokens(place: str, x_NLC: Tensor, layer, options: dict) -> Tensor:
 
 
 def is_patched(name: str, options: dict) -> bool:
-    """Whether a function steps into attention `name` of this block: "attn1" (in the frame) or "attn2" (to the text)."""
+    """Whether attention `name` of this block is patched: "attn1" (within the frame) or "attn2" (to the text)."""
     return bool(_functions(f"{name}_patch", options)) or _replacement(name, options) is not None
 
 
 def patch_inputs(name: str, x_NLC: Tensor, context_NMC: Tensor, layer, options: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries, keys and values of attention `name` are projected from."""
+    """The inputs of the query, key and value projections of attention `name`."""
     value_NMC = context_NMC
     for function in _functions(f"{name}_patch", options):
         x_NLC, context_NMC, value_NMC = function(x_NLC, context_NMC, value_NMC, _told(layer, options))
@@ -54,7 +54,7 @@ def patch_inputs(name: str, x_NLC: Tensor, context_NMC: Tensor, layer, options: 
 
 
 def mix(name: str, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor, layer, options: dict) -> Tensor:
-    """Attention `name` of `layer`, or of the function that takes it over, before the last projection."""
+    """Attention `name` of `layer`, or of the function that replaces it, before the output projection."""
     function = _replacement(name, options)
     if function is not None:
         return function(q_NLC, k_NMC, v_NMC, _told(layer, options))
@@ -62,7 +62,7 @@ def mix(name: str, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor, layer, options: 
 
 
 def attend_frame(x_NLC: Tensor, layer, options: dict) -> Tensor:
-    """Self-attention of `layer` within the frame, with all that may step into it."""
+    """Self-attention of `layer` within the frame, with all patches."""
     queries, keys, values = patch_inputs("attn1", x_NLC, x_NLC, layer, options)
     mixed = mix("attn1", layer.to_q(queries), layer.to_k(keys), layer.to_v(values), layer, options)
     return patch_tokens("attn1_output_patch", layer.to_out(mixed), layer, options)
@@ -80,6 +80,6 @@ def _replacement(name: str, options: dict) -> Callable | None:
 
 
 def _told(layer, options: dict) -> dict:
-    """All options but the functions themselves, and the sizes of the attention."""
+    """All options except the functions themselves, and the sizes of the attention."""
     rest = {key: value for key, value in options.items() if key not in ("patches", "patches_replace")}
     return {**rest, "n_heads": layer.heads, "dim_head": layer.to_q.out_features // layer.heads, "attn_precision": None}

@@ -1,8 +1,8 @@
-"""Weights that lie in a file in 8 or 4 bits with scale factors, for the host's own layers that compute with them.
+"""Weights stored in 8 or 4 bits with scale factors, for ComfyUI's own quantised layers.
 
-Known are the layouts that ComfyUI's releases write or read: a mark on every layer (`comfy_quant`), the same in the
-file's header (`_quantization_metadata`), and the older one of whole files (`scaled_fp8`, `scale_weight`), which is also
-Kijai's.
+Supported are the layouts that ComfyUI's releases write or read: a mark on each layer (`comfy_quant`), the same in the
+file's header (`_quantization_metadata`), and the older one for whole files (`scaled_fp8`, `scale_weight`), which Kijai
+uses too.
 """
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .values import flag, parse_json, shown, whole
 INSTEAD = ("Use the bf16 or fp16 file of the same model, with fp8_e4m3fn under weight_dtype to save memory; newer "
            "releases of ComfyUI read more formats.")
 OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-GROUPS = (1, 4, 16, 64, 256, 1024)  # columns that are rotated together: powers of 4
-# Ends of the names of what other packages than ComfyUI put beside packed weights.
+GROUPS = (1, 4, 16, 64, 256, 1024)  # numbers of columns that are rotated together: powers of 4
+# Suffixes of entries that other packages add to packed weights.
 STRANGE = ("weight_packed", "_extra_state", "_amax")
 
 
@@ -37,14 +37,14 @@ def _columns(rows, columns):
 
 
 def _blocks(rows, columns):
-    """One scale for 16 numbers, in tiles of 128 x 4."""
+    """One scale per 16 values, in tiles of 128 x 4."""
     return (-(-rows // 128) * 128 * -(-columns // 64) * 4,)
 
 
 class Format(NamedTuple):
     stored: torch.dtype
-    packed: int                     # numbers in a stored element
-    scales: dict[str, Callable]     # name -> function of rows and columns: how many numbers it may have
+    packed: int                     # values per stored element
+    scales: dict[str, Callable]     # name -> function of rows and columns: allowed numbers of elements
 
 
 FORMATS = {
@@ -53,15 +53,15 @@ FORMATS = {
     "nvfp4": Format(torch.uint8, 2, {"weight_scale": _blocks, "weight_scale_2": _one}),
     "int8_tensorwise": Format(torch.int8, 1, {"weight_scale": _one_or_rows}),
 }
-# What a layer may have beside: a factor for its input in 8 bits, and one for each column of its input.
+# What a layer may also have: a factor for its input in 8 bits, and one for each column of its input.
 BESIDE = {"input_scale": _one, "pre_quant_scale": _columns}
-# Ends of the names that parameters of quantised layers have beside weight and bias.
+# Suffixes of the parameters of quantised layers other than weight and bias.
 SCALES = tuple(f".{name}" for name in (*OLD_NAMES, *BESIDE))
 EIGHT_BITS = {FORMATS[name].stored: name for name in ("float8_e4m3fn", "float8_e5m2")}
 
 
 class Layer(NamedTuple):
-    """A linear layer as the file has it: its format with settings, its weight, its scales by name."""
+    """A linear layer as stored in the file: format with settings, weight, scales by name."""
 
     settings: dict
     weight: torch.Tensor
@@ -69,28 +69,28 @@ class Layer(NamedTuple):
 
     @property
     def shape(self):
-        """Of the weight as numbers."""
+        """Shape of the unpacked weight."""
         rows, columns = self.weight.shape
         return rows, columns * FORMATS[self.settings["format"]].packed
 
 
 class Quantized(dict):
-    """Name -> `Layer`. False for a file without such layers."""
+    """Name -> `Layer`. Empty for a file without such layers."""
 
     @property
     def device(self):
-        """Where the network is built: marked layers have no weight before they are loaded, and then keep it there."""
+        """Device on which the network is built: marked layers create their weight on loading and keep it there."""
         return "cpu" if _reads_marks() else "meta"
 
     def prepare(self, model_config):
-        """Tell core, by its description of a model, which class of layers to build the network of."""
+        """Set in core's model configuration which layer class the network is built with."""
         if _reads_marks():
             model_config.quant_config = {"mixed_ops": True}
         else:
             model_config.scaled_fp8 = next(iter(self.values())).weight.dtype
 
     def state_dict(self, network):
-        """The layers by the keys that `network`, built after `prepare`, takes them by."""
+        """The layers under the keys that `network`, built after `prepare`, expects."""
         found = {f"{name}.weight": layer.weight for name, layer in self.items()}
         if _reads_marks():
             for name, layer in self.items():
@@ -104,16 +104,16 @@ class Quantized(dict):
 
 
 def host_formats():
-    """Formats that the layers of this ComfyUI read."""
+    """Formats that this ComfyUI's layers read."""
     if _reads_marks():
         known, layout = comfy.quant_ops.QUANT_ALGOS, comfy.quant_ops.get_layout_class
         return [name for name in FORMATS if name in known and layout(known[name]["comfy_tensor_layout"]) is not None]
-    # Until 0.3.76 one class of layers is for files with a scale factor beside each weight in 8 bits.
+    # Until 0.3.76 there is one layer class, for files with a scale factor per 8-bit weight.
     return list(EIGHT_BITS.values()) if hasattr(comfy.supported_models_base.BASE, "scaled_fp8") else []
 
 
 def _reads_marks():
-    """Whether the host's layers are told by `comfy_quant` how they are stored."""
+    """Whether this ComfyUI's layers read `comfy_quant`."""
     return hasattr(comfy.supported_models_base.BASE, "quant_config") and hasattr(comfy.quant_ops, "get_layout_class")
 
 
@@ -121,7 +121,7 @@ def take_quantized(tensors, metadata, rename, path):
     """Move the quantised layers out of `tensors`; returns them as `Quantized`.
 
     `rename` turns a key of the header into one of `tensors`. Raises ValueError for formats that this ComfyUI does not
-    read, and for layers whose parts do not fit each other.
+    read, and for layers with inconsistent parts.
     """
     settings = _marked(tensors, metadata, rename, path)
     whole_file = tensors.pop("scaled_fp8", None)
@@ -135,40 +135,41 @@ def take_quantized(tensors, metadata, rename, path):
             continue
         if weight.dtype in EIGHT_BITS:
             settings[name] = {"format": EIGHT_BITS[weight.dtype]}
-            if whole_file is not None and whole_file.numel() == 2:  # so it says that its products are not for 8 bits
+            if whole_file is not None and whole_file.numel() == 2:  # means: do not compute in 8 bits
                 settings[name]["full_precision_matrix_mult"] = True
         elif weight.is_floating_point() and tensors[key].numel() == 1 and tensors[key].item() == 1:
-            tensors.pop(key)  # of a layer that was left whole
+            tensors.pop(key)  # of a layer that was not quantised
     _refuse_strange(tensors, settings, path)
     return Quantized({name: _layer(tensors, name, given, path) for name, given in settings.items()})
 
 
 def _marked(tensors, metadata, rename, path):
-    """Layer -> settings, from the header and from the marks, which are taken out of `tensors`."""
+    """Layer -> settings, from the header and from the marks, which are removed from `tensors`."""
     given = {}
     if "_quantization_metadata" in metadata:
         where = f"The entry _quantization_metadata in the header of {path}"
         layers = parse_json(metadata["_quantization_metadata"], where).get("layers")
         if not isinstance(layers, dict):
-            raise ValueError(f"{where} has no entry layers, or one that is no object. {INSTEAD}")
+            raise ValueError(f"{where} has no entry layers, or it is not an object. {INSTEAD}")
         given = {rename(f"{name}.weight").removesuffix(".weight"): value for name, value in layers.items()}
     for key in [key for key in tensors if key.endswith(".comfy_quant")]:
         mark = tensors.pop(key)
         if mark.dtype != torch.uint8 or mark.ndim != 1:
-            raise ValueError(f"{path}: {key} is {mark.dtype}, {list(mark.shape)}; it should be text byte by byte. The "
-                             "file is damaged.")
+            raise ValueError(f"{path}: {key} is {mark.dtype}, {list(mark.shape)}. It must be text as bytes (uint8). "
+                             "The file is damaged. Get it again.")
         given[key.removesuffix(".comfy_quant")] = parse_json(bytes(mark.tolist()), f"{path}: {key}")
     return {name: _settings(value, f"{path}: the layer {name}") for name, value in given.items()}
 
 
 def _settings(given, where):
     if not isinstance(given, dict):
-        raise ValueError(f"{where} has {shown(given)} for its format, which is no JSON object. The file is damaged.")
+        raise ValueError(f"{where} has the format {shown(given)}, which is not a JSON object. The file is damaged. Get "
+                         "it again.")
     more = given.get("params")
     given = {**(more if isinstance(more, dict) else {}), **given}
     if given.get("format") not in host_formats():
         raise ValueError(f"{where} holds weights in the format {shown(given.get('format'))}, which this ComfyUI does "
-                         f"not read; it reads {', '.join(host_formats()) or 'none'}. {INSTEAD}")
+                         f"not read. It reads {', '.join(host_formats()) or 'none'}. {INSTEAD}")
     settings = {"format": given["format"]}
     for name in ("full_precision_matrix_mult", "convrot"):
         if name in given:
@@ -192,16 +193,17 @@ def _layer(tensors, name, settings, path):
     weight = tensors.pop(f"{name}.weight", None)
     if weight is None or weight.ndim != 2 or weight.dtype != stored:
         found = "is missing" if weight is None else f"is {list(weight.shape)}, {weight.dtype}"
-        raise ValueError(f"{path}: {name} is marked as {settings['format']}, but its weight {found}; expected are two "
-                         f"axes of {stored}. The file was changed or saved in part; get it whole.")
+        raise ValueError(f"{path}: {name} is marked as {settings['format']}, but its weight {found}. Two axes of "
+                         f"{stored} are expected. The file was changed or saved in part. Get the complete file.")
     rows, columns = weight.shape
     group = settings.get("convrot_groupsize", 1)
     if group not in GROUPS or columns % group:
-        raise ValueError(f"{path}: {name} has {columns} columns, which do not share groups of {group} "
-                         f"(convrot_groupsize) evenly. Allowed: {', '.join(map(str, GROUPS))}. The file is damaged.")
+        raise ValueError(f"{path}: {name} has {columns} columns, which are not divisible into groups of {group} "
+                         f"(convrot_groupsize). Allowed: {', '.join(map(str, GROUPS))}. The file is damaged. Get it "
+                         "again.")
     taken = {}
     if not _reads_marks():
-        tensors.pop(f"{name}.input_scale", None)  # products are not made in 8 bits there
+        tensors.pop(f"{name}.input_scale", None)  # that layer class does not compute in 8 bits
     for end, sizes in scales.items() | {pair for pair in BESIDE.items() if f"{name}.{pair[0]}" in tensors}:
         value, allowed = tensors.pop(f"{name}.{end}", None), sizes(rows, columns * packed)
         if value is None or value.numel() not in allowed or allowed == (1,) and not _is_scale(value):

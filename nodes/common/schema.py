@@ -1,11 +1,11 @@
-"""Node schemas, with what the pages of newer ComfyUI releases show of a node."""
+"""Node schemas with entries that only newer ComfyUI releases have."""
 from dataclasses import fields
 
 from comfy_api.latest import io
 
 
 def schema(search_aliases, advanced=(), **values):
-    """io.Schema(**values) of a node that `search_aliases` find, with the inputs named in `advanced` folded away.
+    """io.Schema(**values) with `search_aliases` and with the inputs named in `advanced` marked as advanced.
 
     Releases that do not know the one (before 0.11) or the other (before 0.10) get the schema without. There is no
     essentials_category: with one, the page counts a node as core's and no longer lists it among the extensions.

@@ -8,8 +8,8 @@ import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 
-# Pixels worked on between two progress ticks (and chances to interrupt): one frame of 512 x 320, or 40 of 64 x 64.
-# Within these ComfyUI splits further where the free memory is less.
+# Pixels processed between two progress updates (and chances to interrupt): one frame of 512 x 320, or 40 of 64 x 64.
+# ComfyUI splits these further if there is less free memory.
 PIXELS_PER_TICK = 512 * 320
 
 
@@ -21,10 +21,10 @@ def vae_shapes(ddconfig, embed_dim):
 
 
 class FoldedFrames:
-    """Put before a VAE class of images: it also takes and gives latents [B, C, T, h, w].
+    """Mixin for an image VAE class: it also takes and returns latents [B, C, T, h, w].
 
     Encoding N images [N, H, W, C] gives one clip [1, C, N, h, w], the posterior mean; decoding 5-D latents gives
-    [B, T, H, W, C] in 0..1, decoding 4-D ones images as ever.
+    [B, T, H, W, C] in 0..1, decoding 4-D latents gives images as usual.
     """
 
     def encode(self, pixel_samples, *args, **kwargs):
@@ -62,8 +62,8 @@ class FoldedFrames:
     def _fold_latents(self, decode, latents):
         if latents.ndim not in (4, 5) or latents.shape[1] != self.latent_channels:
             raise ValueError(
-                f"The latent has the shape {list(latents.shape)}; this VAE decodes [batch, {self.latent_channels}, "
-                f"frames, height, width]. It comes from another kind of model: use the VAE that belongs to it.")
+                f"The latent has the shape {list(latents.shape)}, but this VAE decodes [batch, {self.latent_channels}, "
+                f"frames, height, width]. It is from another kind of model: use the VAE of that model.")
         if latents.ndim == 4:
             return decode(latents)
         return decode(latents.movedim(1, 2).flatten(0, 1)).unflatten(0, (len(latents), -1))
@@ -84,12 +84,12 @@ class VideoVAE(FoldedFrames, comfy.sd.VAE):
 
 
 def pixel_vae():
-    """For models that work on pixels: core's conversion between 0..1 and -1..1, on clips [B, 3, T, H, W]."""
+    """For models in pixels: core's conversion between 0..1 and -1..1, on clips [B, 3, T, H, W]."""
     return fold_frames(comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}))
 
 
 def fold_frames(vae):
-    """The same VAE for clips; one that knows frames already (of video, or folded) comes back as it is."""
+    """The same VAE for clips; one that takes frames already (a video VAE, or folded) is returned unchanged."""
     if vae.latent_dim == 3 or isinstance(vae, FoldedFrames):
         return vae
     folded = copy.copy(vae)
@@ -98,16 +98,16 @@ def fold_frames(vae):
 
 
 def _in_chunks(work, frames, pixels_per_frame):
-    """`work` on a few frames at a time; ComfyUI's progress bar moves, and interrupts, between them."""
+    """`work` on a few frames at a time; progress is reported and the run can be interrupted between them."""
     progress = comfy.utils.ProgressBar(len(frames))
     done = []
     for chunk in frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame)):
-        comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the bar leaves out ticks
+        comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the bar skips updates
         done.append(work(chunk))
         progress.update(len(chunk))
     return torch.cat(done)
 
 
 def _spatial(kwargs):
-    """Tiles in space only: every frame is worked on alone, so tiles in time mean nothing here."""
+    """Tiles in space only: each frame is processed separately, so there are no tiles in time."""
     return {key: value for key, value in kwargs.items() if key not in ("tile_t", "overlap_t")}

@@ -1,4 +1,4 @@
-"""Numbers and entries out of headers and configurations: their kind and range are checked before anything is built."""
+"""Values from headers and configurations: type and range are checked before anything is built."""
 from __future__ import annotations
 
 import json
@@ -12,7 +12,7 @@ LONGEST_PATH = 1000
 
 
 def whole(value, name, low=1, high=WIDEST):
-    """`value`, if it is a whole number in low..high; true and false are none. `name` begins the message."""
+    """`value`, if it is a whole number in low..high (not true or false). `name` starts the message."""
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} is {shown(value)}. It must be a whole number from {low} to {high}.")
     return value
@@ -26,7 +26,7 @@ def wholes(values, name, low=1, high=WIDEST, least=1, most=8):
 
 
 def number(value, name, low, high):
-    """`value`, if it is a number above `low` and up to `high`; neither NaN nor true or false is one."""
+    """`value`, if it is a number above `low` and up to `high` (not NaN, true or false)."""
     if type(value) not in (int, float) or not low < value <= high:
         raise ValueError(f"{name} is {shown(value)}. It must be a number above {low:g} and up to {high:g}.")
     return value
@@ -39,9 +39,9 @@ def flag(value, name):
 
 
 def word(value, name):
-    """`value`, if it is a name that can stand in a file's name: letters, digits and . _ - + alone."""
+    """`value`, if it can be part of a file name: only letters, digits and . _ - +."""
     if not isinstance(value, str) or not 0 < len(value) <= 100 or not all(c.isalnum() or c in "._-+" for c in value):
-        raise ValueError(f"{name} is {shown(value)}. It must be a name of letters, digits and . _ - + alone.")
+        raise ValueError(f"{name} is {shown(value)}. It may only have letters, digits and . _ - +.")
     return value
 
 
@@ -64,18 +64,19 @@ def check_path(name, text):
 
 
 def parse_json(text, source):
-    """The JSON object in `text`, whose place `source` names in messages."""
+    """The JSON object in `text`; `source` says in messages where it comes from."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{source} is not JSON ({why}). The file is damaged, or was edited by hand.") from error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{source} is not JSON ({why}). The file is damaged or was edited by hand. Get it "
+                         "again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{source} is no JSON object but {shown(found)}. The file is damaged, or of another kind.")
+        raise ValueError(f"{source} is not a JSON object but {shown(found)}. The file is damaged or of another kind.")
     return found
 
 
 def shown(value):
-    """A value in a message, cut to a length that can be read."""
+    """A value for a message, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -17,10 +17,10 @@ def cfg_image_text(uncond: torch.Tensor, image: torch.Tensor, cond: torch.Tensor
 
 
 def rescale(guided: torch.Tensor, cond: torch.Tensor, amount: float) -> torch.Tensor:
-    """Pull the standard deviation of the guided output back to that of cond (arXiv 2305.08891, section 3.4).
+    """Rescale the standard deviation of the guided output to that of cond (arXiv 2305.08891, section 3.4).
 
-    One standard deviation a sample, over channels, frames, height and width together: one a frame would make the
-    brightness of a video pulse. amount 0: off, 1: fully.
+    One standard deviation per sample, over channels, frames, height and width together: one per frame would make the
+    brightness of a video flicker. amount 0: off, 1: fully.
     """
     if amount == 0:
         return guided

@@ -11,35 +11,34 @@ from .schedule import SPACINGS
 from .step import CLIP_MODES, Clip
 
 Report = io.Custom("STILLMOTION_REPORT")
-LESS_MEMORY = "Use a smaller preset or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction a step)."
+LESS_MEMORY = "Use a smaller model or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction per step)."
 
 STEPS = io.Int.Input("steps", default=50, min=1, max=1000,
-                     tooltip="Number of denoising steps, exactly as many as asked. 50 is the official number, 20 to 25 "
-                             "are often enough.")
+                     tooltip="Number of denoising steps. 50 is the official number; 20 to 25 are often enough.")
 ETA = io.Float.Input("eta", default=1.0, min=0.0, max=1.0, step=0.01,
-                     tooltip="Noise added back at every step: 1 is the official setting and moves more, 0 is "
+                     tooltip="Noise added back at each step. 1 is the official setting and gives more motion; 0 is "
                              "deterministic.")
 SPACING = io.Combo.Input("spacing", options=["auto", *SPACINGS], default="auto",
-                         tooltip="Which timesteps are visited. auto: uniform for the 256 model, uniform_trailing "
+                         tooltip="Which timesteps are sampled. auto: uniform for the 256 model, uniform_trailing "
                                  "(starts at the very last timestep) for 512 and 1024.")
 RESCALE = io.Float.Input("guidance_rescale", default=-1.0, min=-1.0, max=1.0, step=0.05,
-                         tooltip="Pulls the contrast of the guided prediction back to that of the unguided one, over "
+                         tooltip="Reduces the contrast of the guided prediction towards that of the unguided one, over "
                                  "the whole video at once. -1: the model's recommended value (0.7 for 512 and 1024, 0 "
                                  "for 256); 0: off; 1: fully.")
 DENOISE = io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
-                         tooltip="1: start from pure noise. Below 1 the incoming latent is kept in part (video to "
+                         tooltip="1: start from pure noise. Below 1, part of the input latent is kept (video to "
                                  "video), with the same number of steps.")
 CLIP = io.Combo.Input("clip_x0", options=list(CLIP_MODES), default="off",
-                      tooltip="Keeps the predicted clean latent in range at every step, against colour noise. static: "
-                              "cut at +-clip_value; dynamic: scale a sample down when 0.5 % of it lies beyond.")
+                      tooltip="Keeps the predicted clean latent in range at each step, against colour noise. static: "
+                              "clamp to +-clip_value. dynamic: scale a sample down if 0.5 % of it is beyond.")
 CLIP_VALUE = io.Float.Input("clip_value", default=3.0, min=0.1, max=100.0, step=0.1,
-                            tooltip="Limit for clip_x0, and what the report counts as out of range. 3 suits image "
+                            tooltip="Limit for clip_x0, and for what the report counts as out of range. 3 suits image "
                                     "latents; 4 is milder.")
 RECOMPUTE = io.Boolean.Input("recompute_eps", default=False,
-                             tooltip="After clipping, derive the noise direction from the clipped prediction. Off is "
-                                     "the usual way.")
+                             tooltip="After clipping, compute the noise direction from the clipped prediction. Usually "
+                                     "off.")
 TABLE = io.Combo.Input("tables", options=list(TABLES), default="fixed",
-                       tooltip="fixed: exact tables, never NaN. original: those of the official code, only to compare; "
+                       tooltip="fixed: exact tables, never NaN. original: those of the official code, for comparison; "
                                "at 7, 11, 14, 15, 20, 25, ... steps with eta 1 they end in NaN.")
 
 
@@ -51,41 +50,43 @@ class DDIMSampler(io.ComfyNode):
             display_name="DDIM Sampler (fixed)",
             category="Stillmotion/sampling",
             description="Denoises a latent with DDIM as DynamiCrafter was meant to be sampled: exact step count, no "
-                        "NaN at any setting, and a report of every step.",
+                        "NaN at any setting, and a report of each step.",
             search_aliases=["ksampler", "denoise video", "sample video", "eta", "guidance rescale",
                             "zero terminal snr"],
             advanced=["spacing", "guidance_rescale", "denoise", "image_cfg", "clip_x0", "clip_value", "recompute_eps",
                       "start_step", "end_step", "tables"],
             inputs=[
                 io.Model.Input("model", tooltip="The video model; any eps or v model with 1000 timesteps works."),
-                io.Conditioning.Input("positive", tooltip="What to see, from DynamiCrafter Image to Video."),
-                io.Conditioning.Input("negative", tooltip="What to avoid, from the same node; not used at cfg 1."),
-                io.Latent.Input("latent", tooltip="The empty latent of DynamiCrafter Image to Video, or a video latent "
-                                                  "together with denoise below 1. Its noise mask is respected."),
+                io.Conditioning.Input("positive", tooltip="From the model's conditioning node, such as DynamiCrafter "
+                                                          "Image to Video."),
+                io.Conditioning.Input("negative", tooltip="What to avoid, from the same node. Not used at cfg 1."),
+                io.Latent.Input("latent", tooltip="The empty latent from the conditioning node, or a video latent with "
+                                                  "denoise below 1. Its noise mask is respected."),
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Noise is drawn on the CPU from this number: the same on every machine."),
+                             tooltip="Seed of the noise, drawn on the CPU: the same on every machine."),
                 STEPS,
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
                                tooltip="How strongly the prompt (and the image) is followed. 7.5 is the official "
                                        "setting; 1 is twice as fast and ignores the negative prompt."),
                 ETA, SPACING, RESCALE, DENOISE,
                 io.Float.Input("image_cfg", default=0.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="0: off. Otherwise image and prompt are followed by separate strengths: this "
-                                       "one for the image, cfg for the prompt. Three predictions a step, one batch."),
+                               tooltip="0: off. Otherwise image and prompt have separate strengths: this one for the "
+                                       "image, cfg for the prompt. Three predictions per step, in one batch."),
                 CLIP, CLIP_VALUE, RECOMPUTE,
                 io.Int.Input("start_step", default=0, min=0, max=999,
-                             tooltip="First step to take. Above 0 the incoming latent is noised to that step."),
+                             tooltip="First step to sample. Above 0, noise is added to the input latent for that "
+                                     "step."),
                 io.Int.Input("end_step", default=1000, min=1, max=1000,
-                             tooltip="Stop before this step. Below steps the latent comes out with its noise left in; "
-                                     "go on with start_step at this number and a noise input of zeros."),
+                             tooltip="Stop before this step. If it is below steps, the output latent is still noisy: "
+                                     "continue with start_step at this number and zeros as noise."),
                 TABLE,
                 io.Latent.Input("noise", optional=True,
-                                tooltip="Start noise to use instead of the one drawn from the seed: standard normal, "
-                                        "the shape of the latent. Zeros: the latent is already noisy."),
+                                tooltip="Initial noise instead of the one from the seed: standard normal, with the "
+                                        "shape of the latent. Zeros: the latent is already noisy."),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent, for VAE Decode."),
-                Report.Output(display_name="report", tooltip="Ranges, clipped values, NaN and Inf at every step, for "
+                Report.Output(display_name="report", tooltip="Ranges, clipped values, NaN and Inf at each step, for "
                                                              "Sampling Report."),
             ],
         )
@@ -110,17 +111,18 @@ class DDIMSamplerSelect(io.ComfyNode):
             node_id="Stillmotion_DDIMSamplerSelect",
             display_name="DDIM Sampler Select",
             category="Stillmotion/sampling",
-            description="The same sampler for SamplerCustomAdvanced: wire both outputs; cfg and seed come from there. "
-                        "Guidance rescale works with any guider.",
+            description="The same sampler for SamplerCustomAdvanced: connect both outputs; cfg and seed come from "
+                        "there. Guidance rescale works with any guider.",
             search_aliases=["ksampler select", "ddim sampler advanced", "sampler custom", "ddim sigmas"],
             advanced=["spacing", "guidance_rescale", "denoise", "clip_x0", "clip_value", "recompute_eps", "tables"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled: its schedule is read here."),
+                io.Model.Input("model", tooltip="The model to sample with: its schedule is read here."),
                 STEPS, ETA, SPACING, RESCALE, DENOISE, CLIP, CLIP_VALUE, RECOMPUTE, TABLE,
             ],
             outputs=[
                 io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced or SamplerCustom."),
-                io.Sigmas.Output(display_name="sigmas", tooltip="Its own timesteps; Split Sigmas may cut them."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The sampler's own timesteps. Split Sigmas works on "
+                                                                "them."),
             ],
         )
 
@@ -139,14 +141,14 @@ class SamplingReport(io.ComfyNode):
             node_id="Stillmotion_SamplingReport",
             display_name="Sampling Report",
             category="Stillmotion/sampling",
-            description="Draws what happened at every sampling step and says in words whether the result can be good.",
+            description="Draws what happened at each sampling step and says whether the result can be good.",
             search_aliases=["nan", "x0 statistics", "plot sampling", "debug sampler"],
             inputs=[Report.Input("report", tooltip="From DDIM Sampler (fixed).")],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="Ranges of predicted x0 and latent, and clipped values, "
                                                              "over the steps."),
                 io.String.Output(display_name="text", tooltip="Verdict (good, doubtful, bad) with reason and advice, "
-                                                              "then the numbers of every step."),
+                                                              "then the numbers of each step."),
                 io.Boolean.Output(display_name="passed", tooltip="False only if the verdict is bad."),
             ],
         )

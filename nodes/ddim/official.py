@@ -2,7 +2,7 @@
 
 Works on any object with that model's attributes: alphas_cumprod, parameterization, use_dynamic_rescale, scale_arr,
 apply_model, get_learned_conditioning, embedder, image_proj_model, encode_first_stage, decode_first_stage, uncond_type,
-model.conditioning_key. `original=True` everywhere brings back the unfixed tables.
+model.conditioning_key. `original=True` uses the official tables.
 """
 import torch
 
@@ -15,14 +15,14 @@ NO_CLIP = Clip("off", 3.0, False)
 
 def get_fixed_ddim_sampler(model, ddim_steps: int, ddim_eta: float, timestep_spacing: str = "uniform",
                            original: bool = False) -> "OfficialDDIMSampler":
-    """A sampler with the official `sample` method, its tables made and on the model's device."""
+    """A sampler with the official `sample` method, its tables built and on the model's device."""
     sampler = OfficialDDIMSampler(model, original)
     sampler.make_schedule(ddim_steps, timestep_spacing, ddim_eta)
     return sampler
 
 
 class OfficialDDIMSampler:
-    """Takes the place of the official DDIMSampler and of DDIMSampler_multicond."""
+    """Replaces the official DDIMSampler and DDIMSampler_multicond."""
 
     def __init__(self, model, original: bool = False):
         self.model, self.original = model, original
@@ -47,9 +47,9 @@ class OfficialDDIMSampler:
                corrector_kwargs=None, verbose=True, schedule_verbose=False, x_T=None, log_every_t=100,
                unconditional_guidance_scale=1.0, unconditional_conditioning=None, precision=None, fs=None,
                timestep_spacing="uniform", guidance_rescale=0.0, clean_cond=False, **kwargs):
-        """(samples [B, *shape], intermediates) as officially; noise comes from torch's generator in the same order.
+        """(samples [B, *shape], intermediates) as in the official code; noise is drawn in the same order.
 
-        mask: 1 keeps x0. The verbose switches are accepted and do nothing; other keywords reach apply_model.
+        mask: 1 keeps x0. The verbose switches have no effect; other keywords are passed to apply_model.
         """
         self.make_schedule(S, timestep_spacing, eta)
         x = torch.randn((batch_size, *shape), device=self.device) if x_T is None else x_T
@@ -84,7 +84,7 @@ class OfficialDDIMSampler:
         """The guided prediction as a function of (x, t)."""
         model, image_only = self.model, unconditional_conditioning_img_nonetext
         if corrector is not None and model.parameterization == "v":
-            raise ValueError("score_corrector works on eps; this model predicts v.")
+            raise ValueError("score_corrector works on eps, but this model predicts v. Leave it out.")
 
         def predict(x, t):
             output = e_cond = model.apply_model(x, t, cond, **kwargs)
@@ -105,15 +105,15 @@ class OfficialDDIMSampler:
 
 
 def exact_alphas_cumprod(model) -> torch.Tensor:
-    """alpha_bar in float64, rebuilt where the model says what from: its buffers may have been through fp16."""
+    """alpha_bar in float64, rebuilt from the betas if the model names them: its buffers may have been through fp16."""
     stored = model.alphas_cumprod.detach().to("cpu", torch.float64)
     if len(stored) != NUM_TIMESTEPS:
-        raise ValueError(f"The model has {len(stored)} diffusion timesteps; {NUM_TIMESTEPS} are needed.")
+        raise ValueError(f"The model has {len(stored)} diffusion timesteps. {NUM_TIMESTEPS} are needed.")
     if hasattr(model, "linear_start"):
         zero_snr = bool(getattr(model, "rescale_betas_zero_snr", False))
         exact = make_alphas_cumprod(DiffusionParams(model.parameterization, model.linear_start, model.linear_end,
                                                     zero_snr, None, "uniform", 0.0))
-        if torch.allclose(stored, exact, rtol=0, atol=5e-3):  # bf16 rounding; else the betas were given by hand
+        if torch.allclose(stored, exact, rtol=0, atol=5e-3):  # bf16 rounding; otherwise the betas were given by hand
             return exact
     return stored
 
@@ -124,9 +124,9 @@ def image_guided_synthesis_fixed(model, prompts, videos, noise_shape, n_samples=
                                  guidance_rescale=0.0, original=False, **kwargs) -> torch.Tensor:
     """Videos [B, n_samples, 3, T, H, W] in about [-1, 1] from the first frames of `videos` [B, 3, T, H, W].
 
-    noise_shape: [B, C, T, h, w]. loop and interp take the last frame as well. text_input=False ignores the prompts.
-    multiple_cond_cfg: image guidance cfg_img apart from text guidance. 512 and 1024 models want timestep_spacing
-    "uniform_trailing" and guidance_rescale 0.7. Everything else as in the official image_guided_synthesis.
+    noise_shape: [B, C, T, h, w]. loop and interp use the last frame as well. text_input=False ignores the prompts.
+    multiple_cond_cfg: image guidance cfg_img separate from text guidance. 512 and 1024 models need timestep_spacing
+    "uniform_trailing" and guidance_rescale 0.7. Everything else is as in the official image_guided_synthesis.
     """
     batch = noise_shape[0]
     image_BCHW = videos[:, :, 0]
@@ -159,7 +159,7 @@ def _image_tokens(model, image_BCHW):
 
 
 def _concat_latent(model, videos_BCTHW, both_ends):
-    """The image latent that goes beside the noise: repeated over time, or at both ends with zeros between."""
+    """The image latent that is concatenated with the noise: repeated over time, or at both ends with zeros between."""
     if model.model.conditioning_key != "hybrid":
         return {}
     frames = videos_BCTHW.transpose(1, 2)

@@ -40,7 +40,7 @@ def draw_report(report: SamplingReport) -> Image.Image:
 
 
 class _Axes:
-    """A panel from `top` to `bottom`: step i lies in the middle of its own slot, values between the outer ticks."""
+    """A panel from `top` to `bottom`: step i is in the middle of its own slot, values between the outer ticks."""
 
     def __init__(self, pen, steps, ticks, top, bottom):
         self.pen, self.steps, self.top, self.bottom = pen, steps, top, bottom
@@ -56,7 +56,7 @@ class _Axes:
         return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - self.top)
 
     def points(self, values):
-        if len(values) == 1:  # a single step still has to be seen
+        if len(values) == 1:  # a single step must be visible too
             return [(LEFT, self.y(values[0])), (RIGHT, self.y(values[0]))]
         return [(self.x(i), self.y(value)) for i, value in enumerate(values)]
 

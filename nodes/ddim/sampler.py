@@ -1,7 +1,7 @@
-"""DDIM as a ComfyUI sampler: core's models work in sigma space, the update runs in the variance-preserving scale.
+"""DDIM as a ComfyUI sampler: core's models work in sigma space, the update in the variance-preserving scale.
 
 A latent x here is X / n of core's X, with n = sqrt(1 + sigma^2). The model keeps its own sigma table, capped where
-alpha_bar is 0; its v or eps is recovered exactly from what core returns, and the step uses our float64 tables.
+alpha_bar is 0. Its v or eps is recovered exactly from what core returns, and the step uses our float64 tables.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,23 +42,24 @@ class DDIMSettings:
 
     def __post_init__(self):
         if not 1 <= self.steps <= NUM_TIMESTEPS:
-            raise ValueError(f"steps is {self.steps}: choose 1 to {NUM_TIMESTEPS}.")
+            raise ValueError(f"steps is {self.steps}. Choose 1 to {NUM_TIMESTEPS}.")
         for name, value, allowed in (("spacing", self.spacing, ("auto", *SPACINGS)), ("tables", self.tables, TABLES)):
             if value not in allowed:
-                raise ValueError(f"{name} is '{value}': choose one of {', '.join(allowed)}.")
+                raise ValueError(f"{name} is '{value}'. Choose one of {', '.join(allowed)}.")
         if self.guidance_rescale != AUTO_RESCALE and not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is {self.guidance_rescale}: choose 0 to 1, or -1 for the model's own.")
+            raise ValueError(f"guidance_rescale is {self.guidance_rescale}. Choose 0 to 1, or -1 for the model's own.")
         if not 0 < self.denoise <= 1:
-            raise ValueError(f"denoise is {self.denoise}: choose above 0 (keep the latent) to 1 (start from noise).")
+            raise ValueError(f"denoise is {self.denoise}. Choose a value above 0 and up to 1 (start from noise).")
         if not 0 <= self.start_step < self.end_step:
-            raise ValueError(f"start_step {self.start_step} and end_step {self.end_step} leave no step: start_step "
-                             "must be 0 or more and below end_step.")
+            raise ValueError(f"start_step is {self.start_step} and end_step is {self.end_step}, which leaves no step. "
+                             "start_step must be at least 0 and below end_step.")
         if self.start_step >= self.steps:
-            raise ValueError(f"start_step is {self.start_step}, but there are only {self.steps} steps.")
+            raise ValueError(f"start_step is {self.start_step}, but there are only {self.steps} steps. Choose a "
+                             "smaller start_step.")
 
 
 class Schedule(NamedTuple):
-    """A model's schedule. sigmas: core's own table as numbers, the only scale in which the model is called."""
+    """A model's schedule. sigmas: core's own table, the only scale in which the model is called."""
     parameterization: str
     alphas_cumprod: torch.Tensor
     scale_arr: torch.Tensor | None
@@ -68,7 +69,7 @@ class Schedule(NamedTuple):
 
 
 def model_schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
-    """Schedule of any eps or v model with 1000 timesteps; ours are rebuilt in float64 from their betas."""
+    """Schedule of any eps or v model with 1000 timesteps; those of our models are rebuilt in float64 from the betas."""
     sampling = model.get_model_object("model_sampling")
     sigmas = getattr(sampling, "sigmas", torch.zeros(0)).cpu()
     if len(sigmas) != NUM_TIMESTEPS or sampling.timestep(sigmas).tolist() != list(range(NUM_TIMESTEPS)):
@@ -76,19 +77,19 @@ def model_schedule(model: comfy.model_patcher.ModelPatcher) -> Schedule:
                          "DynamiCrafter and Stable Diffusion models have one; for flow models use KSampler.")
     params = getattr(model.model, "diffusion_params", None)
     if params is not None and _parameterization(sampling) == params.parameterization \
-            and torch.allclose(sigmas, model.model.model_sampling.sigmas.cpu()):  # core's patches may have changed it
+            and torch.allclose(sigmas, model.model.model_sampling.sigmas.cpu()):  # a core node may have changed it
         return Schedule(params.parameterization, make_alphas_cumprod(params), make_scale_arr(params.base_scale),
                         params.spacing, params.guidance_rescale, sigmas.tolist())
     alphas_cumprod, parameterization = 1 / (1 + sigmas.double() ** 2), _parameterization(sampling)
     if parameterization == "eps" and alphas_cumprod[-1] < 1e-6:
-        raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, from "
-                         "which no eps gives a picture. Switch zsnr off in ModelSamplingDiscrete, or choose "
+        raise ValueError("This model predicts eps with zero terminal SNR (zsnr): its last timestep is pure noise, so "
+                         "x0 cannot be computed from eps. Switch zsnr off in ModelSamplingDiscrete, or choose "
                          "v_prediction for a model that was trained with it.")
     return Schedule(parameterization, alphas_cumprod, None, "uniform", 0.0, sigmas.tolist())
 
 
 def _parameterization(sampling) -> str:
-    """What the network predicts, told from how core turns a prediction into the denoised latent."""
+    """What the network predicts, found from how core turns a prediction into the denoised latent."""
     sigma, one, zero = torch.tensor([1.0]), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     denoised = [sampling.calculate_denoised(sigma, *pair).item() for pair in ((one, zero), (zero, one))]
     for name, expected in (("eps", (-1.0, 1.0)), ("v", (-(0.5 ** 0.5), 0.5))):
@@ -98,9 +99,9 @@ def _parameterization(sampling) -> str:
 
 
 class DDIMSampler(comfy.samplers.Sampler):
-    """Core sampler object that walks `tables` from their end; SIGMAS choose the part of them to walk.
+    """Core sampler object that samples along `tables` from their end; SIGMAS select the steps to take.
 
-    noise(step) returns the noise added at a step (0: the first of the whole table), None: drawn on the CPU from the
+    noise(step) returns the noise added at a step (0: the first of the whole table); None: drawn on the CPU from the
     seed. recorder, if given, collects the report.
     """
 
@@ -145,7 +146,7 @@ class DDIMSampler(comfy.samplers.Sampler):
         end = table_sigmas[last]
         if mask is not None:
             x = _paste(x, _add_noise(latent_image, noise, end), mask)
-        return x * _norm(end)  # noise that is left over goes back in core's scale: any sampler can go on from it
+        return x * _norm(end)  # a noisy latent is returned in core's scale: any sampler can continue from it
 
     def _rescale_guidance(self, args):
         """Core post-cfg hook: guidance rescale on what the network predicted, over C, T, H and W together."""
@@ -157,7 +158,7 @@ class DDIMSampler(comfy.samplers.Sampler):
 
 
 def model_output(x: torch.Tensor, denoised: torch.Tensor, sigma: float, parameterization: str) -> torch.Tensor:
-    """The network's v or eps from the denoised latent that core made of it; x in the variance-preserving scale."""
+    """The network's v or eps from the denoised latent that core computed; x in the variance-preserving scale."""
     n = _norm(sigma)
     if parameterization == "v":
         return (x / n - denoised) * (n / sigma)
@@ -171,8 +172,8 @@ def denoised_from(x: torch.Tensor, output: torch.Tensor, sigma: float, parameter
 
 
 def seeded_noise(seed: int, shape: torch.Size, device: torch.device) -> Noise:
-    """Noise of every step from the seed, drawn on the CPU: the same on any machine, and the same for a step whether
-    the run is made in one piece or in several."""
+    """Noise of each step from the seed, drawn on the CPU: the same on any machine, and the same for a step whether
+    the run is made in one part or in several."""
     pinned = device.type == "cuda"
 
     def noise(step: int) -> torch.Tensor:
@@ -203,17 +204,17 @@ def _mask_at(sigma, mask, options, model_wrap, sigmas):
 
 
 def _span(table_sigmas, sigmas):
-    """Steps [first, last) of the table that core SIGMAS ask for."""
+    """Steps [first, last) of the table that core SIGMAS select."""
     count = len(sigmas)
     for first in range(len(table_sigmas) - count + 1):
         if table_sigmas[first:first + count] == sigmas:
             return first, first + count - 1
-    raise ValueError("These SIGMAS are not part of this DDIM sampler's timesteps. Take both SAMPLER and SIGMAS from "
-                     "the same DDIM Sampler Select node, made with the same model; Split Sigmas is fine.")
+    raise ValueError("These SIGMAS do not belong to this DDIM sampler. Connect both SAMPLER and SIGMAS from the same "
+                     "DDIM Sampler Select node with the same model. Split Sigmas may be between.")
 
 
 class ImageTextGuider(comfy.samplers.CFGGuider):
-    """Guidance by image and text apart; the three predictions are made in one batch."""
+    """Separate guidance by image and text; the three predictions are made in one batch."""
 
     def set_image_conds(self, positive, image, negative):
         """image: the negative text with the positive's image."""
@@ -237,16 +238,16 @@ class ImageTextGuider(comfy.samplers.CFGGuider):
 
 
 def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comfy.samplers.CFGGuider:
-    """Core's guider (cfg 1 skips the negative pass), or the three-way one where image_cfg is not 0."""
+    """Core's guider (cfg 1 skips the negative forward pass), or the one for three predictions if image_cfg is not 0."""
     if image_cfg == 0:
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return guider
     if model.model_options.keys() & {"sampler_cfg_function", "sampler_pre_cfg_function"}:
-        raise ValueError(f"image_cfg is {image_cfg:g}, and the model carries a node (RescaleCFG, RenormCFG, FreSca or "
-                         "another) that changes guidance of two predictions, not of three. Set image_cfg to 0, or "
-                         "take that node off the model.")
+        raise ValueError(f"image_cfg is {image_cfg:g}, but a node on the model (RescaleCFG, RenormCFG, FreSca or "
+                         "another) changes guidance with two predictions, not with three. Set image_cfg to 0, or "
+                         "remove that node.")
     guider = ImageTextGuider(model)
     tokens = positive[0][1]["image_tokens"]
     seen = [[cond, {**values, "image_tokens": tokens}] for cond, values in negative]
@@ -257,14 +258,14 @@ def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comf
 
 def make_sampler(model, settings: DDIMSettings, noise: Noise | None = None,
                  report: bool = False) -> tuple[DDIMSampler, torch.Tensor]:
-    """(sampler, SIGMAS to walk) for a model. denoise below 1 takes the last `steps` of a longer table, as KSampler."""
+    """(sampler, SIGMAS) for a model. denoise below 1 uses the last `steps` of a longer table, as KSampler does."""
     schedule = model_schedule(model)
     spacing = schedule.spacing if settings.spacing == "auto" else settings.spacing
     rescale = schedule.guidance_rescale if settings.guidance_rescale == AUTO_RESCALE else settings.guidance_rescale
     total = int(settings.steps / settings.denoise)
     if total > NUM_TIMESTEPS:
         raise ValueError(f"{settings.steps} steps at denoise {settings.denoise:g} are the end of a run of {total} "
-                         f"steps, but there are {NUM_TIMESTEPS} timesteps: take fewer steps or a higher denoise.")
+                         f"steps, but there are {NUM_TIMESTEPS} timesteps. Use fewer steps or a higher denoise.")
     original = settings.tables == "original"
     tables = make_tables(schedule.alphas_cumprod, total, spacing, settings.eta, schedule.scale_arr, original)
     recorder = None
@@ -285,7 +286,7 @@ def sample_latent(model, positive, negative, latent: dict, seed: int, settings: 
                   callback: Callable | None = None) -> tuple[dict, SamplingReport]:
     """Sample a LATENT. start_noise: [B, C, ...] instead of the one drawn from the seed; noise: see DDIMSampler.
 
-    callback(step, x0, x, steps) is called after every step. Where a noise mask is 0 the latent comes back as it was.
+    callback(step, x0, x, steps) is called after each step. Where a noise mask is 0, the latent is returned unchanged.
     """
     check_inputs(model, positive, negative, latent, start_noise, settings.image_cfg)
     sampler, sigmas = make_sampler(model, settings, noise, report=True)

@@ -1,6 +1,6 @@
 """Noise schedules and DDIM tables, always rebuilt in float64 from the betas.
 
-Timesteps count from 0 (nearly clean) to 999 (noise) and stand in ascending order, as in the official code.
+Timesteps go from 0 (nearly clean) to 999 (noise), in ascending order as in the official code.
 Papers: DDIM (arXiv 2010.02502), zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), cosine schedule (arXiv
 2102.09672).
 """
@@ -28,15 +28,15 @@ class DiffusionParams:
 
     def __post_init__(self):
         if self.shape not in SHAPES:
-            raise ValueError(f"Noise schedule '{self.shape}' is unknown: choose one of {', '.join(SHAPES)}.")
+            raise ValueError(f"The noise schedule '{self.shape}' is unknown. Choose one of {', '.join(SHAPES)}.")
         if self.parameterization not in ("eps", "v"):
-            raise ValueError(f"Parameterization '{self.parameterization}' is unknown: 'eps' and 'v' are supported.")
+            raise ValueError(f"The parameterization '{self.parameterization}' is unknown. Choose one of eps, v.")
         if self.spacing not in SPACINGS:
-            raise ValueError(f"Timestep spacing '{self.spacing}' is unknown: choose one of {', '.join(SPACINGS)}.")
+            raise ValueError(f"The timestep spacing '{self.spacing}' is unknown. Choose one of {', '.join(SPACINGS)}.")
         if self.zero_snr and self.parameterization == "eps":
             raise ValueError(
                 "An eps-prediction model cannot use a zero-terminal-SNR schedule: at the last timestep alpha_bar is 0, "
-                "so x0 = (x - eps) / 0 has no value. Use parameterization 'v' or switch rescale_betas_zero_snr off.")
+                "so x0 = (x - eps) / 0 is undefined. Use parameterization 'v', or turn rescale_betas_zero_snr off.")
 
 
 def make_betas(params: DiffusionParams) -> torch.Tensor:
@@ -50,7 +50,7 @@ def make_betas(params: DiffusionParams) -> torch.Tensor:
 
 
 def cosine_betas() -> torch.Tensor:
-    """Betas [1000] in float64 by which alpha_bar falls as a squared cosine (arXiv 2102.09672, eq. 17). The cap keeps
+    """Betas [1000] in float64 for which alpha_bar falls as a squared cosine (arXiv 2102.09672, eq. 17). The cap keeps
     the last alpha_bar above 0: it is 2.4e-9."""
     offset, largest = 0.008, 0.999
     angles = (torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS + offset) / (1 + offset)
@@ -81,19 +81,19 @@ def make_scale_arr(base_scale: float | None) -> torch.Tensor | None:
 def make_timesteps(steps: int, spacing: str, original: bool = False) -> list[int]:
     """Timesteps in ascending order: exactly `steps` of them, all inside 0..999.
 
-    original: the official tables instead, which for some step counts have another length, or reach -1 or 1000.
+    original: the official tables instead, which have another length for some step counts, or reach -1 or 1000.
     """
     if not 1 <= steps <= NUM_TIMESTEPS:
-        raise ValueError(f"steps is {steps}: the schedule has {NUM_TIMESTEPS} timesteps, choose 1 to {NUM_TIMESTEPS}.")
+        raise ValueError(f"steps is {steps}. The schedule has {NUM_TIMESTEPS} timesteps: choose 1 to {NUM_TIMESTEPS}.")
     if spacing == "uniform":
         if original:
             return [t + 1 for t in range(0, NUM_TIMESTEPS, NUM_TIMESTEPS // steps)]
         return [min(i * NUM_TIMESTEPS // steps + 1, NUM_TIMESTEPS - 1) for i in range(steps)]
     if spacing != "uniform_trailing":
-        raise ValueError(f"Timestep spacing '{spacing}' is unknown: choose one of {', '.join(SPACINGS)}.")
-    # Officially flip(round(arange(1000, 0, -1000 / steps))) - 1. arange adds `delta` in floating point, and ties at
-    # one half fall as that rounding error decides, so equality with it needs the same sums; the fixed length does
-    # away with the extra element near 0 that arange returns at 61, 103, 121, ... steps.
+        raise ValueError(f"The timestep spacing '{spacing}' is unknown. Choose one of {', '.join(SPACINGS)}.")
+    # The official code has flip(round(arange(1000, 0, -1000 / steps))) - 1. arange adds `delta` in floating point, and
+    # its rounding error decides ties at one half, so the same sums are needed for equal results. The fixed length
+    # drops the extra element near 0 that arange returns at 61, 103, 121, ... steps.
     end = float(NUM_TIMESTEPS)
     delta = (end - end / steps) - end
     count = math.ceil(end / (end / steps)) if original else steps
@@ -102,10 +102,10 @@ def make_timesteps(steps: int, spacing: str, original: bool = False) -> list[int
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """Plain numbers of one DDIM step."""
+    """The numbers of one DDIM step."""
     timestep: int
     alpha: float        # alpha_bar at this timestep
-    alpha_prev: float   # alpha_bar at the next one to be visited
+    alpha_prev: float   # alpha_bar at the next one to be sampled
     sigma: float        # standard deviation of the noise added
     direction: float    # factor of eps: sqrt(1 - alpha_prev - sigma^2)
     rescale: float      # factor of x0 (dynamic rescale)
@@ -113,7 +113,7 @@ class StepCoefficients:
 
 @dataclass(frozen=True)
 class DDIMTables:
-    """The numbers of a whole DDIM run in float64, [steps], ascending in time: sampling walks them from the end."""
+    """The numbers of a whole DDIM run in float64, [steps], ascending in time: sampling starts at the end."""
     timesteps: list[int]
     alphas: torch.Tensor
     alphas_prev: torch.Tensor
@@ -136,15 +136,15 @@ def make_tables(alphas_cumprod: torch.Tensor, steps: int, spacing: str, eta: flo
                 scale_arr: torch.Tensor | None = None, original: bool = False) -> DDIMTables:
     """DDIM tables for `steps` steps of stochasticity `eta`; finite everywhere unless `original`.
 
-    original: lengths, float32 rounding and missing clamps of the official code, for comparison. It ends in NaN at
+    original: lengths, float32 rounding and missing clamps of the official code, for comparison. They give NaN at
     7, 11, 14, 15, 20, 25, ... steps with eta 1 and zero terminal SNR.
     """
     if not eta >= 0 or eta == float("inf"):
-        raise ValueError(f"eta is {eta}: it must be a number from 0 (deterministic) to 1 (full DDPM noise).")
+        raise ValueError(f"eta is {eta}. It must be a number from 0 (deterministic) to 1 (full DDPM noise).")
     timesteps = make_timesteps(steps, spacing, original)
     if timesteps[-1] >= NUM_TIMESTEPS:
         raise ValueError(
-            f"The original '{spacing}' table for {steps} steps asks for timestep {timesteps[-1]}, the last one is "
+            f"The original '{spacing}' table for {steps} steps has timestep {timesteps[-1]}, but the last one is "
             f"{NUM_TIMESTEPS - 1}. Choose the fixed tables, or a number of steps that divides {NUM_TIMESTEPS}.")
     indices = torch.tensor(timesteps)
     variances = _official_variances if original else _variances
@@ -156,12 +156,12 @@ def make_tables(alphas_cumprod: torch.Tensor, steps: int, spacing: str, eta: flo
 def _variances(alphas_cumprod, indices, eta):
     alphas = alphas_cumprod[indices]
     alphas_prev = torch.cat([alphas_cumprod[:1], alphas[:-1]])
-    # Neighbours coincide where two timesteps do (1000 uniform steps) or where a schedule was stored too coarsely.
-    # The quotients are then 0 / 0, and their value is that of a step that does nothing.
+    # Neighbours are equal if two timesteps are (1000 uniform steps) or if a schedule was stored with low precision.
+    # The quotients are then 0 / 0; they get the value of a step that changes nothing.
     kept = torch.where(alphas < alphas_prev, alphas / alphas_prev, 1.0)
     noised = torch.where(alphas < 1, (1 - alphas_prev) / (1 - alphas), 0.0)
     sigmas = eta * (noised * (1 - kept)).clamp(min=0).sqrt()
-    # eta above 1 may not add more noise than the next timestep holds.
+    # eta above 1 must not add more noise than the next timestep has.
     sigmas = torch.minimum(sigmas, (1 - alphas_prev).clamp(min=0).sqrt())
     directions = (1 - alphas_prev - sigmas ** 2).clamp(min=0).sqrt()
     return alphas, alphas_prev, sigmas, directions

@@ -17,8 +17,8 @@ DYNAMIC_PERCENTILE = 0.995  # Imagen (arXiv 2205.11487), section 2.3
 class Clip:
     """How predicted x0 is kept in range.
 
-    static clamps to +-limit; dynamic first shrinks a sample whose 99.5th percentile of |x0| lies beyond the limit.
-    recompute_eps: derive eps from the clipped x0, so that both again add up to x.
+    static clamps to +-limit; dynamic first scales down a sample whose 99.5th percentile of |x0| is beyond the limit.
+    recompute_eps: compute eps from the clipped x0, so that both again add up to x.
     """
     mode: str
     limit: float
@@ -26,9 +26,9 @@ class Clip:
 
     def __post_init__(self):
         if self.mode not in CLIP_MODES:
-            raise ValueError(f"x0 clip mode '{self.mode}' is unknown: choose one of {', '.join(CLIP_MODES)}.")
+            raise ValueError(f"The x0 clip mode '{self.mode}' is unknown. Choose one of {', '.join(CLIP_MODES)}.")
         if not 0 < self.limit < float("inf"):
-            raise ValueError(f"The x0 clip value is {self.limit}: it must be above 0 (3 suits image latents).")
+            raise ValueError(f"The x0 clip value is {self.limit}. It must be above 0 (3 suits image latents).")
 
 
 class DDIMStep(NamedTuple):

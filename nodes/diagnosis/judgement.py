@@ -1,7 +1,7 @@
-"""Judges a model, its inputs and a short sampling run: good, doubtful or bad, with the numbers and what to try.
+"""Judges a model, its inputs and a short sampling run: good, doubtful or bad, with figures and what to try.
 
 The verdict on the sampling run itself is `SamplingReport.verdict`. Usual values: latents about +-2.5, decoded pictures
-in 0..1 with a mean of 0.3 to 0.7 and a standard deviation of 0.1 to 0.3; a known picture widens these by its own.
+in 0..1 with a mean of 0.3 to 0.7 and a standard deviation of 0.1 to 0.3. A reference picture widens these limits.
 """
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FLAT = 0.01                                   # standard deviation of a picture 
 RMS_USUAL, RMS_BAD = (0.3, 2.5), 5.0          # of latents after the model's scale factor; 1 as trained
 RMS_TOKENS = 100.0
 RMS_WEIGHT = 10.0
-LOST_USUAL, LOST_BAD = 0.25, 0.8              # share of a picture's variance that encoding and decoding lose
-GAIN = 3.0                                    # dB by which clipping must change a result to be worth a word
+LOST_USUAL, LOST_BAD = 0.25, 0.8              # fraction of a picture's variance that encoding and decoding lose
+GAIN = 3.0                                    # dB by which clipping must change a result to be reported
 NAMED = 4                                     # layers named in a sentence
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. text: the numbers, and for anything but good what to try."""
+    """The result of one check. text: the figures and, unless good, what to try."""
     topic: str
     level: str
     text: str
@@ -44,7 +44,7 @@ class Diagnosis:
         return max((finding.level for finding in self.findings), key=LEVELS.index)
 
     def text(self) -> str:
-        """Verdict, one line a finding, then the table of the sampling run."""
+        """Verdict, one line per finding, then the table of the sampling run."""
         count = sum(finding.level == self.level for finding in self.findings)
         lines = [f"{self.level}: {count} of {len(self.findings)} findings are {self.level}", ""]
         lines += [f"{finding.level:8s} {finding.topic}: {finding.text}" for finding in self.findings]
@@ -61,26 +61,26 @@ class Diagnosis:
 
 
 def judge_latent(topic: str, latent: Tensor) -> Finding:
-    """A latent in the model's own scale (any shape): finite and about as large as in training, zeros left out."""
+    """A latent in the model's own scale (any shape): finite and about as large as in training, ignoring zeros."""
     if not finite([latent]):
         return _not_finite(topic, latent)
     filled = latent[latent != 0]
     if not len(filled):
-        return Finding(topic, "good", "empty, as where sampling starts from noise.")
+        return Finding(topic, "good", "empty: sampling starts from noise.")
     rms, reach = filled.square().mean().sqrt().item(), filled.abs().max().item()
     found = f"root mean square {rms:.2f} (1 is usual), range +-{reach:.1f}"
     if rms > RMS_USUAL[1]:
         return Finding(topic, "bad" if rms > RMS_BAD else "doubtful",
-                       f"{found}: too large. It seems to miss the VAE's scale factor, or to belong to another VAE: "
-                       "encode the picture with the model's own VAE, or clip x0 (static, 3) to soften the damage.")
+                       f"{found}: too large. The VAE's scale factor seems to be missing, or it is from another VAE: "
+                       "encode the picture with the model's own VAE, or clip x0 (static, 3) to reduce the damage.")
     if rms < RMS_USUAL[0]:
         return Finding(topic, "doubtful", f"{found}: too small. The scale factor seems to be applied twice: encode the "
-                                          "picture with the model's own VAE and scale nothing by hand.")
+                                          "picture with the model's own VAE, without further scaling.")
     return Finding(topic, "good", f"{found}.")
 
 
 def judge_tokens(topic: str, tokens: Tensor) -> Finding:
-    """Text or image tokens: finite, neither all zero nor huge."""
+    """Text or image tokens: finite, not all zero and not huge."""
     if not finite([tokens]):
         return _not_finite(topic, tokens)
     rms = tokens.float().square().mean().sqrt().item()
@@ -92,7 +92,7 @@ def judge_tokens(topic: str, tokens: Tensor) -> Finding:
 
 
 def judge_parameters(topic: str, network: nn.Module) -> Finding:
-    """Norm of every part; tensors that are not finite, zero matrices and huge values by name."""
+    """Norm of each part; the names of tensors that are not finite, of zero matrices and of huge values."""
     parts, broken, zero, huge, count = {}, [], [], [], 0
     for name, value in network.named_parameters():
         count += value.numel()
@@ -111,18 +111,18 @@ def judge_parameters(topic: str, network: nn.Module) -> Finding:
     found = f"{count:,} parameters; norms: {norms}"
     if broken:
         return Finding(topic, "bad", f"{found}. NaN or Inf in {_named(broken)}: the file is damaged or its training "
-                                     "diverged: get it again, or take an earlier checkpoint.")
+                                     "diverged. Get it again, or use an earlier checkpoint.")
     if zero:
         return Finding(topic, "doubtful", f"{found}. All zero: {_named(zero)}: these layers were never trained, or "
-                                          "their weights were not loaded.")
+                                          "their weights were not loaded. Check the file.")
     if huge:
         return Finding(topic, "doubtful", f"{found}. Unusually large: {_named(huge)}: training may have diverged, and "
-                                          "fp16 may overflow: try bf16 or fp32, or an earlier checkpoint.")
+                                          "fp16 may overflow. Try bf16 or fp32, or an earlier checkpoint.")
     return Finding(topic, "good", f"{found}.")
 
 
 def judge_ema(file_tensors: dict[str, Tensor]) -> Finding | None:
-    """Averaged (EMA) weights of a file against the raw ones beside them; None for a file that holds no such pairs."""
+    """Averaged (EMA) weights of a file compared with the raw ones; None for a file without such pairs."""
     pairs = ema_pairs(file_tensors)
     if not pairs:
         return None
@@ -133,22 +133,22 @@ def judge_ema(file_tensors: dict[str, Tensor]) -> Finding | None:
     difference = sum((raw.float() - ema.float()).square().sum().item() for raw, ema in pairs.values())
     size = sum(raw.float().square().sum().item() for raw, _ in pairs.values())
     apart = (difference / max(size, 1e-30)) ** 0.5
-    found = f"{len(pairs)} averaged tensors, {apart:.2g} away from the raw weights (relative)"
+    found = f"{len(pairs)} averaged tensors, relative distance to the raw weights {apart:.2g}"
     if zero:
         return Finding("EMA", "bad", f"{found}. All zero: {_named(zero)}: the average was never initialised from the "
-                                     "weights. Use the raw weights; in training, copy them into the average first.")
+                                     "weights. Use the raw weights. In training, copy them into the average first.")
     if apart > 1:
-        return Finding("EMA", "bad", f"{found}: this is no average of them. Use the raw weights, and check how the "
+        return Finding("EMA", "bad", f"{found}: this is not an average of them. Use the raw weights, and check how the "
                                      "average is initialised.")
     if difference == 0:
         return Finding("EMA", "doubtful", f"{found}: equal to them. The average was initialised but never updated (or "
-                                          "training has only begun).")
+                                          "training has just started).")
     return Finding("EMA", "good", f"{found}.")
 
 
 def ema_pairs(file_tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(raw, averaged) by raw key: `model_ema.` of latent diffusion files (key without dots), `generator_ema.` beside
-    `generator.` (Self-Forcing), `averaged.module.` beside `net.` (this pack's training state)."""
+    """(raw, averaged) by raw key: `model_ema.` of latent diffusion files (key without dots), `generator_ema.` with
+    `generator.` (Self-Forcing), `averaged.module.` with `net.` (this pack's training state)."""
     pairs = {}
     for key, raw in file_tensors.items():
         names = [f"model_ema.{key.removeprefix('model.').replace('.', '')}"] if key.startswith("model.") else []
@@ -162,24 +162,24 @@ def ema_pairs(file_tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor
 
 
 def judge_round_trip(picture_HWC: Tensor, back_HWC: Tensor) -> Finding:
-    """The VAE on a picture in 0..1: what comes back must be that picture."""
+    """The VAE on a picture in 0..1: decoding its latent must give that picture."""
     if not finite([back_HWC]):
         return _not_finite("VAE", back_HWC, "load the VAE as fp32 or bf16 (fp16 overflows in some).")
     error = (picture_HWC - back_HWC).square().mean().item()
     lost = error / max(picture_HWC.var().item(), 1e-6)
-    found = f"a picture comes back with {psnr(picture_HWC, back_HWC):.1f} dB, {lost:.0%} of its contrast lost"
+    found = f"a picture comes back with {psnr(picture_HWC, back_HWC):.1f} dB, and {lost:.0%} of its contrast is lost"
     if lost > LOST_BAD:
         return Finding("VAE", "bad", f"{found}: no better than one flat colour. Its weights are not loaded or belong "
-                                     "to another model: use the VAE of this checkpoint.")
+                                     "to another model. Use the VAE of this checkpoint.")
     if lost > LOST_USUAL:
         return Finding("VAE", "doubtful", f"{found}: check that this VAE belongs to the model.")
     return Finding("VAE", "good", f"{found}.")
 
 
 def judge_decoded(frames_THWC: Tensor, reference_THWC: Tensor | None) -> Finding:
-    """Decoded frames: 0..1, mean and standard deviation of a usual picture, or of the known one where there is."""
+    """Decoded frames: 0..1, mean and standard deviation of a usual picture, or of the reference."""
     if not finite([frames_THWC]):
-        return _not_finite("decoded frames", frames_THWC, "look at the finding on sampling first, then on the VAE.")
+        return _not_finite("decoded frames", frames_THWC, "check the finding on sampling first, then on the VAE.")
     mean, std = frames_THWC.mean().item(), frames_THWC.std().item()
     low, high = frames_THWC.min().item(), frames_THWC.max().item()
     means, stds, usual = MEAN, STD, "usual"
@@ -191,14 +191,14 @@ def judge_decoded(frames_THWC: Tensor, reference_THWC: Tensor | None) -> Finding
     found = (f"range {low:.2f} to {high:.2f}, mean {mean:.2f} ({means[0]:.2f} to {means[1]:.2f} is {usual}), standard "
              f"deviation {std:.2f} ({stds[0]:.2f} to {stds[1]:.2f})")
     if low < -0.01 or high > 1.01:
-        return Finding("decoded frames", "bad", f"{found}: not within 0..1. The VAE does not belong to this model.")
+        return Finding("decoded frames", "bad", f"{found}: not within 0..1. Use the VAE of this model.")
     if std < FLAT and stds[0] > FLAT:
-        return Finding("decoded frames", "bad", f"{found}: one flat colour. Take more steps, and look at the findings "
-                                                "on parameters and VAE.")
+        return Finding("decoded frames", "bad", f"{found}: one flat colour. Use more steps, and check the findings on "
+                                                "parameters and VAE.")
     if not (means[0] <= mean <= means[1] and stds[0] <= std <= stds[1]):
         return Finding("decoded frames", "doubtful",
-                       f"{found}. A dark, bright or plain scene may be right so; otherwise take more steps, lower cfg, "
-                       "or clip x0 (static, 3).")
+                       f"{found}. This is right for a dark, bright or plain scene. Otherwise use more steps, lower "
+                       "cfg, or clip x0 (static, 3).")
     return Finding("decoded frames", "good", f"{found}.")
 
 
@@ -210,14 +210,14 @@ def judge_clipping(plain: SamplingReport, clipped: SamplingReport, quality: tupl
     found = (f"final latent +-{reach[0]:.1f} without and +-{reach[1]:.1f} with clipping ({clipped.clip_mode}, "
              f"{clipped.limit:g}); of {clipped.values} values clipped at each step: {counts}")
     if quality is None:
-        found += ". Connect the true clip as reference to see what it does in dB"
+        found += ". Connect the true clip as reference to see the effect in dB"
     else:
         gain = quality[1] - quality[0]
         needed = needed or gain >= GAIN
         found = f"PSNR {quality[0]:.1f} dB without, {quality[1]:.1f} dB with clipping ({gain:+.1f} dB); {found}"
     if needed:
-        return Finding("clipping", "doubtful", f"{found}. Clipping hides a fault: keep it on (static, 3), and look for "
-                                               "mis-scaled inputs or train the model longer.")
+        return Finding("clipping", "doubtful", f"{found}. Clipping hides a fault: keep it on (static, 3), and check "
+                                               "the scale of the inputs or train the model longer.")
     return Finding("clipping", "good", f"{found}. This run does not need it.")
 
 
@@ -226,7 +226,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * (a - b).square().mean().clamp(min=1e-10).log10().item()
 
 
-def _not_finite(topic, values, remedy="look at the node that made it (an encoder or VAE in fp16?)."):
+def _not_finite(topic, values, remedy="check the node that made it (an encoder or VAE in fp16?)."):
     bad = values.numel() - int(torch.isfinite(values).sum())
     return Finding(topic, "bad", f"{bad} of {values.numel()} values are NaN or Inf: {remedy}")
 

@@ -23,8 +23,8 @@ class DiagnoseModel(io.ComfyNode):
             node_id="Stillmotion_DiagnoseModel",
             display_name="Diagnose Video Model",
             category="Stillmotion/sampling",
-            description="Samples a few steps and says whether model, inputs, VAE and result look right: good, doubtful "
-                        "or bad, with the reason and what to try.",
+            description="Samples a few steps and reports whether model, inputs, VAE and result look right: good, "
+                        "doubtful or bad, with the reason and what to try.",
             search_aliases=["debug model", "check model", "nan", "black video", "noise video", "ema"],
             advanced=["clip_x0", "clip_value", "compare_clipping"],
             inputs=[
@@ -32,36 +32,37 @@ class DiagnoseModel(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="As for the sampler."),
                 io.Conditioning.Input("negative", tooltip="As for the sampler."),
                 io.Latent.Input("latent", tooltip="As for the sampler: the empty latent, or a video latent."),
-                io.Vae.Input("vae", tooltip="Decodes the result; a picture is sent through it and back."),
+                io.Vae.Input("vae", tooltip="Decodes the result; it is also tested by encoding and decoding a "
+                                            "picture."),
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Noise is drawn on the CPU from this number."),
+                             tooltip="Seed of the noise, drawn on the CPU."),
                 io.Int.Input("steps", default=8, min=1, max=1000,
-                             tooltip="Sampling steps, without added noise (eta 0). A few show most faults; 20 show how "
-                                     "good the result can be."),
+                             tooltip="Sampling steps, without added noise (eta 0). A few reveal most faults; 20 show "
+                                     "how good the result can be."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
                                tooltip="Guidance strength, as in the sampler."),
                 io.Combo.Input("clip_x0", options=list(CLIP_MODES), default="off",
                                tooltip="Clipping of the predicted clean latent, as in the sampler."),
                 io.Float.Input("clip_value", default=3.0, min=0.1, max=100.0, step=0.1,
-                               tooltip="Limit for clip_x0, and what counts as out of range."),
+                               tooltip="Limit for clip_x0, and for what counts as out of range."),
                 io.Combo.Input("depth", options=list(DEPTHS), default="detailed",
                                tooltip="quick: inputs, sampling and result. detailed: also the norms of all "
-                                       "parameters, the VAE's weights and a round trip, and EMA weights."),
+                                       "parameters, the VAE's weights and round trip, and EMA weights."),
                 io.Boolean.Input("compare_clipping", default=False,
-                                 tooltip="Sample once more with clipping off (or static, where clip_x0 is off), and "
-                                         "say what clipping does; in dB where reference is the true clip."),
+                                 tooltip="Sample again with clipping off (or static, if clip_x0 is off) and report the "
+                                         "effect of clipping, in dB if reference is the true clip."),
                 io.Combo.Input("checkpoint", options=["none", *files], default="none",
-                               tooltip="The model's file: its averaged (EMA) weights are held against the raw ones. "
-                                       "none: not looked at."),
+                               tooltip="The model's file: its averaged (EMA) weights are compared with the raw ones. "
+                                       "none: skip this check."),
                 io.Image.Input("reference", optional=True,
-                               tooltip="The start image, whose brightness and contrast count as usual; or the true "
-                                       "clip, with which the result is then compared in dB."),
+                               tooltip="The start image, whose brightness and contrast are then taken as usual, or the "
+                                       "true clip, with which the result is then compared in dB."),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="All findings, and the sampling report."),
-                io.String.Output(display_name="report", tooltip="The same in words, with the numbers of every step."),
+                io.String.Output(display_name="report", tooltip="The same as text, with the figures of each step."),
                 io.String.Output(display_name="verdict", tooltip="good, doubtful or bad: the worst finding."),
-                io.Image.Output(display_name="frames", tooltip="The sampled frames; one grey frame where bad inputs "
+                io.Image.Output(display_name="frames", tooltip="The sampled frames; one grey frame if bad inputs "
                                                                "prevented sampling."),
             ],
             is_output_node=True,
@@ -86,5 +87,5 @@ def _path(name):
         path = folder_paths.get_full_path(folder, name)
         if path:
             return Path(path)
-    raise ValueError(f"There is no file {name!r} in models/{' or models/'.join(FOLDERS)}: choose none or a name that "
-                     "the list shows.")
+    raise ValueError(f"There is no file {name!r} in models/{' or models/'.join(FOLDERS)}. Choose none or a name from "
+                     "the list.")

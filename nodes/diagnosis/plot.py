@@ -1,4 +1,4 @@
-"""Draws a Diagnosis with Pillow: one line a finding, the sampling report below."""
+"""Draws a Diagnosis with Pillow: one line per finding, the sampling report below."""
 import textwrap
 
 from PIL import Image

@@ -1,4 +1,4 @@
-"""Finds the layer of a network that is the first to return NaN or Inf."""
+"""Finds the first layer of a network that returns NaN or Inf."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the first NaN or Inf came up. layer: dotted name, "" for the network as a whole; evaluation: from 1."""
+    """The first NaN or Inf. layer: dotted name, "" for the whole network; evaluation: which forward pass."""
     layer: str
     kind: str
     evaluation: int
@@ -20,22 +20,22 @@ class Origin:
     clean_weights: bool
 
     def text(self) -> str:
-        """One sentence for people, with what to try."""
-        found = f"{self.nan} NaN and {self.inf} Inf of {self.values} values in evaluation {self.evaluation}"
+        """A sentence for the user, with what to try."""
+        found = f"{self.nan} NaN and {self.inf} Inf of {self.values} values in forward pass {self.evaluation}"
         if not self.layer:
-            return f"The network's own input was not finite ({found}): look at the sampler's settings and inputs."
+            return f"The network's own input was not finite ({found}). Check the sampler's settings and inputs."
         if not self.clean_weights:
             return (f"First from layer {self.layer} ({self.kind}), whose own weights are not finite: {found}. The file "
-                    "is damaged or its training diverged: get it again, or take an earlier checkpoint.")
-        remedy = "load the model as bf16 or fp32 instead of fp16"
+                    "is damaged or its training diverged. Get it again, or use an earlier checkpoint.")
+        remedy = "Load the model as bf16 or fp32 instead of fp16"
         if self.clean_input:
-            return f"First from layer {self.layer} ({self.kind}): {found}, from finite input: {remedy}."
+            return f"First from layer {self.layer} ({self.kind}): {found}, from finite input. {remedy}."
         parent = self.layer.rpartition(".")[0] or "the network"
-        return f"First between the layers of {parent}, seen at {self.layer} ({self.kind}): {found}: {remedy}."
+        return f"First between the layers of {parent}, seen at {self.layer} ({self.kind}): {found}. {remedy}."
 
 
 class Probe:
-    """What `watch` has seen so far: evaluations of the network, and the first `Origin` or None."""
+    """What `watch` has seen so far: forward passes of the network, and the first `Origin` or None."""
 
     def __init__(self):
         self.evaluations = 0
@@ -44,9 +44,9 @@ class Probe:
 
 @contextmanager
 def watch(network: nn.Module) -> Iterator[Probe]:
-    """Look at what every layer of `network` returns while the context lasts, until the first NaN or Inf.
+    """Check what each layer of `network` returns while the context is open, until the first NaN or Inf.
 
-    Each look waits for the device: meant for a few steps, not for production runs.
+    Each check synchronises with the device: meant for a few steps, not for production runs.
     """
     probe = Probe()
 
@@ -58,7 +58,7 @@ def watch(network: nn.Module) -> Iterator[Probe]:
 
     def before(module, args, kwargs):
         probe.evaluations += 1
-        values = list(tensors([args[:1], kwargs.get("x")]))  # the noisy latent; sigma may rightly be infinite
+        values = list(tensors([args[:1], kwargs.get("x")]))  # the noisy latent; sigma may be infinite
         if probe.origin is None and not finite(values):
             see("", module, values, False)
 
@@ -91,5 +91,5 @@ def tensors(found) -> Iterator[Tensor]:
 
 
 def finite(found) -> bool:
-    """Whether no tensor holds NaN or Inf. 8-bit types, which know no Inf, are widened first."""
+    """Whether no tensor holds NaN or Inf. 8-bit types, which have no Inf, are widened first."""
     return all(bool((t if t.element_size() > 1 else t.to(torch.bfloat16)).isfinite().all()) for t in found)

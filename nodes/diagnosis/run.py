@@ -1,4 +1,4 @@
-"""Runs a model for a few steps and gathers what there is to say about it and everything wired to it."""
+"""Runs a model for a few steps and collects the findings on it and its inputs."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ TEST_COLOUR, TEST_GROUND = (0.88, 0.18, 0.18), 0.48
 
 @dataclass(frozen=True)
 class Request:
-    """What to look at. depth: one of DEPTHS; checkpoint: file whose averaged weights are looked at, if any."""
+    """What to check. depth: one of DEPTHS; checkpoint: file whose averaged weights are checked, if any."""
     seed: int
     steps: int
     cfg: float
@@ -34,10 +34,10 @@ class Request:
 
     def __post_init__(self):
         if self.depth not in DEPTHS:
-            raise ValueError(f"depth is '{self.depth}': choose one of {', '.join(DEPTHS)}.")
+            raise ValueError(f"depth is '{self.depth}'. Choose one of {', '.join(DEPTHS)}.")
 
     def settings(self, clip_x0: str) -> DDIMSettings:
-        """Deterministic DDIM (eta 0), the rest as the model recommends."""
+        """Deterministic DDIM (eta 0), otherwise the model's recommended settings."""
         return DDIMSettings(self.steps, self.cfg, 0.0, "auto", -1.0, 1.0, 0.0, Clip(clip_x0, self.clip_value, False), 0,
                             NUM_TIMESTEPS, "fixed")
 
@@ -103,7 +103,7 @@ def _look_at_file(path):
     if path is None:
         return []
     finding = judge.judge_ema(read_checkpoint(path).tensors)
-    return [finding or Finding("EMA", "good", f"{path.name} holds one set of weights, so there is nothing to compare.")]
+    return [finding or Finding("EMA", "good", f"{path.name} holds only one set of weights, nothing to compare.")]
 
 
 def _look_at_vae(vae, picture_HWC):

@@ -26,13 +26,13 @@ class ContextKeys(NamedTuple):
 
 @dataclass
 class Step:
-    """What every layer of the U-Net may read during one evaluation."""
+    """What the layers of the U-Net may read during one forward pass."""
 
     frames: int                                    # T
     emb_NE: Tensor                                 # time and frame-stride embedding
     text_BLC: Tensor
     context: dict[nn.Module, ContextKeys]          # by cross-attention layer
-    transformer_options: dict                      # of this evaluation alone; see diffusion/patches.py
+    transformer_options: dict                      # of this forward pass only; see common/patches.py
     skip_size: tuple[int, int] = (0, 0)            # height and width of the skip that the next output block takes
 
 
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
 
 
 class FrameAttention(SelfAttention):
-    """Self-attention within a frame, which nodes of the host may step into."""
+    """Self-attention within a frame, which ComfyUI's nodes may patch."""
 
     def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
         return attend_frame(x_NLC, self, step.transformer_options)
@@ -65,7 +65,7 @@ class FrameAttention(SelfAttention):
 class ImageTextAttention(nn.Module):
     """Dual cross-attention: one query, two sources, the results added.
 
-    Text keys are shared by all frames of a clip; every frame has image keys of its own. `alpha` (256 model only)
+    Text keys are shared by all frames of a clip; each frame has its own image keys. `alpha` (256 model only)
     scales the image branch by 1 + tanh(alpha).
     """
 
@@ -88,14 +88,14 @@ class ImageTextAttention(nn.Module):
 
     def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
         keys, options = step.context[self], step.transformer_options
-        if is_patched("attn2", options):  # by functions that expect a text for every picture
+        if is_patched("attn2", options):  # the functions expect a text for each image
             text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
             x_NLC, text_NLC, value_NLC = patch_inputs("attn2", x_NLC, text_NLC, self, options)
             q_NLC = self.to_q(x_NLC)
             text = mix("attn2", q_NLC, self.to_k(text_NLC), self.to_v(value_NLC), self, options)
         else:
             q_NLC = self.to_q(x_NLC)
-            # All frames of a clip look at the same text, so they fold into one long sequence: no text is repeated.
+            # All frames of a clip attend to the same text: folded into one long sequence, the text is not repeated.
             q_BMC = q_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
             text = self.attention(q_BMC, keys.text_k, keys.text_v, self.heads,
                                   transformer_options=options).reshape(q_NLC.shape)
@@ -120,7 +120,7 @@ class GatedGELU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int, operations, **factory):
         super().__init__()
-        # The identity holds the place of the official dropout, which keeps the published key `net.2`.
+        # The identity replaces the official dropout, which keeps the published key `net.2`.
         self.net = nn.Sequential(GatedGELU(width, width * 4, operations, **factory), nn.Identity(),
                                  operations.Linear(width * 4, width, **factory))
 
@@ -146,7 +146,7 @@ class TransformerBlock(nn.Module):
         return x_BLC + self.ff(self.norm3(x_BLC))
 
     def between(self, x_BLC: Tensor, step: Step) -> Tensor:
-        """Tokens on their way from the first attention to the second."""
+        """Tokens between the first attention and the second."""
         return x_BLC
 
 
@@ -186,7 +186,7 @@ class SpatialTransformer(nn.Module):
 
 class TemporalTransformer(nn.Module):
     """Across frames: every pixel position attends to itself over time, twice. There are no position embeddings:
-    order is known from the temporal convolutions, so the layer takes any number of frames.
+    the order comes from the temporal convolutions, so the layer takes any number of frames.
     The published `init_attn` projects by Conv1d (`conv_projection`), all others by Linear.
     """
 

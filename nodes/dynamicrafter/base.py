@@ -28,7 +28,7 @@ TOWERS = "Use the {} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H
 
 
 class ManagedVideoUNet(HostNetwork, VideoUNet):
-    """The network with the host's attention, open to the wrappers that other packs put around a network."""
+    """The network with ComfyUI's attention and the wrappers that other packs add."""
 
     def __init__(self, params: UNetParams, operations, dtype=None, device=None):
         super().__init__(params, operations, optimized_attention, dtype, device)
@@ -51,7 +51,7 @@ class DynamiCrafterConfig(ModelConfig):
         return core_model.prediction_type(self.diffusion.parameterization)
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        """Published layout: the image projector beside the U-Net, and the buffer by which variants are told apart."""
+        """Published layout: the image projector separate from the U-Net, and the buffer that identifies the variant."""
         saved = {file_key(key): value for key, value in state_dict.items()}
         if self.diffusion.base_scale is not None:
             saved["scale_arr"] = make_scale_arr(self.diffusion.base_scale).float()
@@ -59,7 +59,7 @@ class DynamiCrafterConfig(ModelConfig):
 
 
 class DynamiCrafterModel(ClipModel):
-    """`diffusion_params` tells samplers what the sigma table of core cannot: zero terminal SNR, dynamic rescale."""
+    """`diffusion_params` holds what core's sigma table cannot: zero terminal SNR and dynamic rescale."""
 
     def __init__(self, model_config: DynamiCrafterConfig, model_type, device=None):
         super().__init__(model_config, model_type, device, ManagedVideoUNet)
@@ -67,14 +67,14 @@ class DynamiCrafterModel(ClipModel):
         self.params = model_config.unet_config["params"]
 
     def extra_conds(self, **kwargs):
-        """Condition frames, vision tokens and frame stride, put into the conditioning by the Image to Video node.
+        """Condition frames, vision tokens and frame stride, added to the conditioning by the Image to Video node.
 
         Raises ValueError for a conditioning without them and for condition frames of another size than the latent.
         """
         out = super().extra_conds(**kwargs)
         latent_BCTHW, tokens_BNW = kwargs.get("concat_latent_image"), kwargs.get("image_tokens")
         if latent_BCTHW is None or tokens_BNW is None:
-            raise ValueError("A conditioning (positive or negative) carries no start image. Pass both through "
+            raise ValueError("A conditioning (positive or negative) has no start image. Pass both through "
                              "DynamiCrafter Image to Video before sampling.")
         check_width("vision tower", tokens_BNW, self.params.resampler.embedding_dim, TOWERS.format("CLIP_VISION"))
         check_width("text encoder", kwargs["cross_attn"], self.params.context_dim, TOWERS.format("CLIP"))
@@ -87,13 +87,13 @@ class DynamiCrafterModel(ClipModel):
 
 
 def keep_projected_context(executor, *args, **kwargs):
-    """Wrapper around one whole sampler call: cross-attention keys are projected at its first step and kept to its end.
+    """Wrapper around one whole sampler call: cross-attention keys are projected once, at its first step.
 
-    Hooks may change the weights from step to step, so with hooks nothing is kept.
+    Hooks may change the weights from step to step, so with hooks nothing is cached.
     """
     guider = executor.class_obj
     if not any("hooks" in cond for conds in guider.conds.values() for cond in conds):
-        # A UserDict, because core copies plain dicts on their way to the network.
+        # A UserDict, because core copies plain dicts before they reach the network.
         guider.model_options.setdefault("transformer_options", {})["context_cache"] = UserDict()
     return executor(*args, **kwargs)
 

@@ -1,6 +1,6 @@
 """From a DynamiCrafter checkpoint to MODEL, CLIP, CLIP_VISION and VAE, every key accounted for.
 
-Type and size are read from keys and shapes, or from a configuration; never from the file's name.
+Type and size are read from keys and shapes, or from a configuration, never from the file name.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .keys import RESAMPLER, TEXT, UNET, VAE, VISION, checkpoint_keys, has_prefi
 log = logging.getLogger(__name__)
 
 
-# Known and left aside: the noise schedule (half precision in pruned files; ours is rebuilt in float64), also as core's
+# Known and ignored: the noise schedule (half precision in pruned files; ours is rebuilt in float64), also as core's
 # Save nodes mark it, ...
 SCHEDULE = {name: (1000,) for name in (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -37,7 +37,7 @@ UNUSED = {f"{tower}{key}" for tower in (TEXT, "embedder.model.") for key in ("lo
 # ... and what only training needs.
 TRAINING = ("model_ema.", f"{VAE}loss.")
 
-# First match wins; a key that contains the mark tells the family.
+# The first match wins; a key that contains the mark identifies the family.
 FAMILIES = (
     ("Stable Video Diffusion", "model.diffusion_model.input_blocks.1.0.time_stack."),
     ("AnimateDiff (a motion module)", ".motion_modules."),
@@ -60,7 +60,7 @@ FAMILIES = (
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint holds; a part that was pruned from the file is None."""
+    """The parts of a checkpoint; a part that was pruned from the file is None."""
 
     model: Any
     clip: Any
@@ -69,7 +69,7 @@ class Loaded(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A loaded file, and the hints that it was loaded with."""
+    """A loaded file, and the options that it was loaded with."""
 
     path: str
     variant: str
@@ -80,11 +80,11 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     """Turn a `files.Checkpoint` into ComfyUI's MODEL, CLIP, CLIP_VISION and VAE; `checkpoint.tensors` is emptied.
 
     `variant` ("auto", "256", "512", "512_interp", "1024") is a hint for files without a configuration; `yaml_path`
-    an official-format YAML, which goes before the configuration in the file's header. Raises ValueError for
+    an official-format YAML, which overrides the configuration in the file's header. Raises ValueError for
     another model family, for a key that is missing, unknown or of another shape, and for unknown options.
     """
     if variant not in ("auto", *VARIANTS):
-        raise ValueError(f"Variant {variant!r} is unknown: choose one of auto, {', '.join(VARIANTS)}.")
+        raise ValueError(f"The variant {variant!r} is unknown. Choose one of auto, {', '.join(VARIANTS)}.")
     check_weight_dtype(weight_dtype)
     tensors = checkpoint.tensors
     check_family(checkpoint)
@@ -111,7 +111,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     _leave_aside(checkpoint)
 
     network.load_state_dict({network_key(key): _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
-    # Where it comes from: a training writes its result into a copy of the file.
+    # Its origin: training writes its result into a copy of the file.
     model.source = Source(checkpoint.path, variant, yaml_path)
     vae = text_tower = vision_tower = None
     if has_prefix(tensors, VAE):
@@ -129,18 +129,18 @@ def check_family(checkpoint):
     """Raise ValueError, with the family's name, for anything but DynamiCrafter and its fine-tunes."""
     keys = checkpoint.tensors.keys()
     if any(key.startswith(f"{VAE}decoder.attn_refinement.") for key in keys):
-        raise ValueError(f"{checkpoint.path} is ToonCrafter: its decoder takes both end frames as a reference "
+        raise ValueError(f"{checkpoint.path} is ToonCrafter: its decoder needs both end frames as references "
                          "(first_stage_model.decoder.attn_refinement), which is not supported. Use DynamiCrafter "
                          "512_interp for two images.")
     sees_images = has_prefix(keys, RESAMPLER) or any(".to_k_ip." in key for key in keys)
     if sees_images and has_prefix(keys, f"{UNET}init_attn."):
         if re.search(r"(?<![a-z])cil(?![a-z])", Path(checkpoint.path).stem.lower()):
-            log.info("%s: a CIL fine-tune by its name; it has DynamiCrafter's layout and loads as such.",
+            log.info("%s: a CIL fine-tune by its name. It has DynamiCrafter's layout and loads like it.",
                      checkpoint.path)
         return
     family = next((name for name, mark in FAMILIES if any(mark in key for key in keys)), None)
-    found = f"it looks like {family}" if family else f"its keys are not known ({', '.join(list(keys)[:3])}, ...)"
-    raise ValueError(f"{checkpoint.path} is not a DynamiCrafter checkpoint: {found}. Give model.ckpt of DynamiCrafter "
+    found = f"it looks like {family}" if family else f"its keys are unknown ({', '.join(list(keys)[:3])}, ...)"
+    raise ValueError(f"{checkpoint.path} is not a DynamiCrafter checkpoint: {found}. Use model.ckpt of DynamiCrafter "
                      "256, 512, 512_interp or 1024, a pruned .safetensors of one, or a file with this pack's header.")
 
 
@@ -157,8 +157,8 @@ def find_config(checkpoint, variant, yaml_path):
                                             f"{place}, stillmotion.open_clip,")
     first = checkpoint.tensors.get(f"{UNET}input_blocks.0.0.weight")
     if first is not None and first.shape[:1] != (320,):
-        raise ValueError(f"{checkpoint.path}: the network is {first.shape[:1].numel()} channels wide, the published "
-                         "models are 320. Give the YAML that it was trained with.")
+        raise ValueError(f"{checkpoint.path}: the network is {first.shape[:1].numel()} channels wide, but the "
+                         "published models are 320. Give the YAML that it was trained with.")
     found = detect_variant(checkpoint.tensors, variant)
     return parse(published(found), f"DynamiCrafter {found}"), lambda arch: towers.VIT_H
 
@@ -166,8 +166,8 @@ def find_config(checkpoint, variant, yaml_path):
 def detect_variant(tensors, hint="auto"):
     """"256", "512", "512_interp" or "1024" of a published checkpoint, from its keys.
 
-    512 and 512_interp have equal keys: `hint` chooses between them, 512 without. A hint is also needed where the
-    file lost the buffer that tells 512 from 1024. Raises ValueError for a hint that the keys contradict.
+    512 and 512_interp have the same keys: `hint` chooses between them, without it 512. A hint is also needed if the
+    file lacks the buffer that distinguishes 512 from 1024. Raises ValueError for a hint that the keys contradict.
     """
     scales = tensors.get("scale_arr")
     if scales is not None:
@@ -177,19 +177,19 @@ def detect_variant(tensors, hint="auto"):
         possible = next((names for value, names in ((0.7, ("512", "512_interp")), (0.3, ("1024",)))
                          if abs(last - value) < 0.01), None)
         if possible is None:
-            raise ValueError(f"The checkpoint's dynamic rescale ends at {last:g}; the published models end at 0.7 "
+            raise ValueError(f"The checkpoint's dynamic rescale ends at {last:g}, but the published models end at 0.7 "
                              "(512) or 0.3 (1024). Give the YAML that it was trained with.")
     elif any("framestride_embed" in key or key.endswith("attn2.alpha") for key in tensors):
         possible = ("256",)
     else:
         possible = ("512", "512_interp", "1024")
         if hint == "auto":
-            raise ValueError("This file lacks scale_arr, which tells 512 from 1024. Choose the variant: 512, "
+            raise ValueError("This file lacks scale_arr, which distinguishes 512 from 1024. Choose the variant: 512, "
                              "512_interp or 1024.")
     if hint == "auto":
         return possible[0]
     if hint not in possible:
-        raise ValueError(f"Variant {hint} was chosen, but the keys of this file say {' or '.join(possible)}. "
+        raise ValueError(f"variant is {hint}, but the keys of this file say {' or '.join(possible)}. "
                          "Choose that, or auto.")
     return hint
 
@@ -202,12 +202,12 @@ def _check(part, tensors, prefixes, expected):
     found = {key: value for key, value in tensors.items()
              if key.startswith(prefixes) and key not in UNUSED and not key.startswith(TRAINING)}
     check_keys(part, found, expected,
-               "Missing keys: the file was pruned or saved in part; get it whole. Unknown keys or other shapes: it is "
-               "another variant or a changed network; give its own YAML, or choose the right variant.")
+               "Missing keys: the file was pruned or saved in part. Get the complete file. Unknown keys or other "
+               "shapes: it is another variant or a changed network. Give its own YAML, or choose the right variant.")
 
 
 def _leave_aside(checkpoint):
-    """Drop what is known and not used; anything else that no part has claimed is an error."""
+    """Drop known unused entries; any other entry that belongs to no part is an error."""
     tensors = checkpoint.tensors
     for key in [key for key in tensors if key in UNUSED]:
         tensors.pop(key)
@@ -215,17 +215,18 @@ def _leave_aside(checkpoint):
     for key in training:
         tensors.pop(key)
     if training:
-        log.info("%s: %d tensors of the training state (EMA, loss) are left aside.", checkpoint.path, len(training))
+        log.info("%s: ignored %d tensors of the training state (EMA, loss).", checkpoint.path, len(training))
     rest = {key: value for key, value in tensors.items()
             if not key.startswith((UNET, RESAMPLER, VAE, TEXT, VISION))}
     check_keys("rest of the file", rest, {key: SCHEDULE[key] for key in rest if key in SCHEDULE},
-               "They belong to no part of DynamiCrafter: another model or an extension was merged into this file.")
+               "They are not part of DynamiCrafter: another model or an extension was merged into this file. Use the "
+               "original file.")
     for key in rest:
         tensors.pop(key)
 
 
 def _cast(value, dtype):
-    """To the storage type; with 8 bits only the matrices, as norms and biases are small and would lose most."""
+    """To the storage type; with 8 bits only the matrices, because norms and biases are small and would lose most."""
     if dtype == torch.float8_e4m3fn and value.ndim < 2:
         dtype = torch.bfloat16
     return value.to(dtype)

@@ -1,6 +1,6 @@
 """From images to the three image conditions of DynamiCrafter (arXiv 2310.12190).
 
-Condition frames (latents beside the noisy clip), vision tokens (what the picture shows) and the frame stride.
+Condition frames (latents concatenated with the noisy clip), vision tokens (content of the image) and frame stride.
 Tensor names end in their layout: B clips, H height, W width, C channels, T frames.
 """
 from __future__ import annotations
@@ -15,13 +15,13 @@ MODES = ("animate", "interpolate", "loop")
 
 
 def check_images(image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str) -> None:
-    """Raise ValueError where mode and images do not fit together, or an image holds NaN or infinite values."""
+    """Raise ValueError if mode and images do not fit together, or an image has NaN or infinite values."""
     if mode not in MODES:
-        raise ValueError(f"Mode {mode!r} is unknown: choose one of {', '.join(MODES)}.")
+        raise ValueError(f"mode is {mode!r}. Choose one of {', '.join(MODES)}.")
     if mode == "interpolate" and image2_BHWC is None:
-        raise ValueError("Mode interpolate needs a second image, the last frame: connect image2, or choose animate.")
+        raise ValueError("mode interpolate needs a second image, the last frame. Connect image2, or choose animate.")
     if mode != "interpolate" and image2_BHWC is not None:
-        raise ValueError(f"Mode {mode} takes one image, but image2 is connected: disconnect it, or choose interpolate "
+        raise ValueError(f"mode {mode} takes one image, but image2 is connected. Disconnect it, or choose interpolate "
                          "(with the 512_interp model).")
     for name, images in (("image", image_BHWC), ("image2", image2_BHWC)):
         if images is not None:
@@ -29,21 +29,21 @@ def check_images(image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str) -> N
 
 
 def check_counts(frames: int, batch_size: int, images: int, images2: int | None, mode: str) -> int:
-    """Number of clips to make. One image serves all clips of a batch; several images make one clip each."""
+    """Number of clips to make. One image is used for all clips of a batch; several images make one clip each."""
     least = 1 if mode == "animate" else 2
     if frames < least:
-        raise ValueError(f"frames is {frames}: mode {mode} needs at least {least}. The models were trained with 16.")
+        raise ValueError(f"frames is {frames}. mode {mode} needs at least {least}; the models were trained with 16.")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1.")
+        raise ValueError(f"batch_size is {batch_size}. It must be at least 1.")
     given = {count for count in (images, images2, batch_size) if count not in (None, 1)}
     if len(given) > 1:
         raise ValueError(f"Batch sizes do not match: image {images}, image2 {images2 or 'none'}, batch_size "
-                         f"{batch_size}. Each must be 1 or one common number.")
+                         f"{batch_size}. Each must be 1 or the same number.")
     return max(given, default=1)
 
 
 def condition_frames(start_BCHW: Tensor, end_BCHW: Tensor | None, frames: int) -> Tensor:
-    """Latent condition [B, 4, T, h, w]: the start at every frame, or start and end at their places, zeros between."""
+    """Latent condition [B, 4, T, h, w]: the start at each frame, or start and end at their places and zeros between."""
     if end_BCHW is None:
         return start_BCHW[:, :, None].repeat(1, 1, frames, 1, 1)
     between = torch.zeros_like(start_BCHW)[:, :, None].repeat(1, 1, frames - 2, 1, 1)
@@ -54,7 +54,7 @@ def image_conditions(clip_vision, vae, image_BHWC: Tensor, image2_BHWC: Tensor |
                      height: int, frames: int, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Condition frames [B, 4, T, h, w], vision tokens [B, N, W] of the start image and [1, N, W] of mid-grey.
 
-    The vision tower sees the whole start image, uncropped; only the start image is shown to it, as officially.
+    The vision tower sees the whole start image, uncropped, and only the start image, as in the official code.
     Raises ValueError for settings that do not fit together.
     """
     check_images(image_BHWC, image2_BHWC, mode)

@@ -1,6 +1,6 @@
-"""What a DynamiCrafter checkpoint is made of, read from a configuration in the official YAML format.
+"""Sizes and settings of a DynamiCrafter checkpoint, read from a configuration in the official YAML format.
 
-The published variants (arXiv 2310.12190) are written here as the same kind of dict, so there is one way in.
+The published variants (arXiv 2310.12190) are defined here as dicts of the same format.
 """
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .resampler import ResamplerParams
 from .unet import UNetParams
 
 VARIANTS = ("256", "512", "512_interp", "1024")
-# fs is the frame stride for 256 (more is faster) and frames a second for the others (more is slower).
+# fs is the frame stride for 256 (larger is faster) and frames per second for the others (larger is slower).
 DEFAULT_FS = {"256": 3, "512": 24, "512_interp": 5, "1024": 10}
 DEFAULT_ARCH = "ViT-H-14"
 
-# The only values of these settings that the published models use and this network has. A setting that is absent
-# and matters changes the keys, which are checked one by one.
+# The only values of these settings that the published models use and this network supports. Other settings that
+# matter change the keys, which are all checked.
 FIXED_UNET = {
     "use_linear": True, "temporal_conv": True, "temporal_attention": True, "temporal_selfatt_only": True,
     "use_relative_position": False, "use_causal_attention": False, "addition_attention": True,
     "image_cross_attention": True, "fs_condition": True, "dims": 2, "conv_resample": True, "resblock_updown": False,
     "use_scale_shift_norm": False, "tempspatial_aware": False, "num_heads": -1,
 }
-UNUSED_UNET = {"dropout", "use_checkpoint", "use_fp16", "temporal_length"}  # training and length: no change here
+UNUSED_UNET = {"dropout", "use_checkpoint", "use_fp16", "temporal_length"}  # training, clip length: no effect here
 UNET_DEFAULTS = {"transformer_depth": 1, "image_cross_attention_scale_learnable": False, "default_fs": 4}
 RESAMPLER_DEFAULTS = {"ff_mult": 4}
 
 GROUPS = 32  # of every group norm, in the U-Net and in the autoencoder
 CHANNELS, LEVELS, REPEATS = partial(whole, high=1024), partial(wholes, high=1024), partial(whole, low=0, high=16)
-# How the entries of each part are checked; each needs all of its own.
+# How the entries of each part are checked. All of them are required.
 UNET = {"in_channels": CHANNELS, "out_channels": CHANNELS, "model_channels": whole, "attention_resolutions": LEVELS,
         "num_res_blocks": REPEATS, "channel_mult": partial(wholes, high=64), "num_head_channels": whole,
         "transformer_depth": partial(whole, high=16), "context_dim": whole,
@@ -48,7 +48,7 @@ AUTOENCODER = {"double_z": flag, "z_channels": CHANNELS, "resolution": whole, "i
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Everything that the weights themselves do not say."""
+    """Everything that the weights do not show."""
 
     unet: UNetParams
     diffusion: DiffusionParams
@@ -63,7 +63,7 @@ class CheckpointConfig:
 def published(variant):
     """The official configuration of "256", "512", "512_interp" or "1024", as a dict."""
     if variant not in VARIANTS:
-        raise ValueError(f"Variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
+        raise ValueError(f"The variant {variant!r} is unknown. Choose one of {', '.join(VARIANTS)}.")
     unet = {
         "in_channels": 8, "out_channels": 4, "model_channels": 320, "attention_resolutions": [4, 2, 1],
         "num_res_blocks": 2, "channel_mult": [1, 2, 4, 4], "num_head_channels": 64, "transformer_depth": 1,
@@ -92,8 +92,8 @@ def published(variant):
 
 
 def read_yaml(path):
-    """An official-format YAML file as a plain dict. Of references only `${entry.of.the.file}` is resolved, and only to
-    a word or a number; nothing else that OmegaConf would look up or compute is."""
+    """An official-format YAML file as a plain dict. Only references of the form `${entry.of.the.file}` are
+    resolved, and only to a word or a number; nothing that OmegaConf would look up elsewhere or compute."""
     import omegaconf
     import yaml
 
@@ -103,7 +103,7 @@ def read_yaml(path):
             raise ValueError(f"{path} repeats parts of itself with aliases (*name). Write them out.")
         config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text))
     except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is not a YAML file: {why}. Correct it, or copy the official one.") from error
     return _resolved(config, config, path)
 
@@ -122,7 +122,7 @@ def _resolved(part, config, path):
         target = target.get(name) if isinstance(target, dict) else None
     if target is None or isinstance(target, (dict, list)) or isinstance(target, str) and "${" in target:
         raise ValueError(f"{path} has the entry {shown(part)}, which is not resolved: only ${{entry.of.the.file}} is, "
-                         "where that entry is a word or a number. Write the value itself.")
+                         "if that entry is a word or a number. Write the value instead.")
     return target
 
 
@@ -133,7 +133,7 @@ def parse(config, source):
     """
     params = _section(config, "model.params", source)
     if params.get("timesteps", 1000) != 1000 or params.get("beta_schedule", "linear") != "linear":
-        raise ValueError(f"{source}: only 1000 timesteps of the linear schedule are supported; it asks for "
+        raise ValueError(f"{source}: only 1000 timesteps with the linear schedule are supported, but it has "
                          f"{shown(params.get('timesteps', 1000))}, {shown(params.get('beta_schedule', 'linear'))}.")
     vae = _section(params, "first_stage_config.params", source)
     text, vision = (_section(params, f"{name}.params", source) if params.get(name) else {}
@@ -152,8 +152,8 @@ def parse(config, source):
 def _section(config, path, source):
     for name in path.split("."):
         if not isinstance(config, dict) or not isinstance(config.get(name), dict):
-            raise ValueError(f"{source} is not a DynamiCrafter configuration: it has no {path} with entries of its "
-                             "own. Give a YAML in the format of the official configs/inference_*.yaml.")
+            raise ValueError(f"{source} is not a DynamiCrafter configuration: it has no section {path}. Use a YAML in "
+                             "the format of the official configs/inference_*.yaml.")
         config = config[name]
     return config
 
@@ -162,15 +162,15 @@ def _unet(params, source):
     given = {**UNET_DEFAULTS, **_section(params, "unet_config.params", source)}
     for name, value in given.items():
         if name in FIXED_UNET and value != FIXED_UNET[name]:
-            raise ValueError(f"{source}: unet_config sets {name} to {shown(value)}; this network has "
-                             f"{FIXED_UNET[name]} only, as all published DynamiCrafter models.")
+            raise ValueError(f"{source}: unet_config sets {name} to {shown(value)}. This network supports only "
+                             f"{FIXED_UNET[name]}, as in all published DynamiCrafter models.")
     resampler = {**RESAMPLER_DEFAULTS, **_section(params, "image_proj_stage_config.params", source)}
     given = {name: value for name, value in given.items() if name not in FIXED_UNET.keys() | UNUSED_UNET}
     unet = UNetParams(**_checked(UNET, given, "unet_config", source),
                       resampler=ResamplerParams(**_checked(RESAMPLER, resampler, "image_proj_stage_config", source)))
     if unet.model_channels % GROUPS or unet.model_channels < unet.num_head_channels:
-        raise ValueError(f"{source}: model_channels is {unet.model_channels}. It must be a multiple of {GROUPS}, and "
-                         f"no less than num_head_channels ({unet.num_head_channels}).")
+        raise ValueError(f"{source}: model_channels is {unet.model_channels}. It must be a multiple of {GROUPS} and at "
+                         f"least num_head_channels ({unet.num_head_channels}).")
     return unet
 
 
@@ -185,8 +185,8 @@ def _checked(kinds, given, part, source):
     """The entries `given` in `part` of the configuration, each checked by its function in `kinds`."""
     missing, unknown = [name for name in kinds if name not in given], [name for name in given if name not in kinds]
     if missing or unknown:
-        raise ValueError(f"{source}: {part} lacks {shown(missing or 'nothing')} and does not know "
-                         f"{shown(unknown or 'nothing')} of what is given. Give a YAML in the official format.")
+        raise ValueError(f"{source}: {part} has missing entries: {shown(missing or 'none')}; unknown entries: "
+                         f"{shown(unknown or 'none')}. Use a YAML in the official format.")
     return {name: kinds[name](value, f"{source}: {name} of {part}") for name, value in given.items()}
 
 

@@ -1,10 +1,10 @@
-"""Keys of DynamiCrafter: the published layout of a file, and where the weights of our network lie in it."""
+"""Keys of DynamiCrafter: the published layout of a file, and its map to the keys of our network."""
 from collections.abc import Callable, Iterable
 
-# Parts of a file, by how their keys begin. The image projector lies beside the U-Net; our network holds both.
+# Prefixes of the parts of a file. There the image projector is separate from the U-Net; our network has both.
 UNET, RESAMPLER, VAE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
 TEXT, VISION = "cond_stage_model.model.", "embedder.model.visual."
-FRAME_STRIDE, OLD_FRAME_STRIDE = "fps_embedding.", "framestride_embed."  # the old name is that of 256
+FRAME_STRIDE, OLD_FRAME_STRIDE = "fps_embedding.", "framestride_embed."  # the 256 model has the old name
 
 
 def file_key(key: str, old_names: bool = False) -> str:
@@ -15,12 +15,12 @@ def file_key(key: str, old_names: bool = False) -> str:
 
 
 def network_key(key: str) -> str:
-    """The key in `unet.VideoUNet` of a published one."""
+    """The key in `unet.VideoUNet` of a published key."""
     return key.removeprefix(UNET).replace(OLD_FRAME_STRIDE, FRAME_STRIDE)
 
 
 def checkpoint_keys(found: Iterable[str]) -> Callable[[str], str]:
-    """`file_key` in the names that a file with the keys `found` uses."""
+    """`file_key` with the names that a file with the keys `found` uses."""
     old_names = has_prefix(found, UNET + OLD_FRAME_STRIDE)
     return lambda key: file_key(key, old_names)
 

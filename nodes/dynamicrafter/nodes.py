@@ -20,14 +20,14 @@ from . import checkpoint as loader
 from .conditioning import MODES, image_conditions
 from .config import VARIANTS
 
-# Shown by the node that needs the part, where a pruned file lacks it.
+# Shown by the node that needs a part which a pruned file lacks.
 MISSING = {
     "clip": "This checkpoint holds no text encoder (it was pruned). Use core's Load CLIP with OpenCLIP ViT-H, the "
             "text encoder of Stable Diffusion 2.1, type stable_diffusion.",
     "clip_vision": "This checkpoint holds no vision tower (it was pruned). Use core's Load CLIP Vision with OpenCLIP "
                    "ViT-H/14 (LAION-2B).",
-    "vae": "This checkpoint holds no VAE. Take the VAE of another DynamiCrafter checkpoint with a second Load "
-           "DynamiCrafter; core's Load VAE does not know video latents.",
+    "vae": "This checkpoint holds no VAE. Use the VAE of another DynamiCrafter checkpoint with a second Load "
+           "DynamiCrafter; core's Load VAE does not take video latents.",
 }
 
 
@@ -47,15 +47,15 @@ class LoadDynamiCrafter(io.ComfyNode):
                                tooltip="A file in models/checkpoints. demo is the small model that comes with this "
                                        "pack: moving shapes at 64x64, to try every workflow without a download."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
-                               tooltip="Read from the file with auto. Only 512 and 512_interp look the same: choose "
-                                       "512_interp for the two-image model. Not used with a YAML or for demo."),
+                               tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
+                                       "choose 512_interp for the two-image model. Not used with a YAML or for demo."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto",
-                               tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device. "
-                                       "fp8_e4m3fn halves the memory of fp16 (the towers and VAE keep more)."),
+                               tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device. "
+                                       "fp8_e4m3fn halves the memory of fp16 (not for towers and VAE)."),
                 io.String.Input("yaml", default="",
-                                tooltip="Only for models of other sizes: name of the official-format YAML, beside the "
-                                        "checkpoint or in models/configs, with open_clip_config.json beside it where "
-                                        "its towers are not known to open_clip. Empty for published models."),
+                                tooltip="Only for models of other sizes: name of the official-format YAML, next to the "
+                                        "checkpoint or in models/configs, with open_clip_config.json next to it if "
+                                        "open_clip does not have its towers. Empty for published models."),
             ],
             outputs=[
                 io.Model.Output(tooltip="For DDIM Sampler (fixed) or any core sampler."),
@@ -87,7 +87,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
             node_id="Stillmotion_DynamiCrafterImageToVideo",
             display_name="DynamiCrafter Image to Video",
             category="Stillmotion/DynamiCrafter",
-            description="Puts the start image (and the end image) into the conditioning and makes the empty latent.",
+            description="Adds the start image (and the end image) to the conditioning and makes the empty latent.",
             search_aliases=["image to video", "img2vid", "i2v", "animate", "interpolate", "in-between frames",
                             "loop"],
             inputs=[
@@ -96,11 +96,11 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", tooltip="From Load DynamiCrafter, or core's Load CLIP Vision with "
                                                            "OpenCLIP ViT-H for a pruned checkpoint."),
                 io.Vae.Input("vae", tooltip="From Load DynamiCrafter."),
-                io.Image.Input("image", tooltip="The first frame. Scaled and cropped to the size, never stretched; "
-                                                "the vision tower sees it whole. Several images make one clip each."),
+                io.Image.Input("image", tooltip="The first frame. Scaled and cropped to the size, never stretched; the "
+                                                "vision tower sees all of it. Several images make one clip each."),
                 io.Combo.Input("mode", options=list(MODES), default="animate",
                                tooltip="animate: start from the image. interpolate: go from image to image2 (with the "
-                                       "512_interp model). loop: come back to the image, so that the video can repeat "
+                                       "512_interp model). loop: return to the image, so that the video can repeat "
                                        "(512_interp too)."),
                 io.Int.Input("width", default=512, min=8, max=4096, step=8,
                              tooltip="Pixels, a multiple of 8. As trained: 256, 512 (x320), 1024 (x576); demo: 64."),
@@ -108,15 +108,15 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                              tooltip="Pixels, a multiple of 8. As trained: 256, 320 (512 wide), 576 (1024 wide); "
                                      "demo: 64."),
                 io.Int.Input("frames", default=16, min=1, max=256,
-                             tooltip="The models were trained with 16. Every frame has image tokens of its own: for "
-                                     "other numbers these are interpolated over time. 8 to 32 work, motion and "
-                                     "sharpness fall off beyond; memory grows with the number."),
+                             tooltip="The models were trained with 16. Each frame has its own image tokens; for other "
+                                     "numbers they are interpolated over time. 8 to 32 work; motion and sharpness fall "
+                                     "off beyond. Memory grows with the number."),
                 io.Int.Input("fs", default=0, min=0, max=60,
-                             tooltip="Speed. 0: the model's own default (256: 3, 512: 24, 512_interp: 5, 1024: 10). "
-                                     "For 256 it is the frame stride, 1 to 6: larger moves more. For all others the "
-                                     "frames a second, 5 to 30: smaller moves more."),
+                             tooltip="Speed. 0: the model's default (256: 3, 512: 24, 512_interp: 5, 1024: 10). For "
+                                     "256 it is the frame stride, 1 to 6: larger moves more. For all others it is the "
+                                     "frames per second, 5 to 30: smaller moves more."),
                 io.Int.Input("batch_size", default=1, min=1, max=64,
-                             tooltip="Clips made at once from the image, each with noise of its own."),
+                             tooltip="Clips made at once from the image, each with its own noise."),
                 io.Image.Input("image2", optional=True, tooltip="The last frame, for mode interpolate only."),
             ],
             outputs=[
@@ -138,14 +138,14 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
 
 
 def _paths(name, yaml):
-    """Checkpoint and YAML (None where none is named) as paths; names are taken as relative to the model folders."""
+    """Checkpoint and YAML (None if not given) as paths; names are relative to the model folders."""
     path = DYNAMICRAFTER if name == "demo" else find_model(name, ("checkpoints",), ["demo"])
     if not yaml:
         return path, None
     folders = [path.parent, *map(Path, folder_paths.get_folder_paths("configs"))]
     inside = not Path(yaml).anchor and ".." not in Path(yaml).parts
     for folder in folders:
-        if inside and os.path.isfile(folder / yaml):  # no error for names that no file can have
+        if inside and os.path.isfile(folder / yaml):  # False for names that no file can have
             return path, folder / yaml
     raise ValueError(f"There is no YAML {shown(yaml)} in {' or '.join(map(str, folders))}. Put it there, or leave the "
                      "field empty for a published model.")

@@ -1,4 +1,4 @@
-"""Image projector of DynamiCrafter: vision-tower tokens to context tokens, a group of queries for every frame.
+"""Image projector of DynamiCrafter: vision-tower tokens to context tokens, a group of queries for each frame.
 
 A Perceiver resampler (Flamingo, arXiv 2204.14198) in the query-transformer form of DynamiCrafter (arXiv 2310.12190).
 Tensor names end in their layout: B batch, N vision tokens, Q queries, W vision width, D inner width, C context width.
@@ -23,7 +23,7 @@ class ResamplerParams:
     embedding_dim: int   # width of the vision tower
     output_dim: int      # width of the context
     ff_mult: int
-    video_length: int    # frames that own a group of queries
+    video_length: int    # frames with a group of queries
 
 
 class PerceiverAttention(nn.Module):
@@ -71,7 +71,7 @@ class Resampler(nn.Module):
 
     def forward(self, tokens_BNW: Tensor) -> Tensor:
         tokens_BND = self.proj_in(tokens_BNW)
-        # The queries are a bare parameter: under ComfyUI they are cast here, as the layers of `operations` cast theirs.
+        # The queries are a bare parameter: in ComfyUI they are cast here, as the layers of `operations` cast theirs.
         latents_BQD = self.latents.to(tokens_BND).expand(len(tokens_BND), -1, -1)
         for attend, feed_forward in self.layers:
             latents_BQD = latents_BQD + attend(tokens_BND, latents_BQD)

@@ -39,17 +39,17 @@ class UNetParams:
 
 
 def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
-    """Sinusoidal features [B, width] of a number per sample: cosines, then sines, periods 2 pi to 20000 pi."""
+    """Sinusoidal features [B, width] of one number per sample: cosines, then sines, periods 2 pi to 20000 pi."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t_B.device) / (width // 2))
     angles = t_B[:, None].float() * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
-    """Give every frame its image tokens: [B, video_length * per_frame, C] -> [B * frames, per_frame, C].
+    """The image tokens of each frame: [B, video_length * per_frame, C] -> [B * frames, per_frame, C].
 
-    The network owns tokens for `video_length` frames. For another number they are interpolated along time, first
-    and last frame kept, so that each frame still reads tokens of its own.
+    The network has tokens for `video_length` frames. For another number they are interpolated along time, keeping the
+    first and last frame, so that each frame has its own tokens.
     """
     tokens_BVQC = tokens_BQC.unflatten(1, (-1, per_frame))
     if tokens_BVQC.shape[1] != frames:
@@ -61,10 +61,10 @@ def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
 
 def temporal_conv_class(conv3d: type[nn.Conv3d]) -> type[nn.Conv3d]:
     """A Conv3d with a (3, 1, 1) kernel, computed as a 2-D convolution over (T, H * W): the same numbers, several
-    times faster on a CPU. The host's class still casts and patches the weights."""
+    times faster on a CPU. ComfyUI's class still casts and patches the weights."""
 
     class FlatConv3d(conv3d):
-        # Since 0.12 core also passes a way to pad (autopad), which only its VAEs ask for.
+        # Since 0.12 core also passes a padding mode (autopad), which only its VAEs use.
         def _conv_forward(self, x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, *_args, **_kwargs) -> Tensor:
             size = x_BCTHW.shape[-2:]
             return F.conv2d(x_BCTHW.flatten(3), weight[..., 0], bias, padding=(1, 0)).unflatten(-1, size)
@@ -80,7 +80,7 @@ class TemporalConv(nn.Module):
         conv = temporal_conv_class(operations.Conv3d)
 
         def layer(*between: nn.Module) -> nn.Sequential:
-            # The identity holds the place of the official dropout, which keeps the published keys.
+            # The identity replaces the official dropout, which keeps the published keys.
             return nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(), *between,
                                  conv(channels, channels, (3, 1, 1), padding=(1, 0, 0), **factory))
 
@@ -137,7 +137,7 @@ def run_block(layers: nn.ModuleList, h_NCHW: Tensor, step: Step) -> Tensor:
 
 
 class VideoUNet(nn.Module):
-    """Predicts eps or v of a noisy latent clip whose condition frames lie on further channels.
+    """Predicts eps or v of a noisy latent clip; the condition frames are on further channels.
 
     `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function.
     """
@@ -208,7 +208,7 @@ class VideoUNet(nn.Module):
     def project_context(self, text_BLC: Tensor, image_BNW: Tensor, frames: int) -> dict[nn.Module, ContextKeys]:
         """Keys and values of every cross-attention layer for text [B, L, C] and vision tokens [B, N, W].
 
-        They depend on neither the noisy clip nor the timestep: a sampler computes them once a run.
+        They depend on neither the noisy clip nor the timestep, so a sampler computes them once per run.
         """
         tokens_BQC = self.image_proj_model(image_BNW)
         image_NQC = frame_tokens(tokens_BQC, frames, self.params.resampler.num_queries)
@@ -220,14 +220,14 @@ class VideoUNet(nn.Module):
         """Prediction [B, out_channels, T, H, W] for clips [B, in_channels, T, H, W] (condition channels last).
 
         timesteps [B] in 0..999, context [B, L, C] text, image_tokens [B, N, W] of the vision tower, frame_stride [B].
-        `transformer_options["context_cache"]`, a dict that lives for one sampler call, keeps the projected context.
+        `transformer_options["context_cache"]`, a dict for one sampler call, keeps the projected context.
         """
         batch, _, frames, height, width = x_BCTHW.shape
         cache = transformer_options.get("context_cache")
         if cache is None:
             keys = self.project_context(context, image_tokens, frames)
         else:
-            # A batch is known by the conditions in it; core gives each a unique id. Windows may differ in length.
+            # A batch is identified by its conditions; core gives each a unique id. Windows may differ in length.
             slot = (tuple(transformer_options["uuids"]), context.shape, frames)
             if slot not in cache:
                 cache[slot] = self.project_context(context, image_tokens, frames)
@@ -236,7 +236,7 @@ class VideoUNet(nn.Module):
         dtype = x_BCTHW.dtype
         emb_BE = (self.time_embed(timestep_embedding(timesteps, self.params.model_channels).to(dtype))
                   + self.fps_embedding(timestep_embedding(frame_stride, self.params.model_channels).to(dtype)))
-        # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
+        # Sizes that are not a multiple of the deepest stride are edge-padded and cropped at the end.
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
         if height % self.stride or width % self.stride:
             h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")

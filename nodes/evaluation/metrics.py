@@ -1,4 +1,4 @@
-"""How close a video comes to the true one: PSNR, SSIM and motion error, by scikit-image."""
+"""How close a video is to the true one: PSNR, SSIM and motion error, with scikit-image."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ SAME = 100.0           # dB of two equal frames
 SSIM_WINDOW = 11       # pixels, of the Gaussian window of the paper
 FLOW_EDGE = 128        # motion is measured on pictures no larger than this
 FLOW_RADIUS = 7        # pixels
-MOVING = 0.1           # pixels a frame: what is slower stands still
-STRUCTURE = 0.05       # of the range of brightness: where it varies less, motion cannot be seen
+MOVING = 0.1           # pixels per frame: slower places count as still
+STRUCTURE = 0.05       # of the range of brightness: where it varies less, motion cannot be measured
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Scores:
 
     psnr: np.ndarray    # dB
     ssim: np.ndarray    # 1 is equal
-    motion: np.ndarray  # pixels a frame
+    motion: np.ndarray  # pixels per frame
 
     def mean(self) -> tuple[float, float, float | None]:
-        """PSNR, SSIM and motion error over everything; no motion in clips of one frame."""
+        """Mean PSNR, SSIM and motion error; no motion error for clips of one frame."""
         return float(self.psnr.mean()), float(self.ssim.mean()), float(self.motion.mean()) if self.motion.size else None
 
     def table(self) -> str:
-        """The means, those of every clip where there are several, and those of every frame, as text."""
+        """The means, those of each clip if there are several, and those of each frame, as text."""
         def row(name: str, psnr: float, ssim: float, motion: float | None) -> str:
             return f"{name:<10}{psnr:>10.2f}{ssim:>10.4f}{'' if motion is None else f'{motion:.3f}':>14}"
 
@@ -44,29 +44,30 @@ class Scores:
         motion = [None, *self.motion.mean(0)]
         lines += [row(f"frame {i + 1}", self.psnr[:, i].mean(), self.ssim[:, i].mean(), motion[i])
                   for i in range(self.psnr.shape[1])]
-        return "\n".join([*lines, "", "Motion error: pixels a frame between the movements in both videos, where "
-                                      "something moves in one of them."])
+        return "\n".join([*lines, "", "Motion error: difference of the motion in both videos in pixels per frame, "
+                                      "where either of them moves."])
 
 
 def compare(result_NHWC: Tensor, truth_NHWC: Tensor, clip_frames: int = 0) -> Scores:
-    """Measure a video, RGB in 0..1, against the true one; `clip_frames` above 0: clips of that length in a row.
+    """Compare a video, RGB in 0..1, with the true one; `clip_frames` above 0: clips of that length in a row.
 
     PSNR; SSIM with the Gaussian window of Wang et al. (2004); motion error: the mean distance between the optical flow
-    (iterative Lucas-Kanade, Le Besnerais and Champagnat 2005) of both videos from a frame to the next, over the places
-    with structure where either moves. ValueError where the videos do not fit each other.
+    (iterative Lucas-Kanade, Le Besnerais and Champagnat 2005) of both videos from one frame to the next, over textured
+    places where either moves. ValueError if the videos do not fit each other.
     """
     result, truth = (images_NHWC[..., :3].float().cpu().clamp(0, 1) for images_NHWC in (result_NHWC, truth_NHWC))
     if result.shape != truth.shape:
-        raise ValueError(f"the result has {_words(result)}, the truth {_words(truth)}; both must be the same. Cut the "
+        raise ValueError(f"The result has {_words(result)}, the truth {_words(truth)}. Both must be the same. Cut the "
                          "longer one with Image From Batch, or resize one of them.")
     if min(truth.shape[1:3]) < SSIM_WINDOW:
-        raise ValueError(f"the frames are {truth.shape[2]}x{truth.shape[1]}; SSIM needs {SSIM_WINDOW} pixels or more.")
+        raise ValueError(f"The frames are {truth.shape[2]}x{truth.shape[1]}. SSIM needs at least {SSIM_WINDOW} pixels "
+                         "on each side. Use larger frames.")
     if not torch.isfinite(result).all() or not torch.isfinite(truth).all():
-        raise ValueError("there are NaN or infinite pixels; find their cause with Sampling Report.")
+        raise ValueError("The frames have NaN or infinite pixels. Find the cause with Sampling Report.")
     length = clip_frames or len(truth)
     if clip_frames < 0 or len(truth) % length:
-        raise ValueError(f"clip_frames = {clip_frames} was given for {len(truth)} frames; allowed is 0 (one clip), or "
-                         "a number that divides them.")
+        raise ValueError(f"clip_frames is {clip_frames}, but there are {len(truth)} frames. Set it to 0 (one clip), or "
+                         "to a number that divides them.")
     metrics = import_extra("skimage.metrics", "scikit-image", "Evaluate Video")
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(result, truth)]
     psnr = [SAME if np.array_equal(a, b) else min(SAME, metrics.peak_signal_noise_ratio(b, a, data_range=1))
@@ -104,9 +105,9 @@ def _motion_errors(result_THWC: Tensor, truth_THWC: Tensor) -> list[float]:
 
 
 def _flow(grey_THW: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(flow [2, H, W] in pixels of the whole picture, where it can be seen [H, W]) from each frame to the next."""
+    """(flow [2, H, W] in pixels of the full-size frame, mask of textured places [H, W]) from each frame to the next."""
     registration = import_extra("skimage.registration", "scikit-image", "Evaluate Video")
-    from scipy.ndimage import uniform_filter  # scikit-image brings it
+    from scipy.ndimage import uniform_filter  # a dependency of scikit-image
     window = 2 * FLOW_RADIUS + 1
     for here_HW, next_HW in hearing_cancel(zip(grey_THW, grey_THW[1:])):
         spread_HW = uniform_filter(here_HW ** 2, window) - uniform_filter(here_HW, window) ** 2
@@ -116,7 +117,7 @@ def _flow(grey_THW: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.n
 def _brightness(truth_THWC: Tensor) -> tuple[Tensor, float, float]:
     """(colour axis [3], lowest value, range): the axis along which the true colours differ most.
 
-    Plain brightness would not see a blue shape before a grey ground.
+    Plain brightness may not separate a blue shape from a grey background.
     """
     pixels_N3 = truth_THWC.reshape(-1, 3).double()
     centred = pixels_N3 - pixels_N3.mean(0)

@@ -5,17 +5,17 @@ from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, s
 from .metrics import Scores
 
 WIDTH, LEFT, RIGHT, TOP, PANEL, GAP = 800, 70, 775, 56, 120, 40
-PANELS = (("PSNR, dB", BLUE), ("SSIM", GREEN), ("motion error, pixels a frame", ORANGE))
+PANELS = (("PSNR, dB", BLUE), ("SSIM", GREEN), ("motion error, pixels per frame", ORANGE))
 
 
 def draw_scores(scores: Scores) -> Image.Image:
-    """RGB picture, WIDTH pixels wide: a panel a measure over the frames; thin lines are clips, thick ones the mean."""
+    """RGB picture, WIDTH pixels wide: one panel per measure; thin lines are clips, thick ones the mean."""
     measures = [m for m in (scores.psnr, scores.ssim, scores.motion) if m.size]
     height = TOP + len(measures) * (PANEL + GAP)
     image = blank(WIDTH, height)
     pen, frames = Pen(image), scores.psnr.shape[1]
     psnr, ssim, motion = scores.mean()
-    moves = "" if motion is None else f", motion error {motion:.3f} pixels a frame"
+    moves = "" if motion is None else f", motion error {motion:.3f} pixels per frame"
     pen.text(LEFT, 22, f"Mean of {scores.psnr.size} frames: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}{moves}", 15, INK, "lm")
     for number, (values_CT, (name, colour)) in enumerate(zip(measures, PANELS)):
         top = TOP + number * (PANEL + GAP)
@@ -34,7 +34,7 @@ def draw_scores(scores: Scores) -> Image.Image:
             pen.text(LEFT - 8, y, f"{level:.4g}", 12, SOFT, "rm")
         for values_T in [*(values_CT if len(values_CT) > 1 else ()), values_CT.mean(0)]:
             points = [place(first + i, value) for i, value in enumerate(values_T)]
-            if len(points) == 1:  # a single frame still has to be seen
+            if len(points) == 1:  # a single frame must be visible too
                 points = [(points[0][0] - 8, points[0][1]), (points[0][0] + 8, points[0][1])]
             pen.path(points, colour, 0.6)
         pen.path(points, colour, 2.2)

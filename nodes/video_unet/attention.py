@@ -17,12 +17,12 @@ from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_
 
 @dataclass
 class Step:
-    """What every layer of the U-Net may read during one evaluation."""
+    """What the layers of the U-Net may read during one forward pass."""
 
     frames: int                                  # T
     emb_NE: Tensor                               # timestep and additional conditions
     text_BLC: Tensor
-    transformer_options: dict                    # of this evaluation alone; see diffusion/patches.py
+    transformer_options: dict                    # of this forward pass only; see common/patches.py
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Every place of a frame looks at the whole frame."""
+    """Each position of a frame attends to the whole frame."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         x_NLC = x_NCHW.flatten(2).transpose(1, 2)
@@ -62,17 +62,17 @@ class SpatialAttention(Attention):
 
 
 class TextAttention(Attention):
-    """Every place of every frame looks at the text."""
+    """Each position of each frame attends to the text."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         options = step.transformer_options
         x_NLC = patch_tokens("middle_patch", x_NCHW.flatten(2).transpose(1, 2), self, options)
-        if is_patched("attn2", options):  # by functions that expect a text for every picture
+        if is_patched("attn2", options):  # the functions expect a text for each image
             text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
             queries, keys, values = patch_inputs("attn2", self.norm(x_NLC), text_NLC, self, options)
             mixed = self.to_out(mix("attn2", self.to_q(queries), self.to_k(keys), self.to_v(values), self, options))
         else:
-            # All frames of a clip read the same text, so they fold into one long sequence: no text is repeated.
+            # All frames of a clip attend to the same text: folded into one long sequence, the text is not repeated.
             x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
             mixed = self.attend(self.norm(x_BMC), step.text_BLC, step).reshape(x_NLC.shape)
         x_NLC = patch_tokens("attn2_output_patch", mixed, self, options) + x_NLC
@@ -80,7 +80,7 @@ class TextAttention(Attention):
 
 
 class TemporalAttention(Attention):
-    """Every place looks at itself in all frames. Sinusoidal positions tell the frames apart, whatever their number."""
+    """Each position attends to itself in all frames. Sinusoidal embeddings mark the frames, for any number of them."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         height, width = x_NCHW.shape[-2:]

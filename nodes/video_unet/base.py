@@ -25,7 +25,7 @@ ENCODER_SOURCES = {"demo": "Load DynamiCrafter with its checkpoint demo",
 
 
 class HostCalls(HostNetwork):
-    """Put before a network class: core's names of the arguments, and the wrappers of other packs."""
+    """Mixin for a network class: core's argument names, and the wrappers of other packs."""
 
     def forward(self, x, timesteps, context, transformer_options={}, additional_condition=None, **_):
         return call_wrapped(super().forward, self, x, timesteps, context, additional_condition,
@@ -43,13 +43,13 @@ class VideoUNetModelConfig(ModelConfig):
         return prediction_type(self.video_unet.prediction)
 
     def process_unet_state_dict_for_saving(self, state_dict):
-        """Core's Save Model writes no header of ours, so the configuration travels as the bytes of its JSON."""
+        """Core's Save Model does not write our header, so the configuration is stored as the bytes of its JSON."""
         text = torch.tensor(list(to_json(self.video_unet).encode()), dtype=torch.uint8)
         return {**super().process_unet_state_dict_for_saving(state_dict), HEADER: text}
 
 
 class VideoUNetModel(ClipModel):
-    """`video_unet` is the `VideoUNetConfig`; `diffusion_params` tells samplers its schedule, in core's table too."""
+    """`video_unet` is the `VideoUNetConfig`; `diffusion_params` is its schedule, which core's table has too."""
 
     def __init__(self, model_config: VideoUNetModelConfig, model_type, device=None):
         managed = type("ManagedVideoUNet", (HostCalls, model_config.network), {})
@@ -62,7 +62,7 @@ class VideoUNetModel(ClipModel):
         self.model_sampling.set_sigmas(((1 - alphas) / alphas).sqrt())
 
     def extra_conds(self, **kwargs):
-        """Text tokens, and the given frames with their mask, put into the conditioning by Video U-Net Conditions.
+        """Text tokens, and the given frames with their mask, added to the conditioning by Video U-Net Conditions.
 
         Entries of the conditioning, all optional: "concat_latent_image" [B, C, T, h, w], "concat_mask"
         [B, 1, T, h or 1, w or 1] with 0 where a frame is given (as in core), "additional_condition" [B, D]. Raises
@@ -71,7 +71,7 @@ class VideoUNetModel(ClipModel):
         out = super().extra_conds(**kwargs)
         encoder = self.video_unet.text_encoder
         check_width("text encoder", kwargs["cross_attn"], TEXT_ENCODERS[encoder],
-                    f"It was trained with {encoder}: take the CLIP of {ENCODER_SOURCES[encoder]}.")
+                    f"It was trained with {encoder}: use the CLIP of {ENCODER_SOURCES[encoder]}.")
         frames_BCTHW = self._given_frames(kwargs["noise"], kwargs.get("concat_latent_image"),
                                           kwargs.get("concat_mask"))
         out["c_concat"] = comfy.conds.CONDNoiseShape(frames_BCTHW)
@@ -92,6 +92,6 @@ def make_model(config: VideoUNetConfig, weight_dtype: torch.dtype, network: type
                device: str = "meta") -> VideoUNetModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`.
 
-    `network`: a subclass of `VideoUNet`, for conditions of another kind.
+    `network`: a subclass of `VideoUNet`, for other kinds of conditions.
     """
     return build_model(VideoUNetModelConfig(config, network), weight_dtype, device)

@@ -1,4 +1,4 @@
-"""Files of the video U-Net: its weights by the network's own keys, its configuration in the header."""
+"""Files of the video U-Net: weights under the network's own keys, configuration in the header."""
 from __future__ import annotations
 
 import logging
@@ -23,7 +23,7 @@ WEIGHT_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 def save(path: Path, net: nn.Module, config: VideoUNetConfig, extra_metadata: dict[str, str] | None = None,
          dtype: torch.dtype = torch.float16) -> None:
-    """Write the network's weights in `dtype` with the configuration, and further header entries (text by name)."""
+    """Write the network's weights in `dtype` with the configuration and further header entries."""
     path = Path(path)
     weights = {key: value.detach().to("cpu", dtype).contiguous() for key, value in net.state_dict().items()}
     metadata = {"format": "pt", HEADER: to_json(config), **(extra_metadata or {})}
@@ -33,18 +33,19 @@ def save(path: Path, net: nn.Module, config: VideoUNetConfig, extra_metadata: di
 
 
 def read_config(checkpoint: Checkpoint) -> VideoUNetConfig:
-    """The configuration from the header, or, in files of core's Save Model, from the tensor that carries it (which is
-    taken out). Raises ValueError for files without one."""
+    """The configuration from the header, or, in files of core's Save Model, from the tensor that holds it (which is
+    removed). Raises ValueError for files without one."""
     text = checkpoint.metadata.get(HEADER)
     stored = checkpoint.tensors.pop(HEADER, checkpoint.tensors.pop(PREFIX + HEADER, None))
     if text is None and stored is not None:
         if stored.ndim != 1 or stored.is_complex() or not 0 < len(stored) < 100_000:
-            raise ValueError(f"{checkpoint.path}: the tensor {HEADER}, which should hold the configuration byte by "
-                             f"byte, is {list(stored.shape)}, {stored.dtype}. The file is damaged.")
+            raise ValueError(f"{checkpoint.path}: the tensor {HEADER}, which must hold the configuration as bytes, is "
+                             f"{list(stored.shape)}, {stored.dtype}. The file is damaged. Get it again.")
         text = bytes(stored.to(torch.uint8).tolist()).decode(errors="replace")
     if text is None:
-        raise ValueError(f"{checkpoint.path} is no video U-Net of this pack: its header has no entry {HEADER}. Give a "
-                         "file written by Train Video Model, workflows/train.py or core's Save Model, or choose demo.")
+        raise ValueError(f"{checkpoint.path} is not a video U-Net of this pack: its header has no entry {HEADER}. Use "
+                         "a file written by Train Video Model, workflows/train.py or core's Save Model, or choose "
+                         "demo.")
     return from_json(text, checkpoint.path)
 
 

@@ -36,18 +36,18 @@ class LoadVideoUNet(io.ComfyNode):
                                tooltip="A file in models/checkpoints or models/diffusion_models, written by Train "
                                        "Video Model. demo is the small model that comes with this pack: moving "
                                        "shapes, 16 frames of 64x64. demo, early in training: a tiny one after "
-                                       "1200 steps, to see what clipping of x0 does."),
+                                       "1200 steps, to show what clipping of x0 does."),
                 io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
-                               tooltip="How weights are stored in memory. auto: as ComfyUI decides for this device."),
+                               tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device."),
                 io.Vae.Input("vae", optional=True,
-                             tooltip="The VAE that the model was trained with, to be handed on. Only needed for image "
-                                     "VAEs of core's Load VAE, which do not know clips: the output does."),
+                             tooltip="The VAE that the model was trained with. Only needed for image VAEs of core's "
+                                     "Load VAE, which take single images: the VAE output of this node takes clips."),
             ],
             outputs=[
                 io.Model.Output(tooltip="For DDIM Sampler (fixed), KSampler or any core sampler."),
-                io.Vae.Output(tooltip="For models in pixels their conversion, for models in latents the VAE that was "
-                                      "connected, able to take clips. The demo's VAE is that of Load DynamiCrafter "
-                                      "with its checkpoint demo."),
+                io.Vae.Output(tooltip="For models in pixels the conversion to images, for models in latents the "
+                                      "connected VAE, which now takes clips. For the demo use the VAE of Load "
+                                      "DynamiCrafter with its checkpoint demo."),
             ],
         )
 
@@ -63,12 +63,12 @@ class LoadVideoUNet(io.ComfyNode):
         config = model.model.video_unet
         if config.space == "pixels":
             if vae is not None:
-                raise ValueError(f"{checkpoint} works in pixels and takes no VAE: disconnect it, and decode with the "
+                raise ValueError(f"{checkpoint} works in pixels and takes no VAE. Disconnect it, and decode with the "
                                  "VAE output of this node.")
             return io.NodeOutput(model, pixel_vae())
         if vae is None:
             return io.NodeOutput(model, ExecutionBlocker(
-                f"{checkpoint} works in latents and holds no VAE: use the one that it was trained with (demo: that of "
+                f"{checkpoint} works in latents and holds no VAE. Use the one that it was trained with (demo: that of "
                 "Load DynamiCrafter with its checkpoint demo)."))
         return io.NodeOutput(model, fold_frames(vae))
 
@@ -80,28 +80,28 @@ class VideoUNetConditions(io.ComfyNode):
             node_id="Stillmotion_VideoUNetConditions",
             display_name="Video U-Net Conditions",
             category="Stillmotion/Video U-Net",
-            description="Says which frames are given (none, the first ones, or both ends) and makes the empty latent.",
+            description="Sets which frames are given (none, the first ones, or both ends) and makes the empty latent.",
             search_aliases=["text to video", "t2v", "image to video", "i2v", "predict video", "interpolate",
                             "in-between frames"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load Video U-Net: its sizes are read here."),
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode with the text encoder "
                                                           "that the model was trained with."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; an empty one is what the model knows "
-                                                          "from training. Not used at cfg 1."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; the model was trained with an empty "
+                                                          "one. Not used at cfg 1."),
                 io.Combo.Input("given", options=list(GIVEN), default=GIVEN[0],
-                               tooltip="none: a video from the prompt alone. first frames: go on from one image, or "
-                                       "from the first frames of a clip. both ends: from the first of two images to "
-                                       "the second."),
+                               tooltip="none: a video from the prompt alone. first frames: continue one image, or the "
+                                       "first frames of a clip. both ends: from the first of two images to the "
+                                       "second."),
                 io.Int.Input("width", default=0, min=0, max=4096, step=8,
                              tooltip="Pixels; 0: as the model was trained (demo: 64)."),
                 io.Int.Input("height", default=0, min=0, max=4096, step=8,
                              tooltip="Pixels; 0: as the model was trained (demo: 64)."),
                 io.Int.Input("frames", default=0, min=0, max=1024,
-                             tooltip="Frames of the video, the given ones included; 0: as the model was trained (demo: "
-                                     "16). Others work, but less well the further away."),
+                             tooltip="Frames of the video, including the given ones; 0: as the model was trained "
+                                     "(demo: 16). Other numbers work, but less well the more they differ."),
                 io.Int.Input("batch_size", default=1, min=1, max=64,
-                             tooltip="Videos made at once, each from noise of its own."),
+                             tooltip="Videos made at once, each from its own noise."),
                 io.Image.Input("images", optional=True,
                                tooltip="The given frames in order, for first frames; two for both ends. Scaled and "
                                        "cropped, never stretched."),
@@ -119,8 +119,8 @@ class VideoUNetConditions(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, given, width, height, frames, batch_size, images=None, vae=None):
         if not isinstance(model.model, VideoUNetModel):
-            raise ValueError(f"The model is {type(model.model).__name__}, not a video U-Net: connect Load Video U-Net, "
-                             "or use the conditioning node of that family.")
+            raise ValueError(f"The model is {type(model.model).__name__}, not a video U-Net. Connect Load Video U-Net, "
+                             "or use the conditioning node of that model.")
         values, latent = clip_conditions(model.model.video_unet, vae, images, given, width, height, frames, batch_size)
         return io.NodeOutput(node_helpers.conditioning_set_values(positive, values),
                              node_helpers.conditioning_set_values(negative, values), {"samples": latent})

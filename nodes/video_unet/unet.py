@@ -1,9 +1,9 @@
 """The video U-Net: a small network that denoises clips from a text, from given frames, or from both.
 
-Convolutions are factorised into space and time (Pseudo-3D, arXiv 2209.14792); every residual block is followed by
-attention within the frame (at chosen levels), to the text and along time. Frames that are given lie on further input
-channels, with a mask that tells which they are: one network makes clips from a text alone, goes on with an image,
-predicts the future of a clip or fills in between its ends.
+Convolutions are factorised into space and time (Pseudo-3D, arXiv 2209.14792). Each residual block is followed by
+attention within the frame (at selected levels), to the text and along time. Given frames are on further input channels,
+with a mask that marks them, so one network makes clips from a text alone, continues an image, predicts the future of a
+clip or fills in between its ends.
 
 Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
 W width, L text tokens, E embedding, D additional condition.
@@ -32,20 +32,20 @@ class VideoUNetParams:
     channels: int                       # C of a clip: 3 for pixels, 4 for Stable Diffusion's latents
     model_channels: int                 # of the first level
     channel_mult: tuple[int, ...]       # channels of each level in model_channels; each level halves height and width
-    num_res_blocks: int                 # a level
+    num_res_blocks: int                 # per level
     spatial_attention: tuple[int, ...]  # levels, 0 the finest, that attend within the frame
     head_channels: int
     context_dim: int                    # width of the text tokens
-    additional_condition_dim: int       # of a vector given beside the text; 0: none
+    additional_condition_dim: int       # of a vector given in addition to the text; 0: none
 
     def __post_init__(self):
         if self.model_channels % GROUPS or self.model_channels % self.head_channels:
-            raise ValueError(f"model_channels is {self.model_channels}: it must be a multiple of {GROUPS} and of "
+            raise ValueError(f"model_channels is {self.model_channels}. It must be a multiple of {GROUPS} and of "
                              f"head_channels ({self.head_channels}).")
         unknown = set(self.spatial_attention) - set(range(len(self.channel_mult)))
         if unknown:
-            raise ValueError(f"spatial_attention names the levels {sorted(unknown)}; channel_mult "
-                             f"{list(self.channel_mult)} has levels 0 to {len(self.channel_mult) - 1}.")
+            raise ValueError(f"spatial_attention has the levels {sorted(unknown)}, but channel_mult "
+                             f"{list(self.channel_mult)} has only the levels 0 to {len(self.channel_mult) - 1}.")
 
     @property
     def in_channels(self) -> int:
@@ -54,7 +54,7 @@ class VideoUNetParams:
 
 
 class ResBlock(nn.Module):
-    """Two spatial convolutions, the second steered by the timestep (scale and shift), then one along time."""
+    """Two spatial convolutions, the second modulated by the timestep (scale and shift), then one along time."""
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, operations, **factory):
         super().__init__()
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         self.norm2 = operations.GroupNorm(GROUPS, out_channels, **factory)
         self.conv2 = operations.Conv2d(out_channels, out_channels, 3, padding=1, **factory)
         self.norm3 = operations.GroupNorm(GROUPS, out_channels, **factory)
-        # Over (T, H * W): a convolution along time by the kernels that CPUs are fastest with.
+        # Over (T, H * W): a convolution along time with the kernels that are fastest on CPUs.
         self.temporal_conv = operations.Conv2d(out_channels, out_channels, (3, 1), padding=(1, 0), **factory)
         self.skip = (nn.Identity() if channels == out_channels
                      else operations.Conv2d(channels, out_channels, 1, **factory))
@@ -106,7 +106,7 @@ class VideoUNet(nn.Module):
     """Predicts eps or v of a noisy clip.
 
     `operations` gives the layer classes (`torch.nn` or one of `comfy.ops`), `attention` the attention function. For
-    conditions of another kind override `embed`, which all that is no text and no frame goes through.
+    other kinds of conditions override `embed`, which handles all conditions except text and frames.
     """
 
     def __init__(self, params: VideoUNetParams, operations, attention, dtype=None, device=None):
@@ -164,14 +164,14 @@ class VideoUNet(nn.Module):
                 yield stage["resample"]
 
     def embed(self, t_B: Tensor, additional_BD: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embedding [B, E] that steers every residual block: the timestep, and the additional condition if given."""
+        """Embedding [B, E] that modulates each residual block: the timestep, and the additional condition if given."""
         emb_BE = self.time_embed(sinusoids(t_B, self.params.model_channels).to(dtype))
         if additional_BD is None:
             return emb_BE
         if additional_BD.shape[-1] != self.params.additional_condition_dim:
-            raise ValueError(f"The additional condition is {additional_BD.shape[-1]} wide, this network takes "
-                             f"{self.params.additional_condition_dim or 'none'}: train one with "
-                             f"additional_condition_dim {additional_BD.shape[-1]}, or leave the condition away.")
+            raise ValueError(f"The additional condition is {additional_BD.shape[-1]} wide, but this network takes "
+                             f"{self.params.additional_condition_dim or 'none'}. Train one with "
+                             f"additional_condition_dim {additional_BD.shape[-1]}, or leave the condition out.")
         return emb_BE + self.additional_embed(additional_BD.to(dtype))
 
     def forward(self, x_BCTHW: Tensor, t_B: Tensor, text_BLC: Tensor, additional_BD: Tensor | None = None,
@@ -180,13 +180,13 @@ class VideoUNet(nn.Module):
         none is given), the mask (1: given). t_B: timesteps 0..999; text_BLC: text tokens."""
         frames, height, width = x_BCTHW.shape[2:]
         emb_BE = self.embed(t_B, additional_BD, x_BCTHW.dtype)
-        # Sizes that are no multiple of the deepest stride are padded by their edge and cropped at the end.
+        # Sizes that are not a multiple of the deepest stride are edge-padded and cropped at the end.
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
         if height % self.stride or width % self.stride:
             h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         size, options = h.shape[-2:], open_options(transformer_options, h)
         step, skips = Step(frames, emb_BE.repeat_interleave(frames, dim=0), text_BLC, options), []
-        # Blocks are numbered as in core's U-Net: the first convolution and every halving are input blocks too.
+        # Blocks are numbered as in core's U-Net: the first convolution and each downsampling are input blocks too.
         for number, layer in enumerate(self._input_layers()):
             options["block"] = ("input", number)
             h = layer(h, step) if isinstance(layer, Block) else layer(h)
@@ -205,15 +205,15 @@ class VideoUNet(nn.Module):
                 h = block(join_skip(h, skips.pop(), options), step)
             if "resample" in stage:
                 h = stage["resample"](F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
-        if h.shape[-2:] != size:  # a function has shrunk the first skip itself
+        if h.shape[-2:] != size:  # a patch has downscaled the first skip itself
             h = F.interpolate(h, size=size, mode="nearest")
         out_NCHW = self.output(F.silu(self.norm(h)))[:, :, :height, :width]
         return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 def new_network(params: VideoUNetParams, seed: int) -> VideoUNet:
-    """An untrained network on the CPU: the last layer of every branch is zero, so that each begins as the identity
-    and the whole by predicting nothing."""
+    """An untrained network on the CPU: the last layer of each branch is zero, so that each branch starts as the
+    identity and the network predicts zero."""
     torch.manual_seed(seed)
     net = VideoUNet(params, nn, torch_attention)
     for module in net.modules():

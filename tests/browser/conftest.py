@@ -16,6 +16,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
            && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
 
+# without these the Templates dialog covers a first-time user's page
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9"}
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -88,9 +91,7 @@ def page(request, server, browser):
     """A fresh page with the canvas nodes; parametrize indirectly with "vue" for the newer DOM nodes (Nodes 2.0)."""
     settings = server.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    # without the first two the Templates dialog covers a first-time user's page
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9",
-                                    "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
+    settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
     context = browser.new_context(viewport={"width": 1600, "height": 900})
     tab = context.new_page()
     tab.goto(server.url)

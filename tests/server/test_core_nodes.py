@@ -52,7 +52,7 @@ def test_every_node_acts_or_says_why_not(client, name):
             frames = lossless_frames(client, make_job(client, name, 2, 10, node, **inputs))
         except JobError as error:
             refused.add(node)
-            assert "Take that node off the model" in str(error)
+            assert "Remove that node from the model" in str(error)
             continue
         assert frames.shape == plain.shape and np.abs(frames.astype(int) - plain).mean() > 0.05, node
     assert refused == REFUSED[name]

@@ -67,7 +67,7 @@ def early(server):
 def test_a_video_unet_is_told_by_its_header(server, early, tmp_path):
     out, err, code = call("diagnose.py", "--server", server.url, "--checkpoint", early, "--steps", "4", cwd=tmp_path)
     assert code == 0 and "PSNR" in out and "without" not in out, out + err
-    assert f"EMA: {early} holds one set of weights" in out
+    assert f"EMA: {early} holds only one set of weights" in out
 
 
 def test_generate_saves_what_was_asked_for(server, early, tmp_path):

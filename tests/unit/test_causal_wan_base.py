@@ -81,9 +81,9 @@ def test_the_image_condition():
     ({"clip_vision_output": None}, "needs image tokens"),
     ({"concat_latent_image": None}, "needs a masked image latent"),
     ({"concat_mask": None}, "needs a masked image latent"),
-    ({"concat_latent_image": torch.zeros(1, 16, 5, 4, 6)}, "latent is 3 x 4 x 6, the conditioning .* 5 x 4 x 6"),
+    ({"concat_latent_image": torch.zeros(1, 16, 5, 4, 6)}, "latent is 3 x 4 x 6, but the conditioning .* 5 x 4 x 6"),
     ({"concat_mask": torch.zeros(1, 1, 3, 4, 8)}, "3 x 4 x 8"),
-    ({"concat_latent_image": torch.zeros(1, 4, 3, 4, 6)}, "has 4 channels, this model takes 16"),
+    ({"concat_latent_image": torch.zeros(1, 4, 3, 4, 6)}, "has 4 channels, but this model takes 16"),
     ({"cross_attn": torch.ones(1, 7, 32)}, "text encoder gives tokens 32 wide.*24"),
     ({"clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.ones(1, 5, 32))}, "vision tower .* 32"),
 ])

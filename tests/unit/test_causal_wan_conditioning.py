@@ -142,15 +142,15 @@ def test_latent_frames(frames, factor, latents):
     ((1, 81, 3, CHUNK, False, 4, False), "20 after the first one, no whole blocks of 3.* 73 or 85"),
     ((1, 81, 4, CLAMP, False, 4, False), "21 latent frames, no whole blocks of 4.* 77 or 93.* 1, 3, 7, 21"),
     ((1, 81, 8, CONCAT, True, 4, False), "21 latent frames, no whole blocks of 8.* 61 or 93"),
-    ((5, 73, 3, PREFIX, False, 4, False), "end inside a block of 3 with prefix frame: give 1, 13, 25, 37 images"),
-    ((5, 21, 3, CHUNK, False, 4, True), "end inside a block of 3 with still chunk: give 9 images"),
-    ((1, 5, 3, PREFIX, False, 4, False), "Lengths that are: 13"),
-    ((13, 13, 3, PREFIX, False, 4, False), "fill 4 latent frames, the video has 4"),
-    ((1, 1, 1, "auto", False, 4, False), "nothing is left to make"),
-    ((1, 9, 1, "zoom", False, 4, False), "'zoom' is unknown: choose one of auto, prefix frame"),
+    ((5, 73, 3, PREFIX, False, 4, False), "end inside a block of 3 with prefix frame. Give 1, 13, 25, 37 images"),
+    ((5, 21, 3, CHUNK, False, 4, True), "end inside a block of 3 with still chunk. Give 9 images"),
+    ((1, 5, 3, PREFIX, False, 4, False), "Lengths that fit: 13"),
+    ((13, 13, 3, PREFIX, False, 4, False), "fill 4 latent frames, but the video has only 4"),
+    ((1, 1, 1, "auto", False, 4, False), "video has only 1"),
+    ((1, 9, 1, "zoom", False, 4, False), "mechanism is 'zoom'. Choose one of auto, prefix frame"),
     ((1, 9, 0, "auto", True, 4, False), "block is 0"),
     ((0, 81, 8, "auto", False, 4, False), "21 latent frames, no whole blocks of 8.* 61 or 93"),
-    ((0, 13, 3, CHUNK, False, 4, False), "'still chunk' needs an image"),
+    ((0, 13, 3, CHUNK, False, 4, False), "'still chunk', which needs an image"),
 ])
 def test_bad_numbers(arguments, words):
     with pytest.raises(ValueError, match=words):

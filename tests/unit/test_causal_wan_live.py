@@ -308,8 +308,8 @@ def test_an_interrupted_file_leaves_nothing_and_is_made_whole_from_the_stored_bl
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"batch": 2}, "batch of 2 videos, a file holds one"),
-    ({"length": 30}, "length is 30 frames: this VAE takes 1 . 4 n. Nearest: 29 or 33"),
+    ({"batch": 2}, "batch of 2 videos, but a file holds one"),
+    ({"length": 30}, "length is 30 frames. This VAE takes 1 . 4 n. Nearest: 29 or 33"),
     ({"length": 25}, "7 latent frames do not split into blocks of 2"),
     ({"name": "demo", "length": 8}, "image latent .y. was made for 6: give Causal Wan Image to Video this length"),
     ({"fps": 0.0}, "fps = 0"),

@@ -45,7 +45,7 @@ def test_lora_equals_merging_by_hand(tmp_path, name, caplog):
     base = load(tensors(), weight_dtype="fp32")
     with caplog.at_level("INFO"):
         patched = add_lora(base, read_checkpoint(tmp_path / "lora.pt"), 0.7)
-    assert "LoRA of 40 keys on 20 weights" in caplog.text and "left aside" not in caplog.text
+    assert "LoRA of 40 keys on 20 weights" in caplog.text and "are ignored" not in caplog.text
     by_hand = run(load(merged(0.7), weight_dtype="fp32"))
     plain = run(base)
     found = run(patched)
@@ -89,8 +89,8 @@ def test_lora_that_does_not_fit(caplog):
             ("lora_A", torch.ones(4, 48), r"1 pairs of the LoRA do not fit each other: .*lora_A.* is \[4, 48\]"),
             ("lora_B", torch.ones(80), r"1 pairs of the LoRA do not fit each other: .*lora_B.weight \[80\]"),
             ("lora_A", torch.ones(3, 48).bool(), "1 weights are not of a kind.*lora_A.weight is bool"),
-            ("alpha", torch.ones(2), r"ffn.0.alpha is \[1.0, 1.0\]; it must be one number"),
-            ("alpha", torch.tensor(float("nan")), r"ffn.0.alpha is \[nan\]; it must")):
+            ("alpha", torch.ones(2), r"ffn.0.alpha is \[1.0, 1.0\]. It must be one number"),
+            ("alpha", torch.tensor(float("nan")), r"ffn.0.alpha is \[nan\]. It must")):
         key = f"blocks.0.ffn.0.{name}" + (".weight" if "lora" in name else "")
         with pytest.raises(ValueError, match=words):
             add(named("") | {key: value})

@@ -111,7 +111,7 @@ def test_core_block_patches_act():
 def test_bad_inputs_are_refused():
     network, image_network = make_network(), make_network(True)
     x, t, text, image = random_inputs(2)
-    with pytest.raises(ValueError, match=f"text embedding is 7 wide, the model takes {TEXT}"):
+    with pytest.raises(ValueError, match=f"text embedding is 7 wide, but the model takes {TEXT}"):
         network.project_context(text[..., :7])
     with pytest.raises(ValueError, match="clip_fea"):
         image_network.project_context(text)

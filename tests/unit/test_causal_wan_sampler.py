@@ -260,7 +260,7 @@ def refused():
 
     other = {"samples": torch.zeros(1, 16, 6, HEIGHT, WIDTH)}
     return {
-        "foreign model": (put(model=SimpleNamespace(model=object())), "use Load Causal Wan"),
+        "foreign model": (put(model=SimpleNamespace(model=object())), "Use Load Causal Wan"),
         "channels": (put(latent={"samples": torch.zeros(1, 4, 4, 4, 6)}), "1 x 4 x 4 x 4 x 6, this model takes .* 16"),
         "odd size": (put(latent={"samples": torch.zeros(1, 16, 4, 5, 6)}), "multiples of 2"),
         "nan": (nan_latent, "1 NaN"),
@@ -278,7 +278,7 @@ def refused():
         "all given": (put(latent=latent("t2v", 4, 1, StartFrames(CHUNK, 4, 2, False))), "nothing is left"),
         "no tokens": (i2v(drop("clip_vision_output")), "needs image tokens"),
         "no y": (i2v(drop("concat_latent_image")), "masked image latent"),
-        "y of another size": (i2v(put(latent=other)), "latent is 6 x 4 x 6, the conditioning .* 4 x 4 x 6"),
+        "y of another size": (i2v(put(latent=other)), "latent is 6 x 4 x 6, but the conditioning .* 4 x 4 x 6"),
         "switch in the last block": (put(timeline=timeline_of("t2v", 4, 2, 3)),
                                      "from latent frame 3 is never used: no block .* begin at 0, 2 .the last one at 2"),
         "two switches in one block": (put(timeline=timeline_of("t2v", 4, 1, 2)), "frame 1 is never used: the next"),
@@ -287,7 +287,7 @@ def refused():
         "concat, independent first": (i2v(put(positive=conditioning("i2v", 5, 1),
                                               latent=latent("i2v", 5, 1, StartFrames(CONCAT, 0, 2, False)))),
                                       "5 latent frames do not split .* switch independent_first on"),
-        "switch too late": (put(timeline=timeline_of("t2v", 4, 2, 4)), "begins at latent frame 4.*0 to 3"),
+        "switch too late": (put(timeline=timeline_of("t2v", 4, 2, 4)), "starts at latent frame 4.*0 to 3"),
         "two entries": (put(positive=2 * conditioning("t2v", 4, 1)), "positive conditioning has 2 entries"),
         "region": (put(positive=[[draw(1, 1, 5, 24), {"area": (1, 1, 0, 0)}]]), "has area"),
         "batch": (put(positive=[[draw(1, 3, 5, 24), {}]]), "c_crossattn for 3 videos, the latent a batch of 1"),

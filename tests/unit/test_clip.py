@@ -201,7 +201,7 @@ def test_squash_is_kornias(height, width):
 def test_other_towers_are_refused(case):
     _, _, vision, *_ = case
     pixels = torch.rand(1, 16, 16, 3)
-    with pytest.raises(ValueError, match=r"wide; the model needs 1280.*Load CLIP Vision"):
+    with pytest.raises(ValueError, match=r"wide, but the model needs 1280.*Load CLIP Vision"):
         towers.encode_tokens(vision, pixels, width=1280)
     siglip = type("Other", (), {"model": torch.nn.Linear(1, 1)})()
     with pytest.raises(ValueError, match="not a CLIP tower"):

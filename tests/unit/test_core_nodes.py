@@ -208,8 +208,8 @@ def test_core_reads_no_more_of_the_sizes_than_freeu_needs():
     ({"spatial_attention": (0,)}, ACTING["PerturbedAttentionGuidance"], 1, "Perturbed.* middle .* none there"),
     ({}, ACTING["RenormCFG"], 2, "RenormCFG takes one clip .* batch of 2"),
     ({}, lambda m: put(nodes_rope.ScaleROPE, m, 2.0, 0.0, 2.0, 0.0, 2.0, 0.0), 1, "ScaleROPE .* has none"),
-    ({}, lambda m: windows(m, 4, 2, dim=0), 1, "lie along dim 0; .* Set dim to 2"),
-    ({}, lambda m: windows(m, 6, 2), 1, "6 frames long, the clip has 6"),
+    ({}, lambda m: windows(m, 4, 2, dim=0), 1, "are along dim 0, .* Set dim to 2"),
+    ({}, lambda m: windows(m, 6, 2), 1, "6 frames long, but the clip has only 6"),
     ({}, lambda m: windows(m, 4, 2), 2, "context windows take one clip .* batch of 2")])
 def test_what_cannot_act_is_refused(params, patch, clips, words):
     with pytest.raises(ValueError, match=words):

@@ -82,7 +82,7 @@ def test_dynamic_clip_shrinks_only_the_samples_that_need_it():
     torch.testing.assert_close(out[1:], wild.clamp(-reach, reach) * 3 / reach)
 
 
-@pytest.mark.parametrize("mode, limit, words", [("hard", 3.0, "choose one of off"), ("static", 0.0, "above 0"),
+@pytest.mark.parametrize("mode, limit, words", [("hard", 3.0, "Choose one of off"), ("static", 0.0, "above 0"),
                                                 ("static", float("nan"), "above 0")])
 def test_bad_clip(mode, limit, words):
     with pytest.raises(ValueError, match=words):

@@ -28,7 +28,7 @@ def script():
 # ---- single findings ----
 
 @pytest.mark.parametrize("scale, level, words", [
-    (1.0, "good", "1 is usual"), (0.0, "good", "empty"), (3.0, "doubtful", "miss the VAE's scale factor"),
+    (1.0, "good", "1 is usual"), (0.0, "good", "empty"), (3.0, "doubtful", "VAE's scale factor seems to be missing"),
     (5.49, "bad", "clip x0"), (0.18, "doubtful", "applied twice"), (NAN, "bad", "32 of 32 values are NaN"),
 ])
 def test_latents(scale, level, words):
@@ -71,8 +71,9 @@ LAYOUTS = {"model.diffusion_model.out.2.weight": "model_ema.diffusion_modelout2w
 
 @pytest.mark.parametrize("raw_key", LAYOUTS)
 @pytest.mark.parametrize("ema, level, words", [
-    ([1.1, 2.0], "good", "0.045 away"), ([1.0, 2.0], "doubtful", "never updated"), ([0.0, 0.0], "bad", "All zero"),
-    ([9.0, 9.0], "bad", "no average"), ([NAN, 1.0], "bad", "NaN"),
+    ([1.1, 2.0], "good", "raw weights 0.045"),
+    ([1.0, 2.0], "doubtful", "never updated"), ([0.0, 0.0], "bad", "All zero"),
+    ([9.0, 9.0], "bad", "not an average"), ([NAN, 1.0], "bad", "NaN"),
 ])
 def test_averaged_weights(raw_key, ema, level, words):
     found = judge.judge_ema({raw_key: torch.tensor([1.0, 2.0]), LAYOUTS[raw_key]: torch.tensor(ema),
@@ -234,7 +235,7 @@ def test_the_node():
         plot, text, verdict, frames = output.result
         assert plot.shape[2:] == (1000, 3) and text.startswith(verdict) and frames.shape[0] == SHAPE[2]
         assert output.ui["diagnosis"][0]["verdict"] == verdict
-        with pytest.raises(ValueError, match="depth is 'deep': choose one of detailed, quick"):
+        with pytest.raises(ValueError, match="depth is 'deep'. Choose one of detailed, quick"):
             nodes.DiagnoseModel.execute(stub_model("v"), *pair, empty_latent(), StubVAE(), **values | {"depth": "deep"})
         with pytest.raises(ValueError, match="no file 'gone.ckpt'"):
             nodes.DiagnoseModel.execute(stub_model("v"), *pair, empty_latent(), StubVAE(),

@@ -75,9 +75,9 @@ def test_plot_has_a_line_a_measure_and_clip():
 
 @pytest.mark.parametrize("result, truth, clip_frames, words", [
     ((3, 16, 16, 3), (4, 16, 16, 3), 0, "result has 3 frames of 16x16, the truth 4 frames of 16x16"),
-    ((3, 16, 24, 3), (3, 16, 16, 3), 0, "24x16"), ((3, 8, 16, 3), (3, 8, 16, 3), 0, "16x8; SSIM needs 11"),
-    ((3, 16, 16, 3), (3, 16, 16, 3), 2, "clip_frames = 2 was given for 3 frames"),
-    ((3, 16, 16, 3), (3, 16, 16, 3), -3, "clip_frames = -3")])
+    ((3, 16, 24, 3), (3, 16, 16, 3), 0, "24x16"), ((3, 8, 16, 3), (3, 8, 16, 3), 0, "16x8. SSIM needs at least 11"),
+    ((3, 16, 16, 3), (3, 16, 16, 3), 2, "clip_frames is 2, but there are 3 frames"),
+    ((3, 16, 16, 3), (3, 16, 16, 3), -3, "clip_frames is -3")])
 def test_videos_that_do_not_fit_are_refused(result, truth, clip_frames, words):
     with pytest.raises(ValueError, match=words):
         compare(torch.zeros(result), torch.zeros(truth), clip_frames)

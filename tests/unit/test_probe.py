@@ -49,7 +49,7 @@ def test_an_overflow_inside_a_layer_is_blamed_on_that_layer():
     net[1].after.weight.data[:] = 1e30
     origin = origin_of(net, 1e30 * torch.ones(2, 4))
     assert origin.layer == "1.after" and origin.clean_input and origin.clean_weights
-    assert "from finite input: load the model as bf16 or fp32" in origin.text()
+    assert "from finite input. Load the model as bf16 or fp32" in origin.text()
 
 
 def test_arithmetic_between_layers_is_blamed_on_their_parent():

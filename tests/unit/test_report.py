@@ -38,14 +38,14 @@ def test_the_numbers():
 @pytest.mark.parametrize("changes, level, words", [
     ({}, "good", "no NaN or Inf"),
     ({"x_scale": 3.0}, "doubtful", "raise guidance_rescale"),
-    ({"x_scale": 3.0, "image_reach": 6.0}, "good", r"lies within \+-7\.2, 0\.0% of the last predicted"),
+    ({"x_scale": 3.0, "image_reach": 6.0}, "good", r"is within \+-7\.2, 0\.0% of the last predicted"),
     ({"x_scale": 9.0, "image_reach": 6.0}, "doubtful", "about 6.0 is usual"),
     ({"x_scale": 50.0}, "bad", "colour noise"),
-    ({"x0_scale": 1.45}, "doubtful", "lie beyond"),
+    ({"x0_scale": 1.45}, "doubtful", "are beyond"),
     ({"x0_scale": 4.0}, "bad", "clip x0"),
     ({"x0_scale": 1.45, "mode": "static"}, "doubtful", "raise guidance_rescale.$"),
     ({"x_scale": 0.02}, "doubtful", "nearly flat"),
-    ({"spoil": ("nan", "nan")}, "bad", "step 3 .timestep 997. on. The model itself"),
+    ({"spoil": ("nan", "nan")}, "bad", "starting at step 3 .timestep 997.. The model itself"),
     ({"spoil": ("inf", "0")}, "bad", "3 of 512 values are NaN or Inf"),
     ({"spoil": ("nan", "nan"), "original": True}, "bad", "choose the fixed tables"),
 ])

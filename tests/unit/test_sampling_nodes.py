@@ -28,12 +28,12 @@ def test_original_uniform_table_out_of_range_is_explained():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"steps": 0}, "choose 1 to 1000"), ({"steps": 1001}, "choose 1 to 1000"),
-    ({"spacing": "karras"}, "choose one of auto, uniform, uniform_trailing"),
-    ({"tables": "new"}, "choose one of fixed, original"),
+    ({"steps": 0}, "Choose 1 to 1000"), ({"steps": 1001}, "Choose 1 to 1000"),
+    ({"spacing": "karras"}, "Choose one of auto, uniform, uniform_trailing"),
+    ({"tables": "new"}, "Choose one of fixed, original"),
     ({"denoise": 0.0}, "denoise"), ({"denoise": 1.5}, "denoise"),
     ({"guidance_rescale": -0.5}, "-1 for the model's own"),
-    ({"start_step": 6}, "only 6 steps"), ({"start_step": 4, "end_step": 4}, "no step"),
+    ({"start_step": 6}, "only 6 steps"), ({"start_step": 4, "end_step": 4}, "leaves no step"),
 ])
 def test_bad_settings(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -54,18 +54,19 @@ def bad_inputs():
     def image(shape):
         return lambda a: a["positive"][0][1].update(concat_latent_image=torch.zeros(shape))
     return [
-        ("image latent", "another model", latent(torch.zeros(1, 4, 8, 8))),
-        ("channels", "another model", latent(torch.zeros(1, 16, 3, 4, 6))),
+        ("image latent", "Use the latent from the conditioning node", latent(torch.zeros(1, 4, 8, 8))),
+        ("channels", "Use the latent from the conditioning node", latent(torch.zeros(1, 16, 3, 4, 6))),
         ("empty", "is empty", latent(torch.zeros(0, *SHAPE[1:]))),
-        ("nan", "1 NaN or Inf values", latent(broken)),
+        ("nan", "1 of the latent's 576 values are NaN", latent(broken)),
         ("noise shape", "start noise is 1 x 4", lambda a: a.update(start_noise=torch.zeros(1, *SHAPE[1:]))),
-        ("noise nan", "has to be finite", lambda a: a.update(start_noise=broken)),
-        ("frames", "same DynamiCrafter Image to Video node", image((1, 4, 5, 4, 6))),
+        ("noise nan", "with NaN or Inf values. It must be", lambda a: a.update(start_noise=broken)),
+        ("frames", "from the same conditioning node", image((1, 4, 5, 4, 6))),
         ("batch", "holds 3 images", image((3, *SHAPE[1:]))),
         ("negative tokens", "negative conditioning has no image tokens", lambda a: a["negative"][0][1].clear()),
         ("positive tokens", "positive conditioning has no image tokens", lambda a: a["positive"][0][1].clear()),
         ("no negative", "negative conditioning is empty", lambda a: a["negative"].clear()),
-        ("image cfg", "no image to guide by", lambda a: (a["positive"][0][1].clear(), a["negative"][0][1].clear())),
+        ("image cfg", "holds no image tokens. Set image_cfg to 0",
+         lambda a: (a["positive"][0][1].clear(), a["negative"][0][1].clear())),
     ]
 
 
@@ -97,8 +98,8 @@ def test_the_nodes():
 
 
 @pytest.mark.parametrize("error, told", [
-    (comfy.model_management.OOM_EXCEPTION("full"), "smaller preset"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "smaller preset"),
+    (comfy.model_management.OOM_EXCEPTION("full"), "smaller model"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "smaller model"),
     (RuntimeError("shapes differ"), "^shapes differ$"),
 ])
 def test_out_of_memory_gives_advice(error, told):

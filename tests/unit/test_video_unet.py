@@ -121,7 +121,7 @@ def test_an_additional_condition_steers_the_network_and_its_width_is_checked():
     net, clip = random_network(params), clip_of(params)
     with torch.no_grad():
         assert not torch.equal(net(*clip), net(*clip, additional_BD=torch.ones(2, 3)))
-        with pytest.raises(ValueError, match="5 wide, this network takes 3"):
+        with pytest.raises(ValueError, match="5 wide, but this network takes 3"):
             net(*clip, additional_BD=torch.ones(2, 5))
     with pytest.raises(ValueError, match="takes none"):
         random_network(make_params())(*clip, additional_BD=torch.ones(2, 3))

@@ -139,7 +139,7 @@ def test_a_prompt_needs_no_conditions_node_and_another_encoder_is_named():
     model = make_model()
     latent = {"samples": torch.zeros(1, 4, 6, 8, 8)}
     assert sample_latent(model, text(), text(), latent, 1, settings(2))[0]["samples"].isfinite().all()
-    with pytest.raises(ValueError, match="768 wide, this model was trained with 32.*with demo.*checkpoint demo"):
+    with pytest.raises(ValueError, match="768 wide, but this model was .* 32.*trained with demo.*checkpoint demo"):
         sample_latent(model, text(768), text(768), latent, 1, settings(2))
     positive, negative, _ = conditions(model)
     with pytest.raises(ValueError, match="4 x 6 x 8 x 8"):
@@ -194,7 +194,7 @@ def test_given_frames_lie_at_their_places():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"given": "some"}, "choose one of none, first frames, both ends"),
+    ({"given": "some"}, "Choose one of none, first frames, both ends"),
     ({"given": "none"}, "given is none"),
     ({"images": None}, "no images are connected"),
     ({"given": "both ends"}, "3 images.*takes 2"),
@@ -258,7 +258,7 @@ def test_files_of_another_kind_are_refused():
     good = as_checkpoint(random_network(config.params), config)
     with pytest.raises(ValueError, match="fp7"):
         loader.load(good, "fp7")
-    for change, words in [(lambda f: f.metadata.clear(), "no video U-Net"),
+    for change, words in [(lambda f: f.metadata.clear(), "not a video U-Net"),
                           (lambda f: f.metadata.update({HEADER: "{"}), "not JSON"),
                           (lambda f: f.metadata.update({HEADER: "{}"}), "has the entries"),
                           (lambda f: f.tensors.pop("input.bias"), "1 missing: input.bias")]:
@@ -272,7 +272,7 @@ def test_a_configuration_goes_round_and_bad_values_are_refused():
     config = make_config()
     assert from_json(to_json(config), "here") == config
     for changes, words in [({"schedule": "sine"}, "cosine, linear"), ({"text_encoder": "t5"}, "demo, clip_l"),
-                           ({"text_encoder": "clip_l"}, "set context_dim to 768"),
+                           ({"text_encoder": "clip_l"}, "Set context_dim to 768"),
                            ({"space": "pixels"}, "channels to 3"), ({"scale_factor": 0.0}, "above 0")]:
         with pytest.raises(ValueError, match=words):
             make_config(**changes)

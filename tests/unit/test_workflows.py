@@ -140,4 +140,4 @@ def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):
 
 def test_an_input_folder_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
     offer_examples(tmp_path / "missing")
-    assert "could not be put into" in caplog.text
+    assert "could not be copied to" in caplog.text
