@@ -142,16 +142,6 @@ def test_edits_reach_the_api_graph_and_the_ui_workflow():
         graph.find_node(api, "Other")
 
 
-def test_a_batch_is_saved_as_one_file_a_video():
-    api = {"1": {"class_type": "VAEDecode", "inputs": {}},
-           "2": {"class_type": "Save", "inputs": {"images": ["1", 0], "fps": 8.0}}}
-    savers = graph.split_batch(api, "1", "2", 3, 16)
-    assert len(set(savers)) == 3
-    parts = [api[api[s]["inputs"]["images"][0]]["inputs"] for s in savers]
-    assert [(p["image"], p["batch_index"], p["length"]) for p in parts] == [(["1", 0], i * 16, 16) for i in range(3)]
-    assert all(api[s]["inputs"]["fps"] == 8.0 for s in savers)
-
-
 # ---- messages ----
 
 def entry(**data):

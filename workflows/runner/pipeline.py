@@ -103,7 +103,8 @@ class Pipeline:
             progress=None):
         """Animate one image (a file or a PIL image); None means what the preset or the workflow says.
 
-        Returns one list of output entries (see Client.download) for each video of the batch. `progress(node name,
+        Returns one list of output entries (see Client.download) for each video of the batch (in a format that gives a
+        file a video). `progress(node name,
         value, maximum)` is called at every step. Raises client.JobError (for a picture that cannot be read, too) and
         client.ServerGone.
         """
@@ -125,13 +126,9 @@ class Pipeline:
         edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, eta=eta,
              cfg=preset.get("guidance_scale") if guidance_scale is None else guidance_scale)
         edit(saver, fps=fps, format=format)
-        savers = [saver]
-        if batch_size and batch_size > 1:
-            decoded = job[saver]["inputs"]["images"][0]
-            savers = graph.split_batch(job, decoded, saver, batch_size, job[conditioning]["inputs"]["frames"])
-
         outputs = self.client.run(job, workflow, self.report(job, progress))
-        return [client.results(outputs, node) for node in savers]
+        entries = client.results(outputs, saver)
+        return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 
     def set_inputs(self, job, workflow, node_id, **values):
         """graph.set_inputs; HostError where the server's nodes are not those that the graph was made for."""
