@@ -95,7 +95,7 @@ class Client:
             stored = self.json("/upload/image", body, dict, seconds=SLOW_SECONDS,
                                headers={"Content-Type": f"multipart/form-data; boundary={edge}"})
         except BadStatus as error:
-            why = f"it is too large ({len(data) / 2 ** 20:.0f} MB)" if error.status == 413 else error
+            why = f"it is too large ({len(data) / 2 ** 20:.0f} MB)" if error.code == 413 else error
             raise JobError(f"the server does not take {name}: {why}") from None
         with self.understood("/upload/image"):
             return "/".join(filter(None, (stored["subfolder"] + "", stored["name"] + "")))

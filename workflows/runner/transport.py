@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import io
 import json
 import threading
@@ -174,7 +175,13 @@ class Events:
         return None
 
     def close(self):
-        wait_for(self.session.close())
+        wait_for(self._close())
+
+    async def _close(self):
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(1):  # for the other end to say goodbye, too
+                await self.socket.close()
+        await self.session.close()
 
 
 async def refuse_redirect(*_):
