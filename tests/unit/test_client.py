@@ -245,6 +245,21 @@ def test_a_job_that_did_not_arrive_is_sent_again_with_its_id(fake):
     assert len(queued(fake)) == 2 and len(set(queued(fake))) == 1
 
 
+def test_a_proxy_whose_server_is_away_is_asked_again(fake, monkeypatch):
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    answers = [(502, {}, b""), {}, {}]
+    fake.answers |= {"/prompt": {"prompt_id": "x", "node_errors": {}}}
+    fake.answers["/history"] = lambda handler: answers.pop(0) if len(answers) > 1 else {"x": DONE}
+    assert client.Client(fake.url).run(GRAPH) == DONE["outputs"] and len(queued(fake)) == 1
+
+
+def test_a_job_that_nobody_waits_for_is_cancelled(fake):
+    fake.answers |= {"/prompt": {"prompt_id": "x", "node_errors": {}}, "/history": b"<html>"}
+    with pytest.raises(client.StrangeServer):
+        client.Client(fake.url).run(GRAPH)
+    assert [json.loads(body) for body in asked(fake, "/interrupt")] == [{"prompt_id": "x"}]
+
+
 def test_a_server_that_was_started_again_is_not_waited_for(fake, monkeypatch):
     monkeypatch.setattr(client, "LOOK_SECONDS", 0)
     fake.answers |= {"/prompt": {"prompt_id": "x", "node_errors": {}}, "/history": {}}

@@ -213,7 +213,7 @@ class Client:
                 if ended:  # the history follows the message within moments
                     time.sleep(0.05)
         except BaseException as stop:
-            if not isinstance(stop, (JobError, ServerGone)):
+            if not isinstance(stop, JobError):
                 with contextlib.suppress(ServerGone):
                     self.cancel(prompt_id)
             raise

@@ -18,6 +18,7 @@ LARGEST_ANSWER = 256 << 20  # bytes; the history holds whole workflows
 LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
+AWAY = (502, 503, 504)  # what a proxy says while the server behind it is away
 _thread = {}
 
 
@@ -117,7 +118,7 @@ class Connection:
             words = f"{self.url} wants a name and a password. Give them in the address: http://NAME:PASSWORD@HOST."
         else:
             words = f"{place} answers with the error {answer.status}: {text[:300] or plain(answer.reason or '')}"
-        return BadStatus(words, answer.status, text)
+        return Broken(words) if answer.status in AWAY else BadStatus(words, answer.status, text)
 
 
 async def read(answer, file, most, cut=False):
