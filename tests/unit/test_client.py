@@ -106,9 +106,9 @@ def test_addresses_of_all_forms():
 # ---- answers ----
 
 def test_a_server_that_was_never_there_is_gone(monkeypatch):
-    one = client.Client(f"http://127.0.0.1:{launch.free_port()}")
-    with pytest.raises(client.ServerGone, match="Is ComfyUI running there"):
-        one.request("/queue", tries=1)
+    monkeypatch.setattr(client, "GONE_AFTER_SECONDS", 1)
+    with pytest.raises(client.ServerGone, match="Is ComfyUI still running there"):
+        client.Client(f"http://127.0.0.1:{launch.free_port()}").run({})
 
 
 @pytest.mark.parametrize("answer, words", [

@@ -40,7 +40,7 @@ class Client:
 
     # ---- plain requests ----
 
-    def request(self, path, body=None, headers=None, tries=GONE_AFTER_SECONDS, **options):
+    def request(self, path, body=None, headers=None, tries=None, **options):
         """The answer to a GET, or to a POST where there is a body (bytes, or anything JSON takes), as an open file.
 
         A connection that breaks is tried again. options: of Connection.ask.
@@ -49,7 +49,7 @@ class Client:
 
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        for attempt in range(tries, 0, -1):
+        for attempt in range(tries or GONE_AFTER_SECONDS, 0, -1):
             try:
                 return self.connection.ask(path, body, headers, **options)
             except Broken:

@@ -87,7 +87,7 @@ class Connection:
             raise ServerGone(f"no answer from {self.url} within {seconds} s. Is ComfyUI busy, or is it another "
                              "program?") from None
         except aiohttp.ClientConnectionError as error:
-            raise Broken(f"no answer from {self.url}: {plain(error)}. Is ComfyUI running there?") from None
+            raise Broken(f"no answer from {self.url}: {plain(error)}. Is ComfyUI still running there?") from None
         except aiohttp.ClientPayloadError:
             raise Broken(f"the connection to {self.url} broke off in the middle of an answer.") from None
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: addresses and headers that are none
