@@ -136,11 +136,11 @@ def test_an_image_that_fails_does_not_stop_the_others(server, tmp_path):
     (folder / "linked.png").symlink_to(folder / "nothing")
     text, code = run("--server", server.url, "--steps", "1", "--frames", "3", "--prompt_dir", folder, "--output",
                      tmp_path / "made", cwd=tmp_path)
-    assert code == 1 and "1 of 4 videos failed" in text and "damaged.png is damaged" in text, text
+    assert code == 1 and "2 of 4 videos failed" in text and "damaged.png is damaged" in text, text
+    assert "deep.png is grey with 16 bits" in text
     assert "linked.png: a link to nothing" in text and "\ufeff" not in text and "Traceback" not in text
     made = {path.stem: frames_and_tags(path)[0] for path in (tmp_path / "made").iterdir()}
-    assert {name: len(frames) for name, frames in made.items()} == {"deep": 3, "good": 3, "moving": 3}
-    assert made["deep"][0].mean() < 100  # dark, as the picture is
+    assert {name: len(frames) for name, frames in made.items()} == {"good": 3, "moving": 3}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table of Linux")

@@ -8,6 +8,7 @@ import client
 import graph
 import host
 import launch
+import numpy as np
 import pipeline
 import pytest
 from PIL import Image
@@ -80,7 +81,7 @@ def test_a_folder_without_pairs_is_refused(tmp_path):
         run.jobs(run.parse(["--prompt_dir", str(tmp_path)]))
 
 
-def test_pictures_are_sent_as_they_are_or_in_a_form_that_every_server_reads(tmp_path, monkeypatch):
+def test_pictures_are_sent_as_they_are_or_in_a_form_that_every_server_reads(tmp_path, monkeypatch, capsys):
     plain, moving, wide = tmp_path / "plain.png", tmp_path / "moving.gif", tmp_path / "wide.bmp"
     Image.new("RGB", (20, 10), "red").save(plain)
     Image.new("RGB", (20, 10), "red").save(moving, save_all=True, append_images=[Image.new("RGB", (20, 10), "blue")])
@@ -92,6 +93,10 @@ def test_pictures_are_sent_as_they_are_or_in_a_form_that_every_server_reads(tmp_
         with Image.open(io.BytesIO(data)) as sent:
             assert name == f"{path.stem}.png" and getattr(sent, "n_frames", 1) == 1 and sent.size == size
             assert sent.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert capsys.readouterr().err == "wide.bmp is large: it is sent with 4096x8 pixels\n"
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(client.JobError, match="grey.png is grey with 16 bits. Save a copy with 8 bits"):
+        pipeline.file_of(tmp_path / "grey.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(client.JobError, match="bad.png is no picture"):
         pipeline.file_of(tmp_path / "bad.png")

@@ -176,7 +176,8 @@ class Pipeline:
 def file_of(image):
     """(bytes, name) to send of an image: a file, or a PIL image. JobError for a picture that cannot be read.
 
-    What ComfyUI might read otherwise (an animation, 16 bits, a rare format) or is large is sent as a PNG.
+    What ComfyUI might read otherwise (an animation, a rare format) or is large is sent as a PNG. Grey of 16 bits is
+    refused: what scanners and microscopes write fills a part of the range, and only its owner knows which.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
@@ -185,9 +186,15 @@ def file_of(image):
             image = pictures.open_picture(path)
         except ValueError as error:
             raise client.JobError(str(error)) from None
+        if pictures.has_16_bits(path):
+            raise client.JobError(f"{path.name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
+                                  "what the video shall begin with.")
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
+        size = image.size
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # far above what the models take
+        if image.size != size:
+            print(f"{path.name} is large: it is sent with {image.width}x{image.height} pixels", file=sys.stderr)
         name = f"{path.stem}.png"
     image.save(png, "PNG")
     return png.getvalue(), name
