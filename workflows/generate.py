@@ -92,14 +92,15 @@ def file_stem(number, prompt):
 
 
 def read_config(pipe):
-    """The configuration in the header of the chosen checkpoint; None for a file that is no video U-Net."""
+    """What `adapt` needs of the header of the chosen checkpoint; None for a file that is no video U-Net."""
     query = urllib.parse.urlencode({"filename": pipe.checkpoint})
     try:
         found = pipe.client.json(f"/view_metadata/checkpoints?{query}") or {}
     except client.BadStatus:  # not a .safetensors file, or one without a header of its own
         return None
     with pipe.client.understood("/view_metadata"):
-        return json.loads(found[HEADER]) if HEADER in found else None
+        config = json.loads(found[HEADER]) if HEADER in found else None
+        return config and {name: config[name] for name in ("space", "text_encoder")}
 
 
 def adapt(job, config, clip, vae):

@@ -84,12 +84,13 @@ def stub_pipe(answer):
 
 
 def test_the_header_is_read_from_the_server():
-    found = {generate.HEADER: json.dumps({"space": "pixels"})}
-    assert generate.read_config(stub_pipe(found)) == {"space": "pixels"}
+    found = {generate.HEADER: json.dumps({"space": "pixels", "text_encoder": "demo", "more": 1})}
+    assert generate.read_config(stub_pipe(found)) == {"space": "pixels", "text_encoder": "demo"}
     for answer in ({"format": "pt"}, None, client.BadStatus("", 404, "")):
         assert generate.read_config(stub_pipe(answer)) is None
-    with pytest.raises(client.StrangeServer):
-        generate.read_config(stub_pipe({generate.HEADER: "{no json"}))
+    for header in ("{no json", "[]1", '["space"]', '{"space": "pixels"}'):
+        with pytest.raises(client.StrangeServer):
+            generate.read_config(stub_pipe({generate.HEADER: header}))
 
 
 def png(colour):
