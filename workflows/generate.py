@@ -99,8 +99,10 @@ def read_config(pipe):
     except client.BadStatus:  # not a .safetensors file, or one without a header of its own
         return None
     with pipe.client.understood("/view_metadata"):
-        config = json.loads(found[HEADER]) if HEADER in found else None
-        return config and {name: config[name] for name in ("space", "text_encoder")}
+        if HEADER not in found:
+            return None
+        config = json.loads(found[HEADER])
+        return {name: config[name] for name in ("space", "text_encoder")}
 
 
 def adapt(job, config, clip, vae):

@@ -88,7 +88,7 @@ def test_the_header_is_read_from_the_server():
     assert generate.read_config(stub_pipe(found)) == {"space": "pixels", "text_encoder": "demo"}
     for answer in ({"format": "pt"}, None, client.BadStatus("", 404, "")):
         assert generate.read_config(stub_pipe(answer)) is None
-    for header in ("{no json", "[]1", '["space"]', '{"space": "pixels"}'):
+    for header in ("{no json", "[]", '["space"]', '{"space": "pixels"}'):
         with pytest.raises(client.StrangeServer):
             generate.read_config(stub_pipe({generate.HEADER: header}))
 

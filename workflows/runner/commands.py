@@ -52,9 +52,9 @@ def start(options):
     a closed terminal, is heard as Ctrl-C is."""
     if not options.server or not all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
         host.reexec(options.comfyui)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a console or file of Windows may know few characters
-    sys.stdin.reconfigure(errors="replace")
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.stdin)):
+        # a console or file of Windows may know few characters
+        stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
