@@ -6,13 +6,16 @@
 
 Runs the shipped graph workflows/api/video_unet_text_to_video.json; an option that is not given leaves it as is. Each
 prompt gives PROMPT.mp4 in the output folder, with --save_gif PROMPT.gif, with --save_frames PNG files in PROMPT/;
---visualize draws all of them on one sheet, preview.png.
+--visualize draws all of them on one sheet, preview.png. Files that are there already stay, and new ones get a number,
+unless --overwrite is given.
 """
 
 import argparse
 import io
 import json
+import os
 import re
+import shutil
 import sys
 import urllib.parse
 from pathlib import Path
@@ -89,14 +92,17 @@ def file_stem(number, prompt):
 
 
 def read_config(pipe):
-    """The configuration in the header of the chosen checkpoint; None for a file that is no video U-Net."""
+    """What `adapt` needs of the header of the chosen checkpoint; None for a file that is no video U-Net."""
     query = urllib.parse.urlencode({"filename": pipe.checkpoint})
     try:
         found = pipe.client.json(f"/view_metadata/checkpoints?{query}") or {}
     except client.BadStatus:  # not a .safetensors file, or one without a header of its own
         return None
     with pipe.client.understood("/view_metadata"):
-        return json.loads(found[HEADER]) if HEADER in found else None
+        if HEADER not in found:
+            return None
+        config = json.loads(found[HEADER])
+        return {name: config[name] for name in ("space", "text_encoder")}
 
 
 def adapt(job, config, clip, vae):
@@ -163,7 +169,7 @@ def generate(pipe, options, prompts):
         try:
             outputs = pipe.client.run(job, None, pipe.report(job, progress))
             found = {kind: client.results(outputs, node) for kind, node in savers.items()}
-            frames = save(pipe, options, options.output / file_stem(number, prompt), found)
+            frames = save(pipe, options, file_stem(number, prompt), found)
         except (client.JobError, client.StrangeServer) as error:
             failed += 1
             print(f"error: {prompt!r}: {error}", file=sys.stderr, flush=True)
@@ -174,32 +180,34 @@ def generate(pipe, options, prompts):
     return rows, failed, number
 
 
-def save(pipe, options, target, found):
+def save(pipe, options, stem, found):
     """Save the files of one prompt; returns the bytes of the frames for the preview sheet."""
+    kinds = {".mp4": True, ".gif": options.save_gif, "": options.save_frames}
+    name = client.FreeName(options.output / stem)
+    while not options.overwrite and any(os.path.lexists(f"{name.path}{kind}") for kind, made in kinds.items() if made):
+        name.number += 1  # so that what belongs together has one name
     for kind in ("mp4", "gif"):
         if kind in found:
-            path = commands.save(pipe, found[kind][0], target.with_name(f"{target.name}.{kind}"), options.overwrite)
+            path = commands.save(pipe, found[kind][0], Path(f"{name.path}.{kind}"), options.overwrite)
             print(f"saved {path.resolve()}", flush=True)
     frames = found.get("png frames", [])
     if options.save_frames:
-        print(f"saved {save_frames(pipe, frames, target).resolve()}", flush=True)
+        print(f"saved {save_frames(pipe, frames, name, options.overwrite).resolve()}", flush=True)
     if not options.visualize:
         return []
     count = min(SHOWN, len(frames))  # evenly chosen, from the first to the last
     return [pipe.client.view(frames[i * (len(frames) - 1) // max(1, count - 1)]).read() for i in range(count)]
 
 
-def save_frames(pipe, entries, folder):
+def save_frames(pipe, entries, name, overwrite):
     """Save frames as numbered files in a new folder, whole or not at all; returns it. HostError."""
-    name = client.FreeName(folder)
-    try:
-        with common("saving").new_file(name) as content:
-            content.mkdir()
-            for i, entry in enumerate(entries, 1):  # the server's own names could lead anywhere
-                with open(content / f"frame_{i:04}.png", "xb") as file:
-                    pipe.client.fetch(entry, file)
-    except OSError as error:
-        raise host.HostError(f"cannot save {folder}: {error}. Free some space or choose another --output.") from None
+    with commands.saving(name.path, pipe), common("saving").new_file(name) as content:
+        content.mkdir()
+        for i, entry in enumerate(entries, 1):  # the server's own names could lead anywhere
+            with open(content / f"frame_{i:04}.png", "xb") as file:
+                pipe.client.fetch(entry, file)
+        if overwrite:
+            shutil.rmtree(name.path, ignore_errors=True)
     return name.path
 
 
@@ -228,9 +236,10 @@ def main():
         commands.make_folder(options.output)
         with commands.open_pipeline(options) as pipe:
             rows, failed, number = generate(pipe, options, options.prompts or ask(sys.stdin))
-        if rows and options.visualize:
-            print(f"saved {draw_sheet(rows, options.output / 'preview.png', options.overwrite).resolve()}")
-        commands.tell(failed, number, "videos")
+            if rows and options.visualize:
+                with commands.saving(sheet := options.output / "preview.png", pipe):
+                    print(f"saved {draw_sheet(rows, sheet, options.overwrite).resolve()}")
+            commands.tell(failed, number, "videos")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Presets: demo (64x64), 256 (256x256, frame stride 3), 512 (512x320, fs 24), 1024 (1024x576, fs 10); the real ones need
 a checkpoint, and the script says which and where. The preset's ComfyUI is a private one unless the pack lies in the
-custom_nodes folder of another, or --comfyui or --server names one; nothing is installed into those.
+custom_nodes folder of another, or --comfyui or --server names one; nothing is installed into those. A video that is
+there already stays, and the new one gets a number, unless --overwrite is given.
 """
 
 import argparse

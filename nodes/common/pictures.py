@@ -149,6 +149,12 @@ def _reading(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path.name} is damaged or cannot be read ({error})") from error
 
 
+def has_16_bits(path: str | Path) -> bool:
+    """Whether a picture that `open_picture` reads is grey of 16 bits."""
+    with Image.open(path) as picture:
+        return picture.mode not in PLAIN
+
+
 def is_plain(path: str | Path) -> bool:
     """Whether any Load Image reads the file as `open_picture` does: one picture of 8 bits, in a common format."""
     with Image.open(path) as picture:

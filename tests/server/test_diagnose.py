@@ -82,6 +82,12 @@ def test_generate_saves_what_was_asked_for(server, early, tmp_path):
     with av.open(str(tmp_path / "made" / f"{names[0]}.mp4")) as container:
         assert container.streams.video[0].average_rate == 8
         assert len(list(container.decode(video=0))) == 16
+    again = ["generate.py", "--server", server.url, "--checkpoint", early, "--steps", "1", "--prompts",
+             "a red circle moves left", "--save_frames", "--output", tmp_path / "made"]
+    call(*again, cwd=tmp_path)  # another seed, another video: what was made stays, and the new files have one name
+    assert {path.name for path in (tmp_path / "made").iterdir()} == expected | {f"{names[0]}-2", f"{names[0]}-2.mp4"}
+    call(*again, "--overwrite", cwd=tmp_path)
+    assert len(list((tmp_path / "made").iterdir())) == len(expected) + 2
 
 
 def test_generate_asks_for_prompts_where_none_is_given(server, early, tmp_path):

@@ -17,6 +17,7 @@ import av
 import client as http
 import host
 import launch
+import numpy as np
 import pipeline
 import pytest
 import torch
@@ -25,8 +26,8 @@ from PIL import Image
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
 
-def start(*arguments, cwd):
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
+def start(*arguments, cwd, **environment):
+    environment = dict(os.environ, PYTHONUNBUFFERED="1", **environment)
     # a suite started in the background ignores Ctrl+C, and so would what it starts
     listen = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), *map(str, arguments)], cwd=cwd,
@@ -34,8 +35,8 @@ def start(*arguments, cwd):
                             preexec_fn=listen)
 
 
-def run(*arguments, cwd):
-    process = start(*arguments, cwd=cwd)
+def run(*arguments, cwd, **environment):
+    process = start(*arguments, cwd=cwd, **environment)
     return process.communicate(timeout=300)[0], process.returncode
 
 
@@ -98,12 +99,64 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
 
 
 def test_a_finished_video_is_kept_when_it_cannot_be_saved(tmp_path):
-    (tmp_path / "results" / "stillmotion_start_demo_seed123.mp4" / "in the way").mkdir(parents=True)
-    text, code = run("--steps", "1", cwd=tmp_path)
-    assert code == 1 and "cannot save" in text and "Traceback" not in text
-    kept = Path(re.search(r"kept as (.*)", text)[1])
+    process = start("--steps", "4", cwd=tmp_path)
+    until(process, "ready")
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").write_text("in the way")
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 1 and "cannot save" in text and "Traceback" not in text
+    folder = Path(re.search(r"kept in (.*)", text)[1])
+    kept, = folder.rglob("*.mp4")
     assert len(frames_and_tags(kept)[0]) == 16
-    shutil.rmtree(kept.parents[2])
+    shutil.rmtree(folder.parent)
+
+
+def test_another_prompt_does_not_replace_the_first_video(server, tmp_path):
+    arguments = ["--server", server.url, "--steps", "1", "--frames", "2", "--image", EXAMPLE, "--prompt"]
+    for prompt in ("a red circle moves up", "\u732b"):  # the second one is not in the console's code page
+        text, code = run(*arguments, prompt, cwd=tmp_path, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+        assert code == 0, text
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "stillmotion_start_demo_seed123.mp4", "stillmotion_start_demo_seed123-2.mp4"}
+    assert "saved" in text and "-2.mp4" in text
+    run(*arguments, "x", "--overwrite", cwd=tmp_path)
+    assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+def test_an_image_that_fails_does_not_stop_the_others(server, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    shutil.copy(EXAMPLE, folder / "good.png")
+    for name in ("damaged", "deep", "good", "moving"):
+        (folder / f"{name}.txt").write_bytes(b"\xef\xbb\xbfa red circle moves up")
+    (folder / "damaged.png").write_bytes(EXAMPLE.read_bytes()[:200])
+    Image.fromarray(np.full((64, 64), 3 * 257, np.uint16)).save(folder / "deep.png")
+    pictures = [Image.new("RGB", (64, 64), (i * 40, 0, 0)) for i in range(3)]
+    pictures[0].save(folder / "moving.gif", save_all=True, append_images=pictures[1:])
+    (folder / "linked.png").symlink_to(folder / "nothing")
+    text, code = run("--server", server.url, "--steps", "1", "--frames", "3", "--prompt_dir", folder, "--output",
+                     tmp_path / "made", cwd=tmp_path)
+    assert code == 1 and "2 of 4 videos failed" in text and "damaged.png is damaged" in text, text
+    assert "deep.png is grey with 16 bits" in text
+    assert "linked.png: a link to nothing" in text and "\ufeff" not in text and "Traceback" not in text
+    made = {path.stem: frames_and_tags(path)[0] for path in (tmp_path / "made").iterdir()}
+    assert {name: len(frames) for name, frames in made.items()} == {"good": 3, "moving": 3}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table of Linux")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_no_server_is_left_by_a_runner_that_ends_early(tmp_path, number):
+    process = start("--steps", "1000", cwd=tmp_path)
+    until(process, "/1000")
+    child, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+    folder = Path(command[command.index("--base-directory") + 1])
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 15
+    while folder.exists() or Path(f"/proc/{child}/cwd").exists():
+        assert time.monotonic() < deadline, "the server lives on"
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

@@ -3,8 +3,8 @@ import importlib.util
 import io
 import json
 import types
-import urllib.error
 
+import client
 import host
 import numpy as np
 import pytest
@@ -73,18 +73,24 @@ def test_a_model_with_another_text_encoder_and_vae():
 
 
 def stub_pipe(answer):
+    one = client.Client("http://127.0.0.1:1")
+
     def ask(path):
         if isinstance(answer, Exception):
             raise answer
         return answer
-    return types.SimpleNamespace(checkpoint="some.safetensors", client=types.SimpleNamespace(json=ask))
+    one.json = ask
+    return types.SimpleNamespace(checkpoint="some.safetensors", client=one)
 
 
 def test_the_header_is_read_from_the_server():
-    found = {generate.HEADER: json.dumps({"space": "pixels"})}
-    assert generate.read_config(stub_pipe(found)) == {"space": "pixels"}
-    for answer in ({"format": "pt"}, None, urllib.error.HTTPError("", 404, "", None, None)):
+    found = {generate.HEADER: json.dumps({"space": "pixels", "text_encoder": "demo", "more": 1})}
+    assert generate.read_config(stub_pipe(found)) == {"space": "pixels", "text_encoder": "demo"}
+    for answer in ({"format": "pt"}, None, client.BadStatus("", 404, "")):
         assert generate.read_config(stub_pipe(answer)) is None
+    for header in ("{no json", "[]", '["space"]', '{"space": "pixels"}'):
+        with pytest.raises(client.StrangeServer):
+            generate.read_config(stub_pipe({generate.HEADER: header}))
 
 
 def png(colour):
@@ -100,3 +106,6 @@ def test_the_preview_sheet(tmp_path):
     red, blue = ((np.abs(sheet - colour).max(-1) < 5).sum() for colour in ((255, 0, 0), (0, 0, 255)))
     assert (red, blue) == (8 * 128 * 64, 3 * 128 * 64)
     assert [file.name for file in path.parent.iterdir()] == ["preview.png"]
+    assert generate.draw_sheet([("red", [png("red")])], path).name == "preview-2.png"
+    assert generate.draw_sheet([("red", [png("red")])], path, overwrite=True) == path
+    assert {file.name for file in path.parent.iterdir()} == {"preview.png", "preview-2.png"}

@@ -1,18 +1,17 @@
-"""The runner's parts that need no server: options, graph edits, websocket frames, messages for people."""
+"""The runner's parts that need no server: options, graph edits, messages for people."""
 
 import importlib.util
-import json
-import socket
-import struct
-import urllib.error
+import io
 from pathlib import Path
 
 import client
 import graph
 import host
 import launch
+import numpy as np
 import pipeline
 import pytest
+from PIL import Image
 
 spec = importlib.util.spec_from_file_location("workflows_run", host.WORKFLOWS / "run.py")
 run = importlib.util.module_from_spec(spec)
@@ -52,7 +51,8 @@ def test_long_names_of_the_original_command_line_work():
     (["--steps", "1001"], "at most 1000"),
     (["--frames", "-1"], "--frames is -1"),
     (["--image", "missing.png", "--prompt", "x"], "no file missing.png"),
-    (["--prompt_dir", "missing"], "no image"),
+    (["--prompt_dir", "missing"], "no folder missing"),
+    (["--fps", "nan"], "--fps is nan"), (["--seed", "-1"], "--seed is -1"),
     (["--server", "127.0.0.1:8188", "--device", "cpu"], "leave out --device"),
 ])
 def test_bad_options_are_refused_before_anything_starts(arguments, words, capsys):
@@ -61,15 +61,45 @@ def test_bad_options_are_refused_before_anything_starts(arguments, words, capsys
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_a_folder_of_images_and_prompts(tmp_path):
-    for name in ("b.png", "a.jpg", "c.bmp", "alone.png"):
+def test_a_folder_of_images_and_prompts(tmp_path, capsys):
+    for name in ("b.png", "a.jpg", "c.webp", "alone.png", f"{'x' * 200}.png"):
         (tmp_path / name).write_bytes(b"image")
-    for name in ("a", "b", "c", "unused"):
-        (tmp_path / f"{name}.txt").write_text(f" prompt {name}\n")
+    for name in ("a", "b", "c", "unused", "x" * 200):
+        (tmp_path / f"{name}.txt").write_text(f" prompt {name[0]}\n")
     jobs = run.jobs(run.parse(["512", "9", "--prompt_dir", str(tmp_path)]))
     folder = Path("results/dynamicrafter_pipeline_512_seed9")
     assert jobs == [(tmp_path / "a.jpg", "prompt a", folder / "a"), (tmp_path / "b.png", "prompt b", folder / "b"),
-                    (tmp_path / "c.bmp", "prompt c", folder / "c")]
+                    (tmp_path / "c.webp", "prompt c", folder / "c"),
+                    (tmp_path / f"{'x' * 200}.png", "prompt x", folder / ("x" * 60))]
+    told = capsys.readouterr().err
+    assert "2 left out" in told and "alone.png: there is no alone.txt" in told and "unused.txt" in told
+
+
+def test_a_folder_without_pairs_is_refused(tmp_path):
+    (tmp_path / "cat.txt").write_text("a cat")
+    with pytest.raises(host.HostError, match="no image with a same-named .txt"):
+        run.jobs(run.parse(["--prompt_dir", str(tmp_path)]))
+
+
+def test_pictures_are_sent_as_they_are_or_in_a_form_that_every_server_reads(tmp_path, monkeypatch, capsys):
+    plain, moving, wide = tmp_path / "plain.png", tmp_path / "moving.gif", tmp_path / "wide.bmp"
+    Image.new("RGB", (20, 10), "red").save(plain)
+    Image.new("RGB", (20, 10), "red").save(moving, save_all=True, append_images=[Image.new("RGB", (20, 10), "blue")])
+    Image.new("RGB", (5000, 10), "red").save(wide)
+    monkeypatch.setattr(pipeline, "LARGEST_SENT", 100_000)
+    assert pipeline.file_of(plain) == (plain.read_bytes(), "plain.png")
+    for path, size in ((moving, (20, 10)), (wide, (4096, 8))):
+        data, name = pipeline.file_of(path)
+        with Image.open(io.BytesIO(data)) as sent:
+            assert name == f"{path.stem}.png" and getattr(sent, "n_frames", 1) == 1 and sent.size == size
+            assert sent.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert capsys.readouterr().err == "wide.bmp is large: it is sent with 4096x8 pixels\n"
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path / "grey.png")
+    with pytest.raises(client.JobError, match="grey.png is grey with 16 bits. Save a copy with 8 bits"):
+        pipeline.file_of(tmp_path / "grey.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(client.JobError, match="bad.png is no picture"):
+        pipeline.file_of(tmp_path / "bad.png")
 
 
 def test_presets_find_their_checkpoint_by_name():
@@ -117,59 +147,6 @@ def test_edits_reach_the_api_graph_and_the_ui_workflow():
         graph.find_node(api, "Other")
 
 
-def test_a_batch_is_saved_as_one_file_a_video():
-    api = {"1": {"class_type": "VAEDecode", "inputs": {}},
-           "2": {"class_type": "Save", "inputs": {"images": ["1", 0], "fps": 8.0}}}
-    savers = graph.split_batch(api, "1", "2", 3, 16)
-    assert len(set(savers)) == 3
-    parts = [api[api[s]["inputs"]["images"][0]]["inputs"] for s in savers]
-    assert [(p["image"], p["batch_index"], p["length"]) for p in parts] == [(["1", 0], i * 16, 16) for i in range(3)]
-    assert all(api[s]["inputs"]["fps"] == 8.0 for s in savers)
-
-
-# ---- websocket ----
-
-@pytest.fixture
-def events():
-    """The client's end of a websocket, and the server's raw socket."""
-    ours, theirs = socket.socketpair()
-    stream = client.Events.__new__(client.Events)
-    stream.socket, stream.buffer, stream.message = ours, b"", b""
-    yield stream, theirs
-    ours.close()
-    theirs.close()
-
-
-def frame(payload, first=0x81):
-    size = len(payload)
-    head = bytes([size]) if size < 126 else struct.pack(">BH", 126, size) if size < 65536 else struct.pack(
-        ">BQ", 127, size)
-    return bytes([first]) + head + payload
-
-
-@pytest.mark.parametrize("size", [0, 200, 70000])
-def test_messages_of_all_lengths_arrive_in_pieces(events, size):
-    stream, theirs = events
-    message = {"type": "progress", "data": {"text": "x" * size}}
-    raw = frame(json.dumps(message).encode())
-    theirs.sendall(raw[:1])
-    assert stream.next(0.01) is None
-    theirs.sendall(raw[1:-1])
-    assert stream.next(0.05) is None
-    theirs.sendall(raw[-1:])
-    assert stream.next(1) == message
-
-
-def test_previews_are_skipped_pings_answered_fragments_joined_and_an_end_noticed(events):
-    stream, theirs = events
-    theirs.sendall(frame(b"\0\0\0\1JPEG", 0x82) + frame(b"hello", 0x89) + frame(b'{"a":', 0x01) + frame(b" 1}", 0x80))
-    assert stream.next(1) == {"a": 1}
-    assert theirs.recv(100) == b"\x8a\x85\0\0\0\0hello"
-    theirs.sendall(frame(b"", 0x88))
-    with pytest.raises(ConnectionError):
-        stream.next(1)
-
-
 # ---- messages ----
 
 def entry(**data):
@@ -192,27 +169,3 @@ def test_out_of_memory_comes_with_advice(data):
     with pytest.raises(client.JobError) as error:
         client.finished(entry(**data), {})
     assert client.ADVICE in str(error.value)
-
-
-def test_a_server_that_was_never_there_is_gone(monkeypatch):
-    monkeypatch.setattr(client, "GONE_AFTER_SECONDS", 1)
-    with pytest.raises(client.ServerGone, match="Is ComfyUI still running there"):
-        client.Client(f"http://127.0.0.1:{launch.free_port()}").run({})
-
-
-def test_a_download_is_whole_or_not_there(tmp_path, monkeypatch):
-    class Breaks:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-        def read(self, size):
-            raise urllib.error.URLError("cut")
-
-    one = client.Client("http://127.0.0.1:1")
-    monkeypatch.setattr(one, "view", lambda entry: Breaks())
-    with pytest.raises(urllib.error.URLError):
-        one.download({}, tmp_path / "deep" / "video.mp4")
-    assert list((tmp_path / "deep").iterdir()) == []

@@ -40,7 +40,7 @@ class Client:
 
     # ---- plain requests ----
 
-    def request(self, path, body=None, headers=None, tries=GONE_AFTER_SECONDS, **options):
+    def request(self, path, body=None, headers=None, tries=None, **options):
         """The answer to a GET, or to a POST where there is a body (bytes, or anything JSON takes), as an open file.
 
         A connection that breaks is tried again. options: of Connection.ask.
@@ -49,7 +49,7 @@ class Client:
 
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        for attempt in range(tries, 0, -1):
+        for attempt in range(tries or GONE_AFTER_SECONDS, 0, -1):
             try:
                 return self.connection.ask(path, body, headers, **options)
             except Broken:
@@ -95,7 +95,7 @@ class Client:
             stored = self.json("/upload/image", body, dict, seconds=SLOW_SECONDS,
                                headers={"Content-Type": f"multipart/form-data; boundary={edge}"})
         except BadStatus as error:
-            why = f"it is too large ({len(data) / 2 ** 20:.0f} MB)" if error.status == 413 else error
+            why = f"it is too large ({len(data) / 2 ** 20:.0f} MB)" if error.code == 413 else error
             raise JobError(f"the server does not take {name}: {why}") from None
         with self.understood("/upload/image"):
             return "/".join(filter(None, (stored["subfolder"] + "", stored["name"] + "")))
@@ -213,7 +213,7 @@ class Client:
                 if ended:  # the history follows the message within moments
                     time.sleep(0.05)
         except BaseException as stop:
-            if not isinstance(stop, (JobError, ServerGone)):
+            if not isinstance(stop, JobError):
                 with contextlib.suppress(ServerGone):
                     self.cancel(prompt_id)
             raise

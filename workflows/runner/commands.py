@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import errors
@@ -46,10 +48,13 @@ def check(options, positive=()):
 
 
 def start(options):
-    """Go on in the host's Python. From now on being stopped, or a closed terminal, is heard as Ctrl-C is."""
-    host.reexec(options.comfyui)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a console or file of Windows may know few characters
+    """Go on in the host's Python; a client alone needs none where its packages are there. From now on being stopped, or
+    a closed terminal, is heard as Ctrl-C is."""
+    if not options.server or not all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
+        host.reexec(options.comfyui)
+    for stream in filter(None, (sys.stdout, sys.stderr, sys.stdin)):
+        # a console or file of Windows may know few characters
+        stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -81,8 +86,6 @@ def ending():
 
 def make_folder(folder):
     """Make the folder of the results, before the work begins; HostError where nothing can be written into it."""
-    import tempfile
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -92,13 +95,21 @@ def make_folder(folder):
 
 def save(pipe, entry, path, overwrite):
     """Save an output entry of the server; returns the path. HostError where the disk does not take it."""
-    try:
+    with saving(path, pipe):
         return pipe.client.download(entry, path, overwrite)
+
+
+@contextlib.contextmanager
+def saving(path, pipe):
+    """HostError where the disk does not take what is saved in here; the results then stay in the server's folder."""
+    try:
+        yield
+    except errors.ServerGone:
+        raise
     except OSError as error:
         if pipe.server:
             pipe.server.keep = True
-            made = pipe.server.base / "output" / entry["subfolder"] / entry["filename"]
-            print(f"the finished file is kept as {made}", flush=True)
+            print(f"the finished files are kept in {pipe.server.base / 'output'}", flush=True)
         raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.") from None
 
 

@@ -1,7 +1,9 @@
 """What can go wrong between a command and its server, and the server's words made fit for a terminal."""
 
+import io
 import re
 import unicodedata
+import urllib.error
 
 LONGEST = 4000  # characters of a server's text in a message
 
@@ -18,12 +20,15 @@ class StrangeServer(ServerGone):
     """It answers, but not as ComfyUI does."""
 
 
-class BadStatus(StrangeServer):
-    """It answers with an HTTP error. status: its number; text: what came with it."""
+class BadStatus(StrangeServer, urllib.error.HTTPError):
+    """It answers with an HTTP error. code: its number; text, and `read()`: what came with it."""
 
-    def __init__(self, message, status, text):
-        super().__init__(message)
-        self.status, self.text = status, text
+    def __init__(self, message, code, text):
+        urllib.error.HTTPError.__init__(self, "", code, message, None, io.BytesIO(text.encode()))
+        self.text = text
+
+    def __str__(self):
+        return self.msg
 
 
 def plain(text):

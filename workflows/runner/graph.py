@@ -38,21 +38,3 @@ def set_inputs(graph, workflow, schemas, node_id, **values):
         for node in (workflow or {"nodes": []})["nodes"]:
             if str(node["id"]) == node_id and node["type"] == class_type:
                 node["widgets_values"][names.index(name)] = value
-
-
-def split_batch(graph, decoded, saver, batch, frames):
-    """Save each video of a batch to its own file: the decoded frames of all videos come in one row.
-
-    Returns the ids of the saving nodes, in the order of the batch.
-    """
-    savers = [saver]
-    graph[saver]["inputs"].pop("latent", None)  # Save Video would split again
-    for i in range(batch):
-        part = f"{saver}-part{i}"
-        graph[part] = {"class_type": "ImageFromBatch",
-                       "inputs": {"image": [decoded, 0], "batch_index": i * frames, "length": frames}}
-        if i:
-            savers.append(f"{saver}-{i}")
-            graph[savers[i]] = {"class_type": graph[saver]["class_type"], "inputs": dict(graph[saver]["inputs"])}
-        graph[savers[i]]["inputs"]["images"] = [part, 0]
-    return savers

@@ -103,7 +103,8 @@ class Pipeline:
             progress=None):
         """Animate one image (a file or a PIL image); None means what the preset or the workflow says.
 
-        Returns one list of output entries (see Client.download) for each video of the batch. `progress(node name,
+        Returns one list of output entries (see Client.download) for each video of the batch (in a format that gives a
+        file a video). `progress(node name,
         value, maximum)` is called at every step. Raises client.JobError (for a picture that cannot be read, too) and
         client.ServerGone.
         """
@@ -125,13 +126,9 @@ class Pipeline:
         edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, eta=eta,
              cfg=preset.get("guidance_scale") if guidance_scale is None else guidance_scale)
         edit(saver, fps=fps, format=format)
-        savers = [saver]
-        if batch_size and batch_size > 1:
-            decoded = job[saver]["inputs"]["images"][0]
-            savers = graph.split_batch(job, decoded, saver, batch_size, job[conditioning]["inputs"]["frames"])
-
         outputs = self.client.run(job, workflow, self.report(job, progress))
-        return [client.results(outputs, node) for node in savers]
+        entries = client.results(outputs, saver)
+        return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 
     def set_inputs(self, job, workflow, node_id, **values):
         """graph.set_inputs; HostError where the server's nodes are not those that the graph was made for."""
@@ -179,7 +176,8 @@ class Pipeline:
 def file_of(image):
     """(bytes, name) to send of an image: a file, or a PIL image. JobError for a picture that cannot be read.
 
-    What ComfyUI might read otherwise (an animation, 16 bits, a rare format) or is large is sent as a PNG.
+    What ComfyUI might read otherwise (an animation, a rare format) or is large is sent as a PNG. Grey of 16 bits is
+    refused: what scanners and microscopes write fills a part of the range, and only its owner knows which.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
@@ -188,9 +186,15 @@ def file_of(image):
             image = pictures.open_picture(path)
         except ValueError as error:
             raise client.JobError(str(error)) from None
+        if pictures.has_16_bits(path):
+            raise client.JobError(f"{path.name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
+                                  "what the video shall begin with.")
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
+        size = image.size
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # far above what the models take
+        if image.size != size:
+            print(f"{path.name} is large: it is sent with {image.width}x{image.height} pixels", file=sys.stderr)
         name = f"{path.stem}.png"
     image.save(png, "PNG")
     return png.getvalue(), name

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import io
 import json
 import threading
@@ -17,6 +18,7 @@ LARGEST_ANSWER = 256 << 20  # bytes; the history holds whole workflows
 LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
+AWAY = (502, 503, 504)  # what a proxy says while the server behind it is away
 _thread = {}
 
 
@@ -85,7 +87,7 @@ class Connection:
             raise ServerGone(f"no answer from {self.url} within {seconds} s. Is ComfyUI busy, or is it another "
                              "program?") from None
         except aiohttp.ClientConnectionError as error:
-            raise Broken(f"no answer from {self.url}: {plain(error)}. Is ComfyUI running there?") from None
+            raise Broken(f"no answer from {self.url}: {plain(error)}. Is ComfyUI still running there?") from None
         except aiohttp.ClientPayloadError:
             raise Broken(f"the connection to {self.url} broke off in the middle of an answer.") from None
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: addresses and headers that are none
@@ -116,7 +118,7 @@ class Connection:
             words = f"{self.url} wants a name and a password. Give them in the address: http://NAME:PASSWORD@HOST."
         else:
             words = f"{place} answers with the error {answer.status}: {text[:300] or plain(answer.reason or '')}"
-        return BadStatus(words, answer.status, text)
+        return Broken(words) if answer.status in AWAY else BadStatus(words, answer.status, text)
 
 
 async def read(answer, file, most, cut=False):
@@ -174,7 +176,13 @@ class Events:
         return None
 
     def close(self):
-        wait_for(self.session.close())
+        wait_for(self._close())
+
+    async def _close(self):
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(1):  # for the other end to say goodbye, too
+                await self.socket.close()
+        await self.session.close()
 
 
 async def refuse_redirect(*_):
