@@ -15,9 +15,9 @@ import host
 import launch
 import pytest
 import safetensors
-from conftest import FOREIGN
 from PIL import Image
 
+pytestmark = pytest.mark.skipif("STILLMOTION_SERVER" in os.environ, reason="needs a server of its own")
 SAVE, SAMPLER, TO_FILE, TRAIN = ("Stillmotion_" + name for name in (
     "SaveVideo", "BlockAutoregressiveSampler", "BlockAutoregressiveToFile", "TrainVideoModel"))
 
@@ -115,8 +115,6 @@ class Killable:
 
 @pytest.fixture(scope="module")
 def killable():
-    if FOREIGN:
-        pytest.skip("needs a server of its own")
     made = Killable()
     yield made
     made.server.stop()

@@ -11,8 +11,8 @@ import client as http
 import host
 import launch
 import pytest
-from conftest import FOREIGN
 
+pytestmark = pytest.mark.skipif("STILLMOTION_SERVER" in os.environ, reason="needs a server of its own")
 PROMPTS, WARM = 100, 10
 GRAPHS = ("animate", "video_unet_text_to_video", "causal_text_to_video", "causal_resume", "clipping", "ksampler")
 
@@ -40,8 +40,6 @@ def shortened(name, random):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_stays_flat_over_a_hundred_prompts_with_interrupts():
-    if FOREIGN:
-        pytest.skip("needs a server of its own")
     random, sizes, ended = Random(11), [], []
     found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
     with launch.Server(found, "cpu", threads=1) as server:
