@@ -19,8 +19,8 @@ SMALL = {"steps": (1, 2), "first_steps": ("1000",), "width": (64, 32, 48), "heig
          "max_samples": (1, 2), "model_channels": (32,), "sample_every": (1,), "block": (1, 2, 4), "fps": (8.0, 0.5),
          "image": ("stillmotion_start.png",)}
 TEXTS = ("", " ", "a" * 300, "d/" * 700, "../x", "../../../x", "/nowhere/x", "~/x", "~nosuchuser/x", "a\0b", "\ud800",
-         "x/", ".", "..", "a\nb", "%width%/%seed%", "C:\\x", "NaN", "1000, 0, -5", "1000, 750", "0: a\n0: b", "3: \u4e2d",
-         "demo", "auto", "none", "con", "clips/fuzz", "*", "a[1]")
+         "x/", ".", "..", "a\nb", "%width%/%seed%", "C:\\x", "NaN", "1000, 0, -5", "1000, 750", "0: a\n0: b",
+         "3: \u4e2d", "demo", "auto", "none", "con", "clips/fuzz", "*", "a[1]")
 STRANGE = (None, True, False, [], {}, {"__value__": ["x"]}, {"__value__": {}}, {"__value__": [["1", 0]]},
            {"samples": 3}, {"samples": {}}, "text", 3, 0.5)
 NUMBERS = (-1, 0, 1, 3, 7, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 30, 0.5, -0.5, 1e308, float("nan"), float("inf"),

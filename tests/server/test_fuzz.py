@@ -62,7 +62,7 @@ def run(client, graph):
     except urllib.error.HTTPError as error:
         answer = json.loads(error.read())
         raised = [entry for report in (answer.get("node_errors") or {}).values() for entry in report["errors"]
-                  if "exception_type" in entry["extra_info"]]
+                  if "/stillmotion/" in "".join(entry["extra_info"].get("traceback", ()))]
         return {"node_type": "Stillmotion_", "traceback": ["at validation"], "exception_type": "at validation",
                 "exception_message": json.dumps(raised)} if raised else None
     deadline, cancelled = time.monotonic() + PATIENCE, False

@@ -1,4 +1,4 @@
-"""A server that is killed at any moment: nothing half-written under a final name, and the rerun makes the same bytes."""
+"""A server that is killed at any moment: nothing half-written under a final name, and the rerun makes the same."""
 import copy
 import io
 import json
@@ -88,7 +88,8 @@ class Killable:
         """Bytes of what the job saved, by the order of its nodes."""
         outputs = self.client.run(job)
         if any(node["class_type"] == TRAIN for node in job.values()):
-            return [max(self.results(), key=lambda path: path.stat().st_mtime_ns).read_bytes()]
+            with safetensors.safe_open(max(self.results(), key=lambda path: path.stat().st_mtime_ns), "np") as file:
+                return [file.get_tensor(key).tobytes() for key in sorted(file.keys())]
         return [(self.server.base / "output" / entry["subfolder"] / entry["filename"]).read_bytes()
                 for node in sorted(outputs) for entry in outputs[node].get("images", ()) if entry["type"] == "output"]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.dynamicrafter.conditioning import (check_counts, check_images, check_size, condition_frames,
                                                           fit_image)
 
