@@ -11,6 +11,7 @@ SHIPPED = [json.loads(path.read_text()) for path in sorted((PACK / "workflows" /
 HELPERS = ("EmptyImage", "LoadImage", "CLIPTextEncode", "CLIPVisionEncode", "VAEDecode", "VAEEncode",
            "EmptyLatentImage", "EmptyHunyuanLatentVideo", "ConditioningCombine", "RepeatImageBatch", "CreateVideo",
            "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveBoolean", "KSampler")
+PRIMITIVES = {"INT": "PrimitiveInt", "FLOAT": "PrimitiveFloat", "STRING": "PrimitiveString"}
 TRAINING = "Stillmotion_TrainVideoModel"  # too slow to be met often
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # numbers that make work: always small
@@ -131,6 +132,10 @@ class Graphs:
             node["inputs"][key] = self.random.choice(others if others and draw < 0.5 else STRANGE)
         elif draw < 0.2:
             node["inputs"][key] = self.random.choice(STRANGE)
+        elif draw < 0.4 and kind in PRIMITIVES:  # over a link no range is checked by the host
+            value = self.random.choice((-1, 0, 7, 2 ** 40) if kind == "INT" else NUMBERS if kind == "FLOAT" else TEXTS)
+            self.graph["given"] = {"class_type": PRIMITIVES[kind], "inputs": {"value": value}}
+            node["inputs"][key] = ["given", 0]
         elif kind in ("INT", "FLOAT"):
             values = [value for value in NUMBERS if key not in SMALL or not 0 < _number(value) <= options["max"]]
             edges = [options["min"] - 1, options["max"] + 1, options["min"], *SMALL.get(key, ())]

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ..common.files import read_checkpoint
+from ..common.images import fit_image
 from ..ddim.sampler import NUM_TIMESTEPS, DDIMSettings, sample_latent
 from ..ddim.step import Clip
 from . import judgement as judge
@@ -66,7 +66,7 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
 
     report, frames_THWC = sample(request.clip_x0)
     if reference_THWC is not None:
-        reference_THWC = _fit(reference_THWC, *frames_THWC.shape[1:3])
+        reference_THWC = fit_image(reference_THWC, frames_THWC.shape[2], frames_THWC.shape[1])
     findings.append(Finding("sampling", *report.verdict()))
     if request.depth == "detailed":
         findings += _look_at_vae(vae, _test_picture(*frames_THWC.shape[1:3]) if reference_THWC is None
@@ -112,12 +112,6 @@ def _look_at_vae(vae, picture_HWC):
     encoded = vae.encode(picture_HWC[None])
     back = vae.decode(encoded).reshape(-1, *picture_HWC.shape)[0].float().to(picture_HWC.device)
     return [weights, judge.judge_round_trip(picture_HWC, back)]
-
-
-def _fit(images_THWC, height, width):
-    """Scaled, and cropped rather than stretched."""
-    images_TCHW = images_THWC[..., :3].movedim(-1, 1)
-    return comfy.utils.common_upscale(images_TCHW, width, height, "area", "center").movedim(1, -1)
 
 
 def _test_picture(height, width):

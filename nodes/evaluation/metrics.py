@@ -88,13 +88,16 @@ def _motion_errors(result_THWC: Tensor, truth_THWC: Tensor) -> list[float]:
     axis_3, low, range_ = _brightness(truth_THWC)
     height, width = truth_THWC.shape[1:3]
     scale = min(1.0, FLOW_EDGE / max(height, width))
-    videos = []
-    for video_THWC in (result_THWC, truth_THWC):
-        grey_T1HW = ((video_THWC @ axis_3 - low) / range_)[:, None]
+    small = (round(height * scale), round(width * scale))
+
+    def grey(frame_HWC: Tensor) -> np.ndarray:
+        grey_11HW = ((frame_HWC @ axis_3 - low) / range_)[None, None]
         if scale < 1:
-            grey_T1HW = F.interpolate(grey_T1HW, (round(height * scale), round(width * scale)), mode="bilinear",
-                                      antialias=True)
-        videos.append(_flow(grey_T1HW[:, 0].numpy(), scale))
+            grey_11HW = F.interpolate(grey_11HW, small, mode="bilinear", antialias=True)
+        return grey_11HW[0, 0].numpy()
+
+    videos = [_flow([grey(frame_HWC) for frame_HWC in hearing_cancel(video_THWC)], scale)
+              for video_THWC in (result_THWC, truth_THWC)]
     errors = []
     for (flow_2HW, visible_HW), (true_flow_2HW, truly_visible_HW) in zip(*videos):
         places_HW = (visible_HW & (np.hypot(*flow_2HW) >= MOVING)) | (
@@ -104,7 +107,7 @@ def _motion_errors(result_THWC: Tensor, truth_THWC: Tensor) -> list[float]:
     return errors
 
 
-def _flow(grey_THW: np.ndarray, scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _flow(grey_THW: list[np.ndarray], scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(flow [2, H, W] in pixels of the full-size frame, mask of textured places [H, W]) from each frame to the next."""
     registration = import_extra("skimage.registration", "scikit-image", "Evaluate Video")
     from scipy.ndimage import uniform_filter  # a dependency of scikit-image
@@ -119,8 +122,12 @@ def _brightness(truth_THWC: Tensor) -> tuple[Tensor, float, float]:
 
     Plain brightness may not separate a blue shape from a grey background.
     """
-    pixels_N3 = truth_THWC.reshape(-1, 3).double()
-    centred = pixels_N3 - pixels_N3.mean(0)
-    axis_3 = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1].float()
-    grey = truth_THWC @ axis_3
-    return axis_3, grey.min().item(), max((grey.max() - grey.min()).item(), 1e-3)
+    mean_3 = sum(frame_HWC.double().mean((0, 1)) for frame_HWC in hearing_cancel(truth_THWC)) / len(truth_THWC)
+    spread_33 = torch.zeros(3, 3, dtype=torch.float64)
+    for frame_HWC in hearing_cancel(truth_THWC):
+        centred_N3 = frame_HWC.reshape(-1, 3).double() - mean_3
+        spread_33 += centred_N3.T @ centred_N3
+    axis_3 = torch.linalg.eigh(spread_33).eigenvectors[:, -1].float()
+    ranges = [torch.aminmax(frame_HWC @ axis_3) for frame_HWC in hearing_cancel(truth_THWC)]
+    low, high = min(found.min.item() for found in ranges), max(found.max.item() for found in ranges)
+    return axis_3, low, max(high - low, 1e-3)

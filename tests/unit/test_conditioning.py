@@ -81,3 +81,8 @@ IMAGE = torch.zeros(1, 8, 8, 3)
 def test_bad_images(images, words):
     with pytest.raises(ValueError, match=words):
         check_images(*images)
+
+
+def test_a_picture_is_cut_to_any_shape():
+    for width, height in ((4096, 32), (8, 4096), (1, 1)):
+        assert fit_image(torch.rand(2, 64, 64, 3), width, height).shape == (2, height, width, 3)

@@ -2,6 +2,7 @@
 import sys
 from dataclasses import replace
 
+import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -89,3 +90,23 @@ def test_nan_and_a_missing_package_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(ImportError, match="Evaluate Video needs scikit-image, .* pip install scikit-image"):
         compare(drawn(1), drawn(1))
+
+
+def test_a_cancel_is_heard_at_every_frame(monkeypatch):
+    """At any of the looks for it, of which there are several a frame."""
+    looks, stop = [], comfy.model_management.InterruptProcessingException
+
+    def look():
+        looks.append(None)
+        if len(looks) == last:
+            raise stop
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", look)
+    last = None
+    compare(drawn(), drawn())
+    made = len(looks)
+    assert made >= 3 * 5
+    for last in range(1, made + 1):
+        looks.clear()
+        with pytest.raises(stop):
+            compare(drawn(), drawn())
