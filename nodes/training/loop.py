@@ -15,7 +15,7 @@ from .logs import append_line, read_state, write_whole
 from .parallel import OneProcess
 
 LOOK_EVERY = 10   # steps between two looks at the losses, each of which waits for the device
-HALVINGS = 5      # of the learning rate, at most, where the loss becomes NaN or infinite
+BACK_OFF, CUTS = 0.1, 4  # where the loss becomes NaN: the learning rate times this, at most so often
 SEED_STRIDE = 1_000_003  # seeds of neighbouring trainings do not meet
 
 
@@ -45,7 +45,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
     `loss_of` raises ends the run, with what was learned since the last save kept.
 
     A state with weights or a loss that are NaN or infinite is never saved: the run goes back to the last one, and on at
-    half the learning rate. FloatingPointError where there is none, or after HALVINGS times.
+    a tenth of the learning rate. FloatingPointError where there is none, or after CUTS times.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = processes.prepare(torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0))
@@ -75,7 +75,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
         seconds, mean = time.monotonic() - started, sum(losses) / len(losses)
         losses.clear()
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged.state_dict(),
-                 "scaler": processes.scaler_state(), "step": step, "seconds": seconds, "lr": lr, "halvings": halvings}
+                 "scaler": processes.scaler_state(), "step": step, "seconds": seconds, "lr": lr, "cuts": cuts}
         write_whole(checkpoint, lambda path: torch.save(state, path))
         append_line(checkpoint.with_suffix(".jsonl"), {"step": step, "loss": mean, "seconds": round(seconds, 1)})
         return mean
@@ -91,11 +91,11 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
 
     state = restore() or {"step": 0, "seconds": 0.0}
     first = step = state["step"]
-    halvings = state.get("halvings", 0) if state.get("lr") == lr else 0  # another rate was given since
+    cuts = state.get("cuts", 0) if state.get("lr") == lr else 0  # another rate was given since
     started = time.monotonic() - state["seconds"]
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup) * 0.5 ** halvings
+            group["lr"] = learning_rate(step, steps, lr, warmup) * BACK_OFF ** cuts
         batches = []
         for i in range(accumulation):
             number = (step * accumulation + i) * processes.count + processes.rank
@@ -116,13 +116,13 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
             found = read()
         if found is None or due and not finite(net):
             losses.clear()
-            back, halvings = restore(), halvings + 1
-            if not back or halvings > HALVINGS:
+            back, cuts = restore(), cuts + 1
+            if not back or cuts > CUTS:
                 raise FloatingPointError(f"After step {step} the loss or the weights are NaN or infinite: give a lower "
                                          "learning rate (with fp16, try bf16), and resume, where a state was saved "
                                          f"before. What was saved last is in {checkpoint.parent}.")
             logging.warning("%s: after step %d the loss or the weights are NaN or infinite. Back to step %d, and on at "
-                            "1/%d of the learning rate.", checkpoint.stem, step, back["step"], 2 ** halvings)
+                            "a tenth of the learning rate.", checkpoint.stem, step, back["step"])
             step = back["step"]
             continue
         if not lead:

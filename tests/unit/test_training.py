@@ -146,16 +146,16 @@ def fit_poisoned(path, at=25, times=1, stop=None, **settings):
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_nan_is_never_saved_and_the_run_goes_on_at_half_the_rate(tmp_path, caplog, weights):
+def test_nan_is_never_saved_and_the_run_goes_on_at_a_tenth_of_the_rate(tmp_path, caplog, weights):
     averaged = fit_poisoned(tmp_path / "a.pt", weights=weights)
-    assert averaged.isfinite().all() and "Back to step 20, and on at 1/2 of the learning rate" in caplog.text
+    assert averaged.isfinite().all() and "Back to step 20, and on at a tenth of the learning rate" in caplog.text
     steps = [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30, 40]
     state = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert state["halvings"] == 1 and not torch.equal(averaged, fit_poisoned(tmp_path / "b.pt", times=0))
+    assert state["cuts"] == 1 and not torch.equal(averaged, fit_poisoned(tmp_path / "b.pt", times=0))
 
 
-def test_a_run_at_half_the_rate_goes_on_bit_for_bit(tmp_path):
+def test_a_run_at_a_lower_rate_goes_on_bit_for_bit(tmp_path):
     whole = fit_poisoned(tmp_path / "whole.pt")
     with pytest.raises(InterruptedError):
         fit_poisoned(tmp_path / "stopped.pt", stop=33)
