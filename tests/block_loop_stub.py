@@ -21,7 +21,7 @@ def make_network(i2v=False, layers=2):
 
 def make_plan(blocks, **changes):
     settings = dict(steps=STEPS, first_steps=STEPS, context_noise=0.0, window=-1, sink=0, endless=False, switches=(),
-                    global_sink=True, cfg=1.0, freeze_sink=False)
+                    global_sink=True, cfg=1.0)
     return Plan(blocks=tuple(blocks), **(settings | changes))
 
 

@@ -27,7 +27,32 @@ def make_plan(case: dict):
     return Plan(blocks=blocks, steps=steps, first_steps=steps, context_noise=float(stated.get("ctx", 0)),
                 window=stated.get("local", -1), sink=stated.get("sink", 0), endless=False,
                 switches=official_switches(blocks, stated.get("switch", [])),
-                global_sink=stated.get("global_sink", True), cfg=1.0, freeze_sink=True)
+                global_sink=stated.get("global_sink", True), cfg=1.0)
+
+
+def official_cache():
+    """The cache class of LongLive 1.0's code, which writes a frame of the sink once only: where a block after the first
+    reaches into the sink, its noisiest step decides. (The pack writes it in every step, as all other frames.)"""
+    from stillmotion.nodes.causal_wan.cache import KVCache
+
+    class WriteOnceCache(KVCache):
+        end = 0  # of the frames seen so far
+
+        def place(self, start, count, sink_mode):
+            placement = super().place(start, count, sink_mode)
+            again, self.end = start + count <= self.end, max(self.end, start + count)
+            if not again or start == 0 or sink_mode == "replace":
+                return placement
+            return placement._replace(segments=tuple(filter(None, map(self.behind_sink, placement.segments))))
+
+        def behind_sink(self, segment):
+            """The part of a segment that lies outside the sink's slots, None where there is none."""
+            skip = max(0, self.layout.sink - segment.slot)
+            if skip >= segment.length:
+                return None
+            return type(segment)(segment.source + skip, segment.slot + skip, segment.length - skip)
+
+    return WriteOnceCache
 
 
 def recorded_noise(plan, given: dict):
@@ -48,7 +73,6 @@ def run_case(folder: Path, case: dict) -> dict:
     from safetensors.torch import load_file
     from stillmotion.nodes.causal_wan import checkpoint
     from stillmotion.nodes.causal_wan.blocks import BlockLoop
-    from stillmotion.nodes.causal_wan.cache import KVCache
     from stillmotion.nodes.causal_wan.schedule import make_sigmas
     from stillmotion.nodes.common.files import read_checkpoint
     recorded = load_file(folder / "expected.safetensors")
@@ -59,7 +83,7 @@ def run_case(folder: Path, case: dict) -> dict:
     context = recorded["initial_latent"].transpose(1, 2) if case.get("init") else None
     given = 0 if context is None else context.shape[2]
     batch, (height, width) = recorded["noise"].shape[0], recorded["noise"].shape[3:]
-    cache = KVCache(plan.layout(network.params, height, width), batch, torch.float32, "cpu")
+    cache = official_cache()(plan.layout(network.params, height, width), batch, torch.float32, "cpu")
     flows = []
 
     def evaluate(x, t, keys, frame_ids, cache, sink_mode):

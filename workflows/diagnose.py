@@ -15,7 +15,6 @@ and ComfyUI as for run.py.
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +25,8 @@ import host
 host.check_python()
 
 import client  # noqa: E402
+import commands  # noqa: E402
+import errors  # noqa: E402
 import generate  # noqa: E402
 import graph  # noqa: E402
 import pipeline  # noqa: E402
@@ -37,7 +38,7 @@ EXAMPLE_IMAGE, EXAMPLE_CLIP = EXAMPLES / "stillmotion_start.png", EXAMPLES / "st
 
 def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("preset", nargs="?", default="demo", choices=list(pipeline.PRESETS), help="default: demo")
+    p.add_argument("preset", nargs="?", default="demo", choices=list(commands.PRESETS), help="default: demo")
     p.add_argument("--checkpoint", help="a checkpoint file, or a name in ComfyUI's models/checkpoints")
     p.add_argument("--image", type=Path, help="the start image (default: an example)")
     p.add_argument("--video", type=Path, help="for a video U-Net: the clip to predict (default: an example)")
@@ -54,10 +55,7 @@ def parse(arguments):
     p.add_argument("--output", type=Path, default=Path("results/diagnosis.png"), help="default: results/diagnosis.png")
     p.add_argument("--clip", help="a CLIP-L file in models/text_encoders, for a video U-Net trained with it")
     p.add_argument("--vae", help="a file in models/vae, for a video U-Net trained with another VAE than the demo's")
-    p.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
-    p.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
-    p.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
-    p.add_argument("--server", metavar="URL", help="use the ComfyUI that runs at this address")
+    commands.add_server_flags(p)
     options = p.parse_args(arguments)
     problem = check(options)
     if problem:
@@ -67,8 +65,6 @@ def parse(arguments):
 
 def check(options):
     """What is wrong with the options, or None; found before anything is set up or started."""
-    if options.steps is not None and not 1 <= options.steps <= 1000:
-        return f"--steps is {options.steps}: choose 1 to 1000"
     if options.clip_value is not None and not 0.1 <= options.clip_value <= 100:
         return f"--clip_value is {options.clip_value}: choose 0.1 to 100 (3 suits image latents)"
     for name in ("image", "video"):
@@ -79,21 +75,16 @@ def check(options):
             return f"--{name} needs a --prompt that says what happens"
     if options.clipping and (options.image or options.preset != "demo"):
         return "--clipping predicts a clip with a video U-Net: leave out the preset and --image; --video names a clip"
-    if options.models and not options.models.is_dir():
-        return f"--models: there is no folder {options.models}"
-    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
-    if options.server and ignored:
-        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
-    return None
+    return commands.check(options, ("steps",))
 
 
 def fill(pipe, options):
     """The shipped graph for this model with what the options say."""
     config = None if pipe.checkpoint == "demo" else generate.read_config(pipe)
     job = video_unet_graph(pipe, options, config) if options.clipping or config else image_graph(pipe, options)
-    preset = pipeline.PRESETS[options.preset]
-    graph.set_inputs(
-        job, None, pipe.schemas, graph.find_node(job, DIAGNOSE), seed=options.seed, steps=options.steps,
+    preset = commands.PRESETS[options.preset]
+    pipe.set_inputs(
+        job, None, graph.find_node(job, DIAGNOSE), seed=options.seed, steps=options.steps,
         clip_x0=options.clip_x0, clip_value=options.clip_value,
         cfg=preset.get("guidance_scale") if options.guidance_scale is None else options.guidance_scale,
         depth="quick" if options.quick else None, compare_clipping=options.compare or options.clipping,
@@ -106,13 +97,14 @@ def image_graph(pipe, options):
     if options.video:
         raise host.HostError("--video is for a video U-Net; DynamiCrafter starts from one --image.")
     job = json.loads((host.WORKFLOWS / "api" / "diagnose.json").read_text())
-    preset, conditions = pipeline.PRESETS[options.preset], graph.find_node(job, pipeline.IMAGE_TO_VIDEO)
+    preset, conditions = commands.PRESETS[options.preset], graph.find_node(job, pipeline.IMAGE_TO_VIDEO)
 
     def edit(node_id, **values):
-        graph.set_inputs(job, None, pipe.schemas, node_id, **values)
+        pipe.set_inputs(job, None, node_id, **values)
 
     edit(graph.find_node(job, pipeline.LOADER), checkpoint=pipe.checkpoint)
-    edit(graph.find_node(job, "LoadImage"), image=upload(pipe, options.image or EXAMPLE_IMAGE))
+    edit(graph.find_node(job, "LoadImage"), image=pipe.client.upload(
+        *pipeline.file_of(options.image or EXAMPLE_IMAGE)))
     edit(job[conditions]["inputs"]["positive"][0], text=options.prompt)
     edit(conditions, width=preset.get("width"), height=preset.get("height"), fs=preset.get("frame_stride"))
     return job
@@ -123,43 +115,33 @@ def video_unet_graph(pipe, options, config):
     if options.image:
         raise host.HostError(f"{pipe.checkpoint} is a video U-Net: it predicts a clip, so give --video, not --image.")
     job = json.loads((host.WORKFLOWS / "api" / "clipping.json").read_text())
-    graph.set_inputs(job, None, pipe.schemas, graph.find_node(job, "LoadVideo"),
-                     file=upload(pipe, options.video or EXAMPLE_CLIP))
+    clip = options.video or EXAMPLE_CLIP
+    pipe.set_inputs(job, None, graph.find_node(job, "LoadVideo"), file=pipe.client.upload(clip.read_bytes(), clip.name))
     text = job[graph.find_node(job, generate.CONDITIONS)]["inputs"]["positive"][0]
-    graph.set_inputs(job, None, pipe.schemas, text, text=options.prompt)
+    pipe.set_inputs(job, None, text, text=options.prompt)
     if config:
         generate.adapt(job, config, options.clip, options.vae)
-        graph.set_inputs(job, None, pipe.schemas, graph.find_node(job, generate.LOADER), checkpoint=pipe.checkpoint)
+        pipe.set_inputs(job, None, graph.find_node(job, generate.LOADER), checkpoint=pipe.checkpoint)
     elif pipe.checkpoint != "demo":
         raise host.HostError(f"{pipe.checkpoint} is no video U-Net of this pack, which --clipping needs.")
     return job
 
 
-def upload(pipe, path):
-    return pipe.client.upload(*pipeline.file_of(path))
-
-
 def main():
     options = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped ends the server too
-    try:
-        with pipeline.Pipeline(options.preset, options.checkpoint, options.device or "auto", options.comfyui,
-                               options.server, options.models) as pipe:
-            job = fill(pipe, options)
-            outputs = pipe.client.run(job)
-            found, = outputs[graph.find_node(job, DIAGNOSE)]["diagnosis"]
-            if options.json:
-                print(json.dumps(found, indent=1))
-            else:
-                print(outputs[graph.find_node(job, "PreviewAny")]["text"][0])
-                pipe.client.download(outputs[graph.find_node(job, "PreviewImage")]["images"][0], options.output)
-                print(f"\nsaved {options.output.resolve()}")
-            sys.exit(found["verdict"] == "bad")
-    except (host.HostError, client.JobError, client.ServerGone) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the job was cancelled", file=sys.stderr)
-        sys.exit(130)
+    commands.start(options)
+    with commands.ending(), commands.open_pipeline(options, options.preset) as pipe:
+        job = fill(pipe, options)
+        outputs = pipe.client.run(job)
+        found, *_ = client.results(outputs, graph.find_node(job, DIAGNOSE), "diagnosis")
+        if options.json:
+            print(json.dumps(found, indent=1))
+        else:
+            words, *_ = client.results(outputs, graph.find_node(job, "PreviewAny"), "text")
+            plot, *_ = client.results(outputs, graph.find_node(job, "PreviewImage"))
+            print(errors.plain(words))
+            print(f"\nsaved {commands.save(pipe, plot, options.output, options.overwrite).resolve()}")
+        sys.exit(found["verdict"] == "bad")
 
 
 if __name__ == "__main__":

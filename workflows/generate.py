@@ -10,13 +10,10 @@ prompt gives PROMPT.mp4 in the output folder, with --save_gif PROMPT.gif, with -
 """
 
 import argparse
-import http.client
 import io
 import json
 import re
-import signal
 import sys
-import urllib.error
 import urllib.parse
 from pathlib import Path
 
@@ -27,8 +24,10 @@ import host
 host.check_python()
 
 import client  # noqa: E402
+import commands  # noqa: E402
 import graph  # noqa: E402
 import pipeline  # noqa: E402
+from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
 LOADER = "Stillmotion_LoadVideoUNet"
@@ -58,10 +57,7 @@ def parse(arguments):
     p.add_argument("--fps", type=float, help="frames per second of the saved files (default: 8)")
     p.add_argument("--clip", help="a CLIP-L file in models/text_encoders, for models trained with it")
     p.add_argument("--vae", help="a file in models/vae, for models trained with another VAE than the demo's")
-    p.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
-    p.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
-    p.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
-    p.add_argument("--server", metavar="URL", help="use the ComfyUI that runs at this address")
+    commands.add_server_flags(p)
     options = p.parse_args(arguments)
     problem = check(options)
     if problem:
@@ -71,20 +67,9 @@ def parse(arguments):
 
 def check(options):
     """What is wrong with the options, or None; found before anything is set up or started."""
-    for name in ("steps", "num_frames", "fps", "width", "height"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            return f"--{name} is {value}: it must be above 0"
-    if options.steps and options.steps > 1000:
-        return f"--steps is {options.steps}: the model has 1000 timesteps, so at most 1000"
     if any(not prompt.strip() for prompt in options.prompts):
         return "--prompts holds an empty prompt: say what to see, or leave --prompts out to be asked"
-    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
-    if options.server and ignored:
-        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
-    if options.models and not options.models.is_dir():
-        return f"--models: there is no folder {options.models}"
-    return None
+    return commands.check(options, ("steps", "num_frames", "fps", "width", "height"))
 
 
 def ask(stream):
@@ -92,7 +77,7 @@ def ask(stream):
     while True:
         if stream.isatty():
             print("prompt (an empty line ends): ", end="", flush=True)
-        line = stream.readline().strip()
+        line = stream.readline().removeprefix("\ufeff").strip()
         if not line:
             return
         yield line
@@ -108,9 +93,10 @@ def read_config(pipe):
     query = urllib.parse.urlencode({"filename": pipe.checkpoint})
     try:
         found = pipe.client.json(f"/view_metadata/checkpoints?{query}") or {}
-    except urllib.error.HTTPError:  # not a .safetensors file, or one without a header of its own
+    except client.BadStatus:  # not a .safetensors file, or one without a header of its own
         return None
-    return json.loads(found[HEADER]) if HEADER in found else None
+    with pipe.client.understood("/view_metadata"):
+        return json.loads(found[HEADER]) if HEADER in found else None
 
 
 def adapt(job, config, clip, vae):
@@ -149,7 +135,7 @@ def prepare(pipe, options):
         adapt(job, config, options.clip, options.vae)
 
     def edit(node_id, **values):
-        graph.set_inputs(job, None, pipe.schemas, node_id, **values)
+        pipe.set_inputs(job, None, node_id, **values)
 
     conditions, saver = graph.find_node(job, CONDITIONS), graph.find_node(job, pipeline.SAVER)
     edit(graph.find_node(job, LOADER), checkpoint=pipe.checkpoint)
@@ -167,58 +153,58 @@ def prepare(pipe, options):
 
 def generate(pipe, options, prompts):
     """Make and save the video of every prompt; one that fails does not stop the others. Returns (rows of the preview
-    sheet, how many failed)."""
+    sheet, how many failed, how many there were)."""
     job, savers = prepare(pipe, options)
     text = job[graph.find_node(job, CONDITIONS)]["inputs"]["positive"][0]
-    rows, failed = [], 0
+    rows, failed, number = [], 0, 0
     for number, prompt in enumerate(prompts, 1):
-        graph.set_inputs(job, None, pipe.schemas, text, text=prompt)
+        pipe.set_inputs(job, None, text, text=prompt)
         progress = Progress()
         try:
-            outputs = pipe.client.run(job, None, lambda node, value, maximum: progress(
-                pipe.schemas[job[node]["class_type"]]["display_name"], value, maximum))
-        except client.JobError as error:
+            outputs = pipe.client.run(job, None, pipe.report(job, progress))
+            found = {kind: client.results(outputs, node) for kind, node in savers.items()}
+            frames = save(pipe, options, options.output / file_stem(number, prompt), found)
+        except (client.JobError, client.StrangeServer) as error:
             failed += 1
             print(f"error: {prompt!r}: {error}", file=sys.stderr, flush=True)
             continue
         finally:
             progress.close()
-        target = options.output / file_stem(number, prompt)
-        for kind, node in savers.items():
-            entries = outputs[node]["images"]
-            if kind == "png frames":
-                if options.visualize:
-                    rows.append((prompt, shown_frames(pipe, entries)))
-                if options.save_frames:
-                    for entry in entries:
-                        save(pipe, entry, target / entry["filename"])
-                    print(f"saved {target.resolve()}", flush=True)
-            else:
-                save(pipe, entries[0], target.with_name(f"{target.name}.{kind}"))
-                print(f"saved {target.resolve()}.{kind}", flush=True)
-    return rows, failed
+        rows.append((prompt, frames))
+    return rows, failed, number
 
 
-def save(pipe, entry, path):
+def save(pipe, options, target, found):
+    """Save the files of one prompt; returns the bytes of the frames for the preview sheet."""
+    for kind in ("mp4", "gif"):
+        if kind in found:
+            path = commands.save(pipe, found[kind][0], target.with_name(f"{target.name}.{kind}"), options.overwrite)
+            print(f"saved {path.resolve()}", flush=True)
+    frames = found.get("png frames", [])
+    if options.save_frames:
+        print(f"saved {save_frames(pipe, frames, target).resolve()}", flush=True)
+    if not options.visualize:
+        return []
+    count = min(SHOWN, len(frames))  # evenly chosen, from the first to the last
+    return [pipe.client.view(frames[i * (len(frames) - 1) // max(1, count - 1)]).read() for i in range(count)]
+
+
+def save_frames(pipe, entries, folder):
+    """Save frames as numbered files in a new folder, whole or not at all; returns it. HostError."""
+    name = client.FreeName(folder)
     try:
-        pipe.client.download(entry, path)
-    except (OSError, http.client.HTTPException) as error:
-        raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.") from None
+        with common("saving").new_file(name) as content:
+            content.mkdir()
+            for i, entry in enumerate(entries, 1):  # the server's own names could lead anywhere
+                with open(content / f"frame_{i:04}.png", "xb") as file:
+                    pipe.client.fetch(entry, file)
+    except OSError as error:
+        raise host.HostError(f"cannot save {folder}: {error}. Free some space or choose another --output.") from None
+    return name.path
 
 
-def shown_frames(pipe, entries):
-    """The bytes of a few PNG files, evenly chosen from the first to the last."""
-    count = min(SHOWN, len(entries))
-    chosen = [entries[i * (len(entries) - 1) // max(1, count - 1)] for i in range(count)]
-    found = []
-    for entry in chosen:
-        with pipe.client.view(entry) as answer:
-            found.append(answer.read())
-    return found
-
-
-def draw_sheet(rows, path, edge=128, gap=4, line=20):
-    """One row a video: the prompt, and its frames below."""
+def draw_sheet(rows, path, overwrite=False, edge=128, gap=4, line=20):
+    """One row a video: the prompt, and its frames below. Saved as Client.download saves; returns the path."""
     from PIL import Image, ImageDraw, ImageFont
     sheet = Image.new("RGB", (SHOWN * (edge + gap) + gap, len(rows) * (edge + line + gap) + gap), (32, 32, 36))
     pen = ImageDraw.Draw(sheet)
@@ -229,30 +215,22 @@ def draw_sheet(rows, path, edge=128, gap=4, line=20):
             frame = Image.open(io.BytesIO(data)).convert("RGB")
             frame = frame.resize((edge, max(1, min(edge, edge * frame.height // frame.width))))
             sheet.paste(frame, (gap + j * (edge + gap), top + line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path.with_suffix(".part"), "PNG")
-    path.with_suffix(".part").replace(path)
+    saving, name = common("saving"), client.FreeName(path)
+    with saving.replacing(path) if overwrite else saving.new_file(name) as content:
+        sheet.save(content, "PNG")
+    return name.path
 
 
 def main():
     options = parse(sys.argv[1:])
-    if options.visualize:
-        host.reexec(options.comfyui)  # drawing needs Pillow, which is there
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped ends the server too
-    try:
-        with pipeline.Pipeline("demo", options.checkpoint, options.device or "auto", options.comfyui, options.server,
-                               options.models) as pipe:
-            rows, failed = generate(pipe, options, options.prompts or ask(sys.stdin))
-        if rows:
-            draw_sheet(rows, options.output / "preview.png")
-            print(f"saved {(options.output / 'preview.png').resolve()}")
-        if failed:
-            sys.exit(f"error: {failed} videos failed")
-    except (host.HostError, client.ServerGone) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the job was cancelled", file=sys.stderr)
-        sys.exit(130)
+    commands.start(options)
+    with commands.ending():
+        commands.make_folder(options.output)
+        with commands.open_pipeline(options) as pipe:
+            rows, failed, number = generate(pipe, options, options.prompts or ask(sys.stdin))
+        if rows and options.visualize:
+            print(f"saved {draw_sheet(rows, options.output / 'preview.png', options.overwrite).resolve()}")
+        commands.tell(failed, number, "videos")
 
 
 if __name__ == "__main__":

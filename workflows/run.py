@@ -10,10 +10,8 @@ custom_nodes folder of another, or --comfyui or --server names one; nothing is i
 """
 
 import argparse
-import http.client
-import signal
+import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,18 +21,19 @@ import host
 
 host.check_python()
 
-import client  # noqa: E402
-import pipeline  # noqa: E402
+import commands  # noqa: E402
+import errors  # noqa: E402
+from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # the workflow has its prompt
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tiff")
+LONGEST_NAME = 60  # characters of an image's name in the video's; a file system allows 255 bytes
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
 
 def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("preset", nargs="?", default="demo", choices=list(pipeline.PRESETS), help="default: demo")
+    p.add_argument("preset", nargs="?", default="demo", choices=list(commands.PRESETS), help="default: demo")
     p.add_argument("seed_and_device", nargs="*", metavar="[SEED] [DEVICE]", help="short for --seed and --device")
     p.add_argument("--image", "--image_path", type=Path, help="the still image (default: an example)")
     p.add_argument("--prompt", "--prompt_text", help="what happens in the video")
@@ -51,11 +50,8 @@ def parse(arguments):
     p.add_argument("--height", type=int, help="default: the preset's")
     p.add_argument("--batch_size", type=int, default=1, help="videos for each image, from different noise (default: 1)")
     p.add_argument("--checkpoint", help="a checkpoint file, or a name in ComfyUI's models/checkpoints")
-    p.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
     p.add_argument("--output", "--output_dir", type=Path, help="folder for the videos (default: results)")
-    p.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
-    p.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
-    p.add_argument("--server", metavar="URL", help="use the ComfyUI that runs at this address")
+    commands.add_server_flags(p)
     options = p.parse_intermixed_args(arguments)
     for value in options.seed_and_device[:2]:
         name = "device" if value.startswith(("cuda", "cpu", "auto")) or options.seed is not None else "seed"
@@ -73,109 +69,75 @@ def parse(arguments):
 
 def check(options):
     """What is wrong with the options, or None; found before anything is set up or started."""
-    for name in ("steps", "frames", "batch_size", "fps", "width", "height"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            return f"--{name} is {value}: it must be above 0"
-    if options.steps and options.steps > 1000:
-        return f"--steps is {options.steps}: the model has 1000 timesteps, so at most 1000"
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
-    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
-    if options.server and ignored:
-        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
+    if options.prompt_dir and not options.prompt_dir.is_dir():
+        return f"--prompt_dir: there is no folder {options.prompt_dir}"
     if options.image and not options.image.is_file():
         return f"--image: there is no file {options.image}"
-    if options.models and not options.models.is_dir():
-        return f"--models: there is no folder {options.models}"
-    if options.prompt_dir:
-        try:
-            targets = [target for _, _, target in jobs(options)]
-        except UnicodeDecodeError as error:
-            return f"--prompt_dir: a .txt in {options.prompt_dir} is not UTF-8 text ({error})"
-        if not targets:
-            return f"--prompt_dir: no image ({', '.join(IMAGES)}) with a same-named .txt lies in {options.prompt_dir}"
-        same = {target.name for target in targets if targets.count(target) > 1}
-        if same:
-            return f"--prompt_dir: several images are named {', '.join(sorted(same))}; their videos would be one file"
     if options.image and options.prompt is None:
         return "--image needs a --prompt that says what happens"
-    return None
+    return commands.check(options, ("steps", "frames", "batch_size", "fps", "width", "height"))
 
 
 def jobs(options):
-    """[(image, prompt, path of the video without its extension)]"""
+    """[(image, prompt, path of the video without its extension)]; what a folder holds besides is named. HostError."""
     if not options.prompt_dir:
         image = options.image or EXAMPLE
         folder = options.output or Path("results")
-        return [(image, options.prompt, folder / f"{image.stem}_{options.preset}_seed{options.seed}")]
+        return [(image, options.prompt, folder / f"{short(image)}_{options.preset}_seed{options.seed}")]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
-    images = sorted(f for f in options.prompt_dir.glob("*") if f.suffix.lower() in IMAGES)
-    texts = [(image, image.with_suffix(".txt")) for image in images]
-    return [(image, text.read_text(encoding="utf-8").strip(), folder / image.stem)
-            for image, text in texts if text.is_file()]
+    pictures = common("pictures")
+    try:
+        found, left_out = pictures.picture_prompts(options.prompt_dir)
+    except OSError as error:
+        raise host.HostError(f"--prompt_dir cannot be read: {error}") from None
+    if left_out:
+        print(f"{options.prompt_dir}: {pictures.summary(left_out)}", file=sys.stderr, flush=True)
+    if not found:
+        raise host.HostError(f"--prompt_dir: no image with a same-named .txt lies in {options.prompt_dir}. Images end "
+                             f"in {', '.join(pictures.PICTURES)}")
+    return [(image, prompt, folder / short(image)) for image, prompt in found]
 
 
-def animate(pipe, options):
-    """Make all videos; with --prompt_dir an image that fails does not stop the others. Returns how many failed."""
+def short(image):
+    return re.sub(r"[\x00-\x1f\x7f]", "_", image.stem[:LONGEST_NAME])
+
+
+def animate(pipe, options, todo):
+    """Make all videos; an image that fails does not stop the others. Returns how many failed."""
     settings = dict(negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,
                     guidance_scale=options.guidance_scale, eta=options.eta, frames=options.frames, fps=options.fps,
                     frame_stride=options.frame_stride, width=options.width, height=options.height)
     if options.preset != "demo":
         settings.update({k: v for k, v in DEFAULTS.items() if settings[k] is None})
     failed = 0
-    for image, prompt, target in jobs(options):
+    for image, prompt, target in todo:
         print(image, "" if prompt is None else repr(prompt), flush=True)
         progress = Progress()
         try:
             videos = pipe.run(image, prompt, batch_size=options.batch_size, progress=progress, **settings)
-        except client.JobError as error:
+            for i, (entry, *_) in enumerate(videos):
+                path = Path(f"{target}_{i}.mp4" if len(videos) > 1 else f"{target}.mp4")
+                print(f"saved {commands.save(pipe, entry, path, options.overwrite).resolve()}", flush=True)
+        except (errors.JobError, errors.StrangeServer) as error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            continue
+            print(f"error: {image.name}: {error}", file=sys.stderr, flush=True)
         finally:
             progress.close()
-        for i, (entry,) in enumerate(videos):
-            path = Path(f"{target}_{i}.mp4" if len(videos) > 1 else f"{target}.mp4")
-            try:
-                pipe.client.download(entry, path)
-            except (OSError, http.client.HTTPException) as error:
-                if pipe.server:
-                    pipe.server.keep = True
-                    made = pipe.server.base / "output" / entry["subfolder"] / entry["filename"]
-                    print(f"the finished video is kept as {made}", flush=True)
-                raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.")
-            print(f"saved {path.resolve()}", flush=True)
     return failed
-
-
-def make_folder(options):
-    """The folder of the videos, made before the work begins."""
-    folder = jobs(options)[0][2].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise host.HostError(f"cannot write into {folder}: {error}. Choose another folder with --output.") from None
 
 
 def main():
     options = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped ends the server too
-    start = time.monotonic()
-    try:
-        make_folder(options)
-        with pipeline.Pipeline(options.preset, options.checkpoint, options.device or "auto", options.comfyui,
-                               options.server, options.models) as pipe:
-            print(f"ComfyUI is ready after {time.monotonic() - start:.1f} s at {pipe.client.url}", flush=True)
-            failed = animate(pipe, options)
-            if failed:
-                sys.exit(f"error: {failed} of {len(jobs(options))} videos failed")
-    except (host.HostError, client.ServerGone) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nstopped; the job was cancelled", file=sys.stderr)
-        sys.exit(130)
+    commands.start(options)
+    begin = time.monotonic()
+    with commands.ending():
+        todo = jobs(options)
+        commands.make_folder(todo[0][2].parent)
+        with commands.open_pipeline(options, options.preset) as pipe:
+            print(f"ComfyUI is ready after {time.monotonic() - begin:.1f} s at {pipe.client.url}", flush=True)
+            commands.tell(animate(pipe, options, todo), len(todo), "videos")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ def grid(frames):
 
 def main():
     host.check_python()
-    comfyui = host.reexec()
+    host.reexec()
     import av
     from client import Client
     from launch import Server
-    with Server(host.Host(Path(sys.executable), comfyui), threads=1) as server, tempfile.TemporaryDirectory() as folder:
+    with Server(host.find_host(), threads=1) as server, tempfile.TemporaryDirectory() as folder:
         client = Client(server.url, server)
         for image in (host.WORKFLOWS / "examples").glob("*.png"):
             client.upload(image.read_bytes(), image.name)

@@ -50,8 +50,8 @@ def gate(x_BLC: Tensor, gate_BFC: Tensor) -> Tensor:
     return (x_BLC.unflatten(1, (gate_BFC.shape[1], -1)) * gate_BFC[:, :, None]).flatten(1, 2)
 
 
-class SelfAttention(nn.Module):
-    """Among the frames of this evaluation and, with a cache, those before it."""
+class Attention(nn.Module):
+    """What both kinds of attention have. `index`: the number of the layer, by which it finds its keys."""
 
     def __init__(self, index: int, dim: int, heads: int, operations, attention, **factory):
         super().__init__()
@@ -65,6 +65,10 @@ class SelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(dim, eps=EPS, **factory)
         self.norm_k = operations.RMSNorm(dim, eps=EPS, **factory)
 
+
+class SelfAttention(Attention):
+    """Among the frames of this evaluation and, with a cache, those before it."""
+
     def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
         query = rotate(self.norm_q(self.q(x_BLC)), step.rotation, self.heads)
         raw_key = self.norm_k(self.k(x_BLC))
@@ -76,21 +80,12 @@ class SelfAttention(nn.Module):
         return self.o(out)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """To the text and, in I2V models, to the tokens of the start image; the results are added."""
 
     def __init__(self, index: int, dim: int, heads: int, i2v: bool, operations, attention, **factory):
-        super().__init__()
-        self.index = index
-        self.heads = heads
+        super().__init__(index, dim, heads, operations, attention, **factory)
         self.i2v = i2v
-        self.attention = attention
-        self.q = operations.Linear(dim, dim, **factory)
-        self.k = operations.Linear(dim, dim, **factory)
-        self.v = operations.Linear(dim, dim, **factory)
-        self.o = operations.Linear(dim, dim, **factory)
-        self.norm_q = operations.RMSNorm(dim, eps=EPS, **factory)
-        self.norm_k = operations.RMSNorm(dim, eps=EPS, **factory)
         if i2v:
             self.k_img = operations.Linear(dim, dim, **factory)
             self.v_img = operations.Linear(dim, dim, **factory)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import ContextKeys
 from .cache import CacheLayout, KVCache
 from .model import WanParams
 from .schedule import FlowStep, predict_x0, renoise
 
-Keys = tuple[ContextKeys, ...]
-Evaluate = Callable[[Tensor, Tensor, Keys, range, KVCache, str], Tensor]
+Evaluate = Callable[[Tensor, Tensor, Any, range, KVCache, str], Tensor]
 
 
 def split_frames(frames: int, block: int, independent_first: bool, short_last: bool) -> tuple[int, ...]:
@@ -57,8 +55,6 @@ class Plan:
     switches: tuple[int, ...]           # latent frames from which prompts 1, 2, ... hold
     global_sink: bool                   # at a switch the sink keeps the old prompt's keys
     cfg: float                          # guidance scale, 1: one branch
-    freeze_sink: bool                   # LongLive 1.0's code writes a frame of the sink once only, from its noisiest
-    #                                     step where a block after the first reaches into the sink; for parity alone
 
     def __post_init__(self):
         longest = max(self.blocks)
@@ -111,6 +107,15 @@ def guided_x0(x: Tensor, sigma: float, flows: Sequence[Tensor], cfg: float) -> T
     return predict_x0(x, negative + cfg * (positive - negative), sigma)
 
 
+def last_blocks(blocks: list[Tensor], frames: int) -> list[Tensor]:
+    """The last of the blocks [B, C, F, H, W] that hold `frames` frames between them, or all where these are fewer."""
+    count, held = 0, 0
+    while held < frames and count < len(blocks):
+        count += 1
+        held += blocks[-count].shape[2]
+    return blocks[-count:]
+
+
 class Block(NamedTuple):
     index: int
     start: int             # first latent frame
@@ -119,22 +124,23 @@ class Block(NamedTuple):
 
 @dataclass(kw_only=True)
 class BlockLoop:
-    """One run. `evaluate(x, t_BF, keys, frame_ids, cache, sink_mode)` returns the flow, as `CausalWan.forward` does.
+    """One run. `evaluate(x, t_BF, prompt, frame_ids, cache, sink_mode)` returns the flow, as `CausalWan.forward` does.
 
-    `project(prompt)` gives the cross-attention keys of every branch, positive first; it is called when a prompt begins.
+    `project(number)` gives what `evaluate` takes as the prompt (such as its cross-attention keys) in every guidance
+    branch, positive first; it is called when a prompt begins.
     `noise(start, count, step)` gives the start noise of a block at step 0 and the noise added before each later step.
     `on_step(block, step, x0)` is called after every denoising step and may raise to end the run.
-    `guide(x, sigma, flows)` gives the x0 of a noisy block from its flow in every branch.
+    `guide(x, sigma, flows, prompts)` gives the x0 of a noisy block from its flow in every branch.
     """
 
     plan: Plan
     evaluate: Evaluate
     caches: Sequence[KVCache]                 # one a branch
-    project: Callable[[int], Sequence[Keys]]
+    project: Callable[[int], Sequence[Any]]
     noise: Callable[[int, int, int], Tensor]
     y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models
     on_step: Callable[[int, int, Tensor], None]
-    guide: Callable[[Tensor, float, Sequence[Tensor]], Tensor] | None = None  # None: by the plan's cfg alone
+    guide: Callable[[Tensor, float, Sequence[Tensor], Sequence[Any]], Tensor] | None = None  # None: by cfg alone
 
     def __post_init__(self):
         if len(self.caches) != self.plan.branches:
@@ -143,24 +149,22 @@ class BlockLoop:
             raise ValueError(f"The image condition y has {self.y_BYFHW.shape[2]} latent frames, the video "
                              f"{self.plan.frames}: make both of one length.")
 
-    def flows(self, x_BCFHW: Tensor, t_BF: Tensor, start: int, sink_mode: str) -> list[Tensor]:
+    def flows(self, prompts: Sequence[Any], x_BCFHW: Tensor, t_BF: Tensor, start: int,
+              sink_mode: str) -> list[Tensor]:
         """Flow of the frames from `start` on in every branch; fills the caches."""
         frame_ids = range(start, start + x_BCFHW.shape[2])
         if self.y_BYFHW is not None:
             x_BCFHW = torch.cat((x_BCFHW, self.y_BYFHW[:, :, start:frame_ids.stop].to(x_BCFHW)), dim=1)
-        return [self.evaluate(x_BCFHW, t_BF, keys, frame_ids, cache, sink_mode)
-                for keys, cache in zip(self.keys, self.caches, strict=True)]
+        return [self.evaluate(x_BCFHW, t_BF, prompt, frame_ids, cache, sink_mode)
+                for prompt, cache in zip(prompts, self.caches, strict=True)]
 
-    def absorb(self, x_BCFHW: Tensor, timestep: float, start: int, sink_mode: str) -> None:
+    def absorb(self, prompts: Sequence[Any], x_BCFHW: Tensor, timestep: float, start: int, sink_mode: str) -> None:
         """Fill the caches with the keys of finished frames."""
         t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], x_BCFHW.shape[2]), timestep, dtype=torch.float32)
-        self.flows(x_BCFHW, t_BF, start, sink_mode)
+        self.flows(prompts, x_BCFHW, t_BF, start, sink_mode)
 
-    def later_mode(self, start: int) -> str:
-        """Sink mode of every pass over a block but the first."""
-        return "keep" if self.plan.freeze_sink and start > 0 else "write"
-
-    def denoise(self, index: int, start: int, steps: tuple[FlowStep, ...], held_BCKHW: Tensor | None) -> Tensor:
+    def denoise(self, prompts: Sequence[Any], index: int, start: int, steps: tuple[FlowStep, ...],
+                held_BCKHW: Tensor | None) -> Tensor:
         """Denoise one block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
         count = self.plan.blocks[index]
         held = 0 if held_BCKHW is None else max(0, min(count, held_BCKHW.shape[2] - start))
@@ -170,11 +174,11 @@ class BlockLoop:
             if held:
                 t_BF[:, :held] = 0
                 x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
-            flows = self.flows(x_BCFHW, t_BF, start, "write" if number == 0 else self.later_mode(start))
+            flows = self.flows(prompts, x_BCFHW, t_BF, start, "write")
             if self.guide is None:
                 x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
             else:
-                x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows)
+                x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows, prompts)
             if held:
                 x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
             self.on_step(index, number, x0_BCFHW)
@@ -182,17 +186,17 @@ class BlockLoop:
                 x_BCFHW = renoise(x0_BCFHW, self.noise(start, count, number + 1), steps[number + 1].sigma)
         return x0_BCFHW
 
-    def switch_prompt(self, prompt: int, start: int, recent_BCFHW: Tensor) -> None:
-        """Take another prompt and compute the cache anew under it, in one pass (LongLive).
+    def switch_prompt(self, prompts: Sequence[Any], start: int, recent_BCFHW: Tensor) -> None:
+        """Compute the cache anew under other prompts, in one pass over the latest frames (LongLive).
 
         With `global_sink` the sink keeps its keys once the video has outgrown the window; otherwise the oldest frames
         that the pass covers become the sink.
         """
         plan = self.plan
-        self.keys = self.project(prompt)
         keep_sink = plan.global_sink and start > plan.capacity
         count = min(start, plan.capacity - (plan.sink if keep_sink else 0))
-        self.absorb(recent_BCFHW[:, :, -count:], plan.context_noise, start - count, "write" if keep_sink else "replace")
+        self.absorb(prompts, recent_BCFHW[:, :, -count:], plan.context_noise, start - count,
+                    "write" if keep_sink else "replace")
 
     def run(self, context_BCPHW: Tensor | None, held_BCKHW: Tensor | None,
             recall: Callable[[int], Tensor | None] | None) -> Iterator[Block]:
@@ -204,23 +208,24 @@ class BlockLoop:
         """
         plan = self.plan
         given = plan.leading_blocks(0 if context_BCPHW is None else context_BCPHW.shape[2])
-        recent_BCFHW, prompt, start = None, 0, 0
-        self.keys = self.project(prompt)
+        number, start = 0, 0
+        prompts = self.project(number)
+        recent: list[Tensor] = []  # finished blocks whose frames a coming switch of prompts needs
         for index, count in enumerate(plan.blocks):
             reached = sum(start >= frame for frame in plan.switches)
-            if reached > prompt and index >= given:
-                prompt = reached
-                self.switch_prompt(prompt, start, recent_BCFHW)
+            if reached > number and index >= given:
+                number, prompts = reached, self.project(reached)
+                self.switch_prompt(prompts, start, torch.cat(recent, dim=2))
             if index < given:
                 latent = context_BCPHW[:, :, start:start + count]
             else:
                 latent = None if recall is None else recall(index)
                 if latent is None:
-                    latent = self.denoise(index, start, plan.first_steps if index == given else plan.steps, held_BCKHW)
+                    steps = plan.first_steps if index == given else plan.steps
+                    latent = self.denoise(prompts, index, start, steps, held_BCKHW)
                 yield Block(index, start, latent)
             if index + 1 < len(plan.blocks):
                 timestep = 0 if index < given else plan.context_noise
-                self.absorb(latent, timestep, start, "write" if index < given else self.later_mode(start))
-            recent_BCFHW = latent if recent_BCFHW is None else torch.cat((recent_BCFHW, latent), dim=2)
-            recent_BCFHW = recent_BCFHW[:, :, -plan.capacity:]
+                self.absorb(prompts, latent, timestep, start, "write")
+            recent = last_blocks([*recent, latent], plan.capacity) if number < len(plan.switches) else []
             start += count

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .rope import Rotation, make_rotation, rotate
 
-SINK_MODES = ("write", "keep", "replace")
-
 
 class Segment(NamedTuple):
     """Frames of an evaluation that lie in neighbouring slots."""
@@ -42,23 +40,18 @@ def slot_of(frame: int, capacity: int, sink: int) -> int:
 def write_segments(start: int, count: int, capacity: int, sink: int, sink_mode: str) -> tuple[Segment, ...]:
     """Slots of the frames start .. start + count - 1, neighbours joined.
 
-    sink_mode "write": frames below `sink` go to the sink slots. "keep": they are not written. "replace": the first
-    `sink` frames of this evaluation become the sink, whatever their index.
+    sink_mode "write": frames below `sink` go to the sink slots. "replace": the first `sink` frames of this evaluation
+    become the sink, whatever their index.
     """
-    slots = {}
-    for source in range(count):
-        frame = start + source
-        if sink_mode == "replace" and source < sink:
-            slots[source] = source
-        elif sink_mode != "keep" or frame >= sink:
-            slots[source] = slot_of(frame, capacity, sink)
-    if len(set(slots.values())) != len(slots):
+    slots = [source if sink_mode == "replace" and source < sink else slot_of(start + source, capacity, sink)
+             for source in range(count)]
+    if len(set(slots)) != count:
         raise ValueError(f"{count} latent frames in one evaluation do not fit a cache of {capacity} frames with "
                          f"{sink} sink frames: give at most {capacity - sink}, or a larger window.")
     segments = []
-    for source, slot in slots.items():
+    for source, slot in enumerate(slots):
         last = segments[-1] if segments else None
-        if last and source == last.source + last.length and slot == last.slot + last.length:
+        if last and slot == last.slot + last.length:
             segments[-1] = last._replace(length=last.length + 1)
         else:
             segments.append(Segment(source, slot, 1))

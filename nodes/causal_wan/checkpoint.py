@@ -22,17 +22,13 @@ from ..common.quantized import Quantized, take_quantized
 from ..common.values import DEEPEST, flag, number, parse_json, shown, whole
 from .base import make_model
 from .foreign import check_family
+from .keys import BESIDE, EMA, RAW, native_key
 from .model import PATCH, CausalWan, WanParams
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = ("auto", "ema", "raw")
 
-RAW, EMA = "generator.", "generator_ema."
-# Names of the network inside a larger model, at the front of its keys.
-FRONT = {"model", "diffusion_model"}
-# Other parts of an all-in-one checkpoint, which core's loaders take.
-BESIDE = ("vae.", "text_encoders.", "clip_vision.")
 CAUSAL_NAMES = re.compile(r"causal|causvid|self[-_ ]?forcing|longlive|autoregressive|(?<![a-z])ar(?![a-z])"
                           r"|krea[-_ ]?realtime|memflow|(?:reward|one)[-_ ]?forcing|raven|streamdiffusion")
 HEAD_WIDTH = 128  # of every published Wan 2.1
@@ -113,14 +109,6 @@ def read_header(metadata, path):
         whole(heads, f"num_heads in the header of {path}", high=1024)
     return Header(heads, number(config.get("scale_factor", 0.18215), f"scale_factor in the header of {path}", 0, 1000),
                   flag(transformer.get("causal_ar", False), f"causal_ar in the header of {path}"))
-
-
-def native_key(key, front=FRONT):
-    """A key as core names it: without what encloses the network (`front`)."""
-    parts = key.split(".")
-    while len(parts) > 1 and parts[0] in front:
-        parts.pop(0)
-    return ".".join(parts)
 
 
 def pick(checkpoint, weights="auto"):

@@ -4,8 +4,6 @@ Layouts: C channels, F latent frames, T video frames, H, W height and width. Vid
 """
 from __future__ import annotations
 
-from functools import partial
-
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -115,15 +113,22 @@ class BlockPreview:
         self.bar.update_absolute(step + 1, steps)
 
     def show(self, frames_THWC: Tensor) -> None:
-        picture = moving_picture(frames_THWC, args.preview_size)
+        picture = MovingPicture(frames_THWC, args.preview_size)
         self.bar.update_absolute(self.bar.current, preview=("PNG", picture, None))
 
 
-def moving_picture(frames_THWC: Tensor, size: int) -> Image.Image:
-    """The first frame, no side longer than `size`; saved as PNG it holds the others, too, and browsers play it."""
-    frames = [Image.fromarray(frame) for frame in frames_uint8(frames_THWC)]
-    for frame in frames:
-        frame.thumbnail((size, size))
-    # The host's only way of sending is to save the picture, and its previews have room for one.
-    frames[0].save = partial(frames[0].save, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
-    return frames[0]
+class MovingPicture:
+    """Stands where core's previews have one picture, and is saved as all frames, no side longer than `size`.
+
+    Core sends a preview by saving it, so that is all it has to know.
+    """
+
+    def __init__(self, frames_THWC: Tensor, size: int):
+        self.frames = [Image.fromarray(frame) for frame in frames_uint8(frames_THWC)]
+        for frame in self.frames:
+            frame.thumbnail((size, size))
+
+    def save(self, file, format: str, **options) -> None:
+        """As of a picture; a PNG moves, and browsers play it."""
+        first, *rest = self.frames
+        first.save(file, format=format, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, **options)

@@ -10,7 +10,7 @@ import comfy.utils
 
 from ..common.files import check_kinds, take_prefix
 from ..common.values import shown
-from .checkpoint import FRONT, native_key
+from .keys import core_lora_key
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,7 @@ def add_lora(patcher, checkpoint, strength=1.0):
 def core_names(tensors):
     """LoRA tensors with PEFT's and training wrappers' names replaced by core's generic ones; others stay."""
     tensors = take_prefix(dict(tensors), GENERATOR) or tensors
-    return {key if key.startswith("lora_") else
-            "diffusion_model." + native_key(key.replace(".default.", "."), FRONT | {"base_model"}): value
-            for key, value in tensors.items()}
+    return {core_lora_key(key): value for key, value in tensors.items()}
 
 
 def _is_for(key, names):

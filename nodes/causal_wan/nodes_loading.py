@@ -81,7 +81,7 @@ class CausalWanImageToVideo(io.ComfyNode):
             category="Stillmotion/Causal Wan",
             description="Begins a video with a start image, goes on from the frames of a clip, or starts from text "
                         "alone, for the Block-Autoregressive Sampler.",
-            search_aliases=["image to video", "i2v", "text to video", "t2v", "animate image", "extend video",
+            search_aliases=["image to video", "i2v", "text to video", "t2v", "animate", "extend video",
                             "continue video", "LongLive", "Self Forcing"],
             advanced=["mechanism", "short_last_block"],
             inputs=[

@@ -4,11 +4,11 @@ import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import comfy.model_management
 import folder_paths
 import latent_preview
 from comfy_api.latest import InputImpl, io, ui
 
+from ..common.memory import memory_advice
 from ..common.nodes import output_name, workflow_tags
 from ..common.saving import holding, new_file, saving
 from ..common.schema import schema
@@ -19,6 +19,7 @@ from .resume import BlockFolder
 from .run import BlockSettings, prepare
 
 Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
+LESS_MEMORY = "Use a smaller window, size or block, or cfg 1 (half the cache)."
 ADVANCED = ["first_steps", "shift", "warp", "independent_first", "short_last_block", "context_noise", "refresh_sink"]
 
 
@@ -105,7 +106,7 @@ class BlockAutoregressiveSampler(io.ComfyNode):
         else:
             preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
             callback, show = preview.on_step, lambda part_CFHW: preview.show(decoder.decode(part_CFHW))
-        with _memory_advice(run), _resume_folder(resume_folder, run) as folder:
+        with memory_advice(f"with {run.summary}", LESS_MEMORY), _resume_folder(resume_folder, run) as folder:
             return io.NodeOutput(run.sample(callback, folder, show), run.summary)
 
 
@@ -159,7 +160,8 @@ class BlockAutoregressiveToFile(io.ComfyNode):
         scale = vae.spacial_compression_decode()
         name, subfolder = output_name(filename_prefix, width * scale, height * scale, ".mp4")
         preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
-        with _memory_advice(run), _resume_folder(resume_folder, run) as folder, new_file(name) as content:
+        with (memory_advice(f"with {run.summary}", LESS_MEMORY), _resume_folder(resume_folder, run) as folder,
+              new_file(name) as content):
             with _writing(name.path, content, fps, crf, workflow_tags(cls.hidden)) as add:
                 def show(part_CFHW):
                     frames_THWC = decoder.decode(part_CFHW)
@@ -207,15 +209,3 @@ def _resume_folder(name, run):
                          "as runs/balloon.")
     with holding(Path(path), "The resume folder"):
         yield BlockFolder(Path(path), run.fingerprint())
-
-
-@contextmanager
-def _memory_advice(run):
-    try:
-        yield
-    except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
-        if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
-            raise
-        raise comfy.model_management.OOM_EXCEPTION(
-            f"Out of memory with {run.summary}. Use a smaller window, size or block, or cfg 1 (half the cache). "
-            f"({error})") from error

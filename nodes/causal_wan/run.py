@@ -82,8 +82,7 @@ def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, s
         first_steps = make_steps(parse_steps(settings.first_steps), settings.shift, settings.warp)
     return Plan(blocks=lay_out(frames, start, settings), steps=steps, first_steps=first_steps,
                 context_noise=settings.context_noise, window=settings.window, sink=settings.sink,
-                endless=settings.endless, switches=switches, global_sink=settings.global_sink, cfg=settings.cfg,
-                freeze_sink=False)
+                endless=settings.endless, switches=switches, global_sink=settings.global_sink, cfg=settings.cfg)
 
 
 def check_latent(model, latent: dict) -> None:

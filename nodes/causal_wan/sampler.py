@@ -5,6 +5,7 @@ Layouts: B videos, C channels, T latent frames of the video, F those of one eval
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.samplers
@@ -12,6 +13,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from .attention import ContextKeys
 from .blocks import BlockLoop, Plan, guided_x0
 from .cache import KVCache
 from .conditioning import CLAMP, StartFrames
@@ -26,24 +28,38 @@ def inference_dtype(model) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
+class BranchPrompt(NamedTuple):
+    """A prompt in one guidance branch."""
+
+    branch: int                     # 0: positive, 1: negative, as core counts them
+    conds: list                     # what core keeps of the prompt
+    keys: tuple[ContextKeys, ...]   # of every cross-attention layer
+
+    @property
+    def uuid(self):
+        """Core's name of the prompt."""
+        return self.conds[0]["uuid"]
+
+
 class Network:
     """Evaluates the network of a BaseModel the way that core's samplers do: through what packs put around it."""
 
     def __init__(self, model, model_options: dict, device):
         self.model, self.options, self.device, self.dtype = model, model_options, device, inference_dtype(model)
 
-    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, keys, frame_ids: range, cache: KVCache, sink_mode: str,
-             branch: int, uuid) -> Tensor:
-        """Flow in float32; branch 0 is the positive one. uuid: core's name of the prompt."""
+    def flow(self, x_BCFHW: Tensor, t_BF: Tensor, prompt: BranchPrompt, frame_ids: range, cache: KVCache,
+             sink_mode: str) -> Tensor:
+        """Flow in float32."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        options = {**self.options["transformer_options"], "cond_or_uncond": [branch], "uuids": [uuid],
+        branches = [prompt.branch]
+        options = {**self.options["transformer_options"], "cond_or_uncond": branches, "uuids": [prompt.uuid],
                    "sigmas": t_BF.amax(1) / 1000}
-        block = {"c_crossattn": keys, "transformer_options": options, "frame_ids": frame_ids, "cache": cache,
+        block = {"c_crossattn": prompt.keys, "transformer_options": options, "frame_ids": frame_ids, "cache": cache,
                  "sink_mode": sink_mode}
         wrapper = self.options.get("model_function_wrapper")
         if wrapper is None:
             return self._wrapped(x_BCFHW, t_BF, **block)
-        return wrapper(self._wrapped, {"input": x_BCFHW, "timestep": t_BF, "c": block, "cond_or_uncond": [branch]})
+        return wrapper(self._wrapped, {"input": x_BCFHW, "timestep": t_BF, "c": block, "cond_or_uncond": branches})
 
     def _wrapped(self, x_BCFHW, t_BF, c_crossattn, transformer_options, **block):
         wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, transformer_options)
@@ -54,14 +70,12 @@ class Network:
         return self.model.diffusion_model(x_BCFHW.to(self.dtype), t_BF, c_crossattn,
                                           transformer_options=transformer_options, **block).float()
 
-    def guide(self, x_BCFHW: Tensor, sigma: float, flows, conds: list, cfg: float) -> Tensor:
-        """x0 under guidance, by the functions on the MODEL where there are any.
-
-        conds: what core keeps of the prompt of every branch, for these functions.
-        """
+    def guide(self, x_BCFHW: Tensor, sigma: float, flows, prompts: list[BranchPrompt], cfg: float) -> Tensor:
+        """x0 under guidance, by the functions on the MODEL where there are any."""
         if not any(self.options.get(name) for name in GUIDANCE_FUNCTIONS):
             return guided_x0(x_BCFHW, sigma, flows, cfg)
         denoised = [predict_x0(x_BCFHW, flow, sigma) for flow in flows]
+        conds = [prompt.conds for prompt in prompts]
         if len(flows) == 1:  # as core does without a negative pass
             denoised, conds = [*denoised, torch.zeros_like(x_BCFHW)], [*conds, None]
         sigma_B = x_BCFHW.new_full((len(x_BCFHW),), sigma)
@@ -104,16 +118,11 @@ class BlockSampler(comfy.samplers.Sampler):
         caches = [KVCache(plan.layout(model.wan_params, height, width), batch, network.dtype, device)
                   for _ in range(plan.branches)]
 
-        conds = []  # of the branches, under the prompt that holds
-
-        def project(prompt: int):
-            names = ["positive" if prompt == 0 else f"prompt {prompt}", "negative"][:plan.branches]
-            conds[:] = [guider.conds[name] for name in names]
-            return [network.project(cond[0]["model_conds"], batch) for cond in conds]
-
-        def evaluate(x, t, keys, frame_ids, cache, sink_mode):
-            branch = 0 if cache is caches[0] else 1
-            return network.flow(x, t, keys, frame_ids, cache, sink_mode, branch, conds[branch][0]["uuid"])
+        def project(number: int) -> list[BranchPrompt]:
+            names = ["positive" if number == 0 else f"prompt {number}", "negative"][:plan.branches]
+            conds = [guider.conds[name] for name in names]
+            return [BranchPrompt(branch, cond, network.project(cond[0]["model_conds"], batch))
+                    for branch, cond in enumerate(conds)]
 
         def recall(index: int):
             latent = self.recall(index)
@@ -124,11 +133,11 @@ class BlockSampler(comfy.samplers.Sampler):
             given = latent_image[:, :, :self.start.frames]
             context, held = (None, given) if self.start.mechanism == CLAMP else (given, None)
         y = guider.conds["positive"][0]["model_conds"].get("c_concat")
-        loop = BlockLoop(plan=plan, evaluate=evaluate, caches=caches, project=project,
+        loop = BlockLoop(plan=plan, evaluate=network.flow, caches=caches, project=project,
                          noise=lambda *place: self.draw(*place).to(device),
                          y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
                          on_step=self._progress(callback),
-                         guide=lambda x, sigma, flows: network.guide(x, sigma, flows, conds, plan.cfg))
+                         guide=lambda *block: network.guide(*block, plan.cfg))
         parts = []
 
         def deliver(index: int | None, latent_BCFHW: Tensor) -> None:

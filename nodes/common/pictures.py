@@ -150,7 +150,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def is_plain(path: str | Path) -> bool:
-    """Whether any ComfyUI's Load Image reads the file as `open_picture` does: one picture of 8 bits, a common format."""
+    """Whether any Load Image reads the file as `open_picture` does: one picture of 8 bits, in a common format."""
     with Image.open(path) as picture:
         single = picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1  # a phone's JPEG with a second view
         return single and picture.mode in PLAIN and picture.format in COMMON

@@ -1,9 +1,9 @@
 """DDIM Sampler, DDIM Sampler Select and Sampling Report."""
-import comfy.model_management
 import latent_preview
 from comfy_api.latest import io
 
 from ..common.drawing import as_images
+from ..common.memory import memory_advice
 from ..common.schema import schema
 from .step import CLIP_MODES, Clip
 from .schedule import SPACINGS
@@ -11,6 +11,7 @@ from .plot import draw_report
 from .sampler import TABLES, DDIMSettings, make_sampler, sample_latent
 
 Report = io.Custom("STILLMOTION_REPORT")
+LESS_MEMORY = "Use a smaller preset or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction a step)."
 
 STEPS = io.Int.Input("steps", default=50, min=1, max=1000,
                      tooltip="Number of denoising steps, exactly as many as asked. 50 is the official number, 20 to 25 "
@@ -96,15 +97,9 @@ class DDIMSampler(io.ComfyNode):
         settings = DDIMSettings(steps, cfg, eta, spacing, guidance_rescale, denoise, image_cfg,
                                 Clip(clip_x0, clip_value, recompute_eps), start_step, end_step, tables)
         callback = latent_preview.prepare_callback(model, steps)
-        try:
+        with memory_advice(f"while sampling a latent of {tuple(latent['samples'].shape)}", LESS_MEMORY):
             samples, report = sample_latent(model, positive, negative, latent, seed, settings,
                                             None if noise is None else noise["samples"], callback=callback)
-        except RuntimeError as error:  # on a CPU the allocator's error has no class of its own
-            if not isinstance(error, comfy.model_management.OOM_EXCEPTION) and "allocate memory" not in str(error):
-                raise
-            raise comfy.model_management.OOM_EXCEPTION(
-                f"Out of memory while sampling a latent of {tuple(latent['samples'].shape)}. Use a smaller preset or "
-                f"size, fewer frames, or cfg 1 with image_cfg 0 (one prediction a step). ({error})") from error
         return io.NodeOutput(samples, report)
 
 

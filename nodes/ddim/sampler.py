@@ -250,7 +250,8 @@ def make_guider(model, positive, negative, cfg: float, image_cfg: float) -> comf
                          "take that node off the model.")
     guider = ImageTextGuider(model)
     tokens = positive[0][1]["image_tokens"]
-    guider.set_image_conds(positive, [[cond, {**values, "image_tokens": tokens}] for cond, values in negative], negative)
+    seen = [[cond, {**values, "image_tokens": tokens}] for cond, values in negative]
+    guider.set_image_conds(positive, seen, negative)
     guider.set_image_cfg(cfg, image_cfg)
     return guider
 

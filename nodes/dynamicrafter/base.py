@@ -14,9 +14,9 @@ from ..common.core_model import (ClipLatent, HostNetwork, ModelConfig, build_mod
                                  check_width)
 from ..common.core_nodes import ClipModel, make_clip_patcher
 from ..ddim.schedule import DiffusionParams, make_scale_arr
+from .keys import file_key
 from .unet import UNetParams, VideoUNet
 
-IMAGE_PROJECTOR = "image_proj_model."
 TOWERS = "Use the {} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H for the published models."
 
 
@@ -45,8 +45,7 @@ class DynamiCrafterConfig(ModelConfig):
 
     def process_unet_state_dict_for_saving(self, state_dict):
         """Published layout: the image projector beside the U-Net, and the buffer by which variants are told apart."""
-        saved = {key if key.startswith(IMAGE_PROJECTOR) else f"model.diffusion_model.{key}": value
-                 for key, value in state_dict.items()}
+        saved = {file_key(key): value for key, value in state_dict.items()}
         if self.diffusion.base_scale is not None:
             saved["scale_arr"] = make_scale_arr(self.diffusion.base_scale).float()
         return saved

@@ -18,12 +18,10 @@ from ..common.vae import VideoVAE, vae_shapes
 from ..common.values import parse_json
 from .base import make_model, make_patcher
 from .config import VARIANTS, parse, published, read_yaml
+from .keys import RESAMPLER, TEXT, UNET, VAE, VISION, checkpoint_keys, has_prefix, network_key
 
 log = logging.getLogger(__name__)
 
-
-UNET, RESAMPLER, VAE = "model.diffusion_model.", "image_proj_model.", "first_stage_model."
-TEXT, VISION = "cond_stage_model.model.", "embedder.model.visual."
 
 # Known and left aside: the noise schedule (half precision in pruned files; ours is rebuilt in float64), also as core's
 # Save nodes mark it, ...
@@ -98,12 +96,12 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     dtype = storage_dtype(weight_dtype, {key: value for key, value in tensors.items() if key.startswith(UNET)})
     model = make_model(config.unet, config.diffusion, config.scale_factor, dtype)
     network = model.diffusion_model
-    text = towers.text_config(clip_config(config.text_arch)) if _has(tensors, TEXT) else None
-    vision = towers.vision_config(clip_config(config.vision_arch)) if _has(tensors, VISION) else None
-    file_key = checkpoint_keys(tensors)
-    expected = {file_key(key): value.shape for key, value in network.state_dict().items()}
+    text = towers.text_config(clip_config(config.text_arch)) if has_prefix(tensors, TEXT) else None
+    vision = towers.vision_config(clip_config(config.vision_arch)) if has_prefix(tensors, VISION) else None
+    in_file = checkpoint_keys(tensors)
+    expected = {in_file(key): value.shape for key, value in network.state_dict().items()}
     _check("network (U-Net and image projector)", tensors, (UNET, RESAMPLER), expected)
-    if _has(tensors, VAE):
+    if has_prefix(tensors, VAE):
         shapes = vae_shapes(config.ddconfig, config.embed_dim)
         _check("VAE", tensors, (VAE,), _prefixed(VAE, shapes))
     if text:
@@ -112,12 +110,11 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
         _check("vision tower", tensors, (VISION,), _prefixed(VISION, towers.vision_shapes(vision)))
     _leave_aside(checkpoint)
 
-    network.load_state_dict({key: _cast(tensors.pop(file_key(key)), network.dtype) for key in network.state_dict()},
-                            assign=True)
+    network.load_state_dict({network_key(key): _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
     # Where it comes from: a training writes its result into a copy of the file.
     model.source = Source(checkpoint.path, variant, yaml_path)
     vae = text_tower = vision_tower = None
-    if _has(tensors, VAE):
+    if has_prefix(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
                        torch.float32 if weight_dtype == "fp32" else None)
     if text:
@@ -135,7 +132,8 @@ def check_family(checkpoint):
         raise ValueError(f"{checkpoint.path} is ToonCrafter: its decoder takes both end frames as a reference "
                          "(first_stage_model.decoder.attn_refinement), which is not supported. Use DynamiCrafter "
                          "512_interp for two images.")
-    if _has(keys, f"{UNET}init_attn.") and (_has(keys, RESAMPLER) or any(".to_k_ip." in key for key in keys)):
+    sees_images = has_prefix(keys, RESAMPLER) or any(".to_k_ip." in key for key in keys)
+    if sees_images and has_prefix(keys, f"{UNET}init_attn."):
         if re.search(r"(?<![a-z])cil(?![a-z])", Path(checkpoint.path).stem.lower()):
             log.info("%s: a CIL fine-tune by its name; it has DynamiCrafter's layout and loads as such.",
                      checkpoint.path)
@@ -196,24 +194,8 @@ def detect_variant(tensors, hint="auto"):
     return hint
 
 
-def _has(keys, prefix):
-    return any(key.startswith(prefix) for key in keys)
-
-
 def _prefixed(prefix, shapes):
     return {prefix + key: shape for key, shape in shapes.items()}
-
-
-def checkpoint_keys(tensors):
-    """Function from a key of our network to the file's: the image projector beside it, older names of 256."""
-    old_names = _has(tensors, f"{UNET}framestride_embed.")
-
-    def name(key):
-        if key.startswith(RESAMPLER):
-            return key
-        return UNET + (key.replace("fps_embedding.", "framestride_embed.") if old_names else key)
-
-    return name
 
 
 def _check(part, tensors, prefixes, expected):

@@ -89,7 +89,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
             display_name="DynamiCrafter Image to Video",
             category="Stillmotion/DynamiCrafter",
             description="Puts the start image (and the end image) into the conditioning and makes the empty latent.",
-            search_aliases=["image to video", "img2vid", "i2v", "animate image", "interpolate", "in-between frames",
+            search_aliases=["image to video", "img2vid", "i2v", "animate", "interpolate", "in-between frames",
                             "loop"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode. Any length."),

@@ -13,13 +13,12 @@ from ..common.core_nodes import make_clip_patcher
 from ..common.files import Checkpoint, check_keys, check_kinds
 from .base import make_model
 from .config import HEADER, VideoUNetConfig, from_json, to_json
+from .keys import PREFIX, network_tensors
 from .unet import VideoUNet
 
 log = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = ("auto", "fp32", "bf16", "fp16")
-PREFIX = "model.diffusion_model."  # of core's Save Model
-MARKS = ("v_pred", "ztsnr")        # empty tensors by which it says what is in our configuration already
 
 
 def save(path: Path, net: nn.Module, config: VideoUNetConfig, extra_metadata: dict[str, str] | None = None,
@@ -57,8 +56,7 @@ def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[Video
     """
     check_weight_dtype(weight_dtype, WEIGHT_DTYPES)
     config = read_config(checkpoint)
-    tensors = {key.removeprefix(PREFIX): checkpoint.tensors.pop(key) for key in list(checkpoint.tensors)}
-    tensors = {key: value for key, value in tensors.items() if key not in MARKS}
+    tensors = network_tensors(checkpoint.tensors)
     check_kinds(checkpoint.path, tensors)
     model = make_model(config, storage_dtype(weight_dtype, tensors), network)
     net = model.diffusion_model

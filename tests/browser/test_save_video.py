@@ -31,6 +31,23 @@ def test_the_result_is_shown_and_gives_its_graph_back(page, server, form):
     assert form in values and "page/test" in values
 
 
+@pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
+def test_dates_and_widgets_in_the_prefix_are_filled_in_as_for_core(page):
+    prefix = "%date:yyyy-MM-dd%/%EmptyImage.width%_%width%"
+    given = graph("mp4")
+    given["2"]["inputs"]["filename_prefix"] = prefix
+    given["3"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}}
+    given["4"] = {"class_type": "Stillmotion_BlockAutoregressiveToFile", "inputs": {"filename_prefix": prefix}}
+    page.run_js("graph => app.loadApiJson(graph, 'test')", given)
+    sent = page.run_js("async () => (await app.graphToPrompt()).output")
+    core = sent["3"]["inputs"]["filename_prefix"]
+    assert core.endswith("/63_%width%") and "date" not in core
+    assert [sent[node]["inputs"]["filename_prefix"] for node in "24"] == [core, core]
+    kept = page.run_js("""() => app.graph._nodes.filter(n => n.comfyClass.startsWith('Stillmotion_'))
+                          .map(n => n.widgets.find(w => w.name == 'filename_prefix').value)""")
+    assert kept == [prefix, prefix]
+
+
 def test_a_help_page_is_there_for_every_node(page):
     missing = page.run_js("""async () => {
         const ours = Object.keys(LiteGraph.registered_node_types).filter(t => t.startsWith('Stillmotion_'));

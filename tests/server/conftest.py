@@ -1,8 +1,6 @@
 """One ComfyUI server for all tests over HTTP, with the pack in it."""
 
 import os
-import sys
-from pathlib import Path
 
 import client as http
 import host
@@ -18,8 +16,7 @@ def server():
     """A server of the tests' own, whose folders they may use."""
     if FOREIGN:
         pytest.skip("needs a server of its own")
-    found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
-    with launch.Server(found) as running:
+    with launch.Server(host.find_host()) as running:
         yield running
 
 

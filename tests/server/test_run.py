@@ -148,9 +148,8 @@ def test_a_pack_that_does_not_load_is_reported(monkeypatch, tmp_path):
     broken.mkdir()
     (broken / "__init__.py").write_text("raise RuntimeError('a broken pack')")
     monkeypatch.setattr(host, "PACK", broken)
-    found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
     with pytest.raises(host.HostError, match="(?s)did not load.*a broken pack"):
-        launch.Server(found)
+        launch.Server(host.find_host())
 
 
 def test_the_python_call_gives_frames_that_can_be_saved(server, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from block_loop_stub import make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity_causal_wan import official_cache
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
 from stillmotion.nodes.causal_wan.cache import CacheLayout, KVCache, slot_of, write_segments
 from stillmotion.nodes.causal_wan.rope import make_rotation, rotate
@@ -38,7 +39,7 @@ class RollingCache:
         return torch.cat((self.keys[:min(sink, self.local_end)], window))
 
 
-def official_views(plan):
+def official_views(plan, write_once):
     """What each evaluation attends to: numbers 1000 * evaluation + frame."""
     cache, views, start, prompt = RollingCache(plan.capacity, plan.sink, plan.window != -1), [], 0, 0
 
@@ -53,15 +54,15 @@ def official_views(plan):
             forward(start - covered, covered, plan.global_sink)
         passes = len(plan.steps) + (index + 1 < len(plan.blocks))
         for _ in range(passes):
-            forward(start, count, plan.freeze_sink)
+            forward(start, count, write_once)
         start += count
     return [sorted(view.tolist()) for view in views]
 
 
-def ring_views(plan):
+def ring_views(plan, cache_class):
     layout = CacheLayout(layers=1, width=2, heads=1, capacity=plan.capacity, sink=min(plan.sink, plan.capacity),
                          frame_tokens=TOKENS, relative_sink=False)
-    cache, views = KVCache(layout, 1, torch.float32, "cpu"), []
+    cache, views = cache_class(layout, 1, torch.float32, "cpu"), []
 
     def evaluate(x, t, keys, frame_ids, cache, sink_mode):
         numbers = 1000.0 * (len(views) + 1) + torch.tensor(list(frame_ids))
@@ -90,13 +91,14 @@ def plans(draw):
     starts = [sum(blocks[:count]) for count in range(1, len(blocks))]
     switches = draw(st.lists(st.sampled_from(starts), unique=True, max_size=3)) if starts else []
     return make_plan(blocks, window=window, sink=min(sink, sum(blocks)), switches=tuple(sorted(switches)),
-                     global_sink=draw(st.booleans()), freeze_sink=draw(st.booleans()))
+                     global_sink=draw(st.booleans()))
 
 
 @settings(derandomize=True, max_examples=400, deadline=None)
-@given(plans())
-def test_the_ring_holds_what_the_rolling_cache_holds(plan):
-    assert ring_views(plan) == official_views(plan)
+@given(plans(), st.booleans())
+def test_the_ring_holds_what_the_rolling_cache_holds(plan, write_once):
+    cache_class = official_cache() if write_once else KVCache
+    assert ring_views(plan, cache_class) == official_views(plan, write_once)
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)

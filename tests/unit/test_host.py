@@ -153,6 +153,20 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert host.cache_folder() == tmp_path / "elsewhere"
 
 
+def test_a_script_started_again_knows_the_variant_of_its_host(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(host.os, "execve", lambda python, command, environment: started.append(environment))
+    monkeypatch.setattr(host, "find_host", lambda comfyui: host.Host("python", tmp_path, "cpu"))
+    monkeypatch.delenv("STILLMOTION_COMFYUI", raising=False)
+    host.reexec()
+    monkeypatch.undo()
+    for name in ("STILLMOTION_COMFYUI", "STILLMOTION_VARIANT"):
+        monkeypatch.setenv(name, started[0][name])
+    assert host.find_host() == (Path(sys.executable), tmp_path, "cpu")
+    monkeypatch.setenv("STILLMOTION_VARIANT", "")
+    assert host.find_host() == host.Host(Path(sys.executable), tmp_path)
+
+
 def test_an_existing_comfyui_is_checked_not_changed(tmp_path, monkeypatch):
     with pytest.raises(host.HostError, match="no main.py"):
         host.existing_host(tmp_path)

@@ -4,13 +4,16 @@ import ast
 import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfyui_version
 import pytest
 import stillmotion
 import stillmotion.nodes
 from stillmotion.nodes import NODES
+from stillmotion.nodes.common import schema
 
 PACK = Path(stillmotion.__file__).parent
 SOURCES = sorted((PACK / "nodes").rglob("*.py"))
@@ -44,10 +47,11 @@ def test_a_lost_node_can_be_named_by_its_class():
 
 
 BROKEN = {
-    "raises at import": "raise RuntimeError('core moved\\non')",
-    "imports what core dropped": "from comfy_api.latest import dropped_by_core",
-    "lacks the class": "",
-    "has a schema that fails": """
+    "raises at import": ("RuntimeError: core moved on", "raise RuntimeError('core moved\\non')"),
+    "imports what core dropped": ("cannot import name 'dropped_by_core'",
+                                  "from comfy_api.latest import dropped_by_core"),
+    "lacks the class": ("no attribute 'Broken'", ""),
+    "has a schema that fails": ("unexpected keyword argument 'dropped_by_core'", """
 from comfy_api.latest import io
 
 class Broken(io.ComfyNode):
@@ -58,24 +62,23 @@ class Broken(io.ComfyNode):
     @classmethod
     def execute(cls):
         pass
-""",
+"""),
 }
 
 
-@pytest.mark.parametrize("source", BROKEN.values(), ids=BROKEN)
-def test_a_broken_family_costs_its_own_nodes_only(source, tmp_path, monkeypatch, caplog):
-    family = tmp_path.name  # another in each test: Python remembers modules
+@pytest.mark.parametrize("cause, source", BROKEN.values(), ids=BROKEN)
+def test_a_broken_family_costs_its_own_nodes_only(cause, source, tmp_path, monkeypatch, caplog):
+    module = f"{tmp_path.name}.nodes"  # another in each test: Python remembers modules
     monkeypatch.setattr(stillmotion.nodes, "__path__", [*stillmotion.nodes.__path__, str(tmp_path.parent)])
-    monkeypatch.setattr(stillmotion.nodes, "NODES", [(family, "Broken"), *NODES, (family, "OtherNode")])
+    monkeypatch.setattr(stillmotion.nodes, "NODES", [(module, "Broken"), *NODES, (module, "OtherNode")])
     (tmp_path / "nodes.py").write_text(source)
     assert [cls.GET_SCHEMA().node_id for cls in node_classes()] == [f"Stillmotion_{name.removesuffix('Node')}"
                                                                     for _, name in NODES]
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert "Stillmotion_Broken" in told[0] and "Stillmotion_Other" in told[-1]
+    assert "Stillmotion_Broken" in told[0] and cause in told[0] and "Stillmotion_Other" in told[-1]
     assert len(told) == len({line.split("(")[1] for line in told})  # one line a cause
     for line in told:
         assert comfyui_version.__version__ in line and "Update this pack" in line and "\n" not in line
-        assert "core moved on" in line or "dropped_by_core" in line or "no attribute" in line
 
 
 def test_a_broken_save_video_is_no_obstacle_to_the_others(monkeypatch, caplog):
@@ -86,15 +89,55 @@ def test_a_broken_save_video_is_no_obstacle_to_the_others(monkeypatch, caplog):
 
 
 def test_every_socket_and_widget_has_a_tooltip():
-    bare = [f"{schema.node_id}.{socket.id or socket.display_name}"
-            for schema in (cls.GET_SCHEMA() for cls in node_classes())
-            for socket in schema.inputs + schema.outputs if not socket.tooltip]
+    bare = [f"{found.node_id}.{socket.id or socket.display_name}"
+            for found in (cls.GET_SCHEMA() for cls in node_classes())
+            for socket in found.inputs + found.outputs if not socket.tooltip]
     assert bare == []
 
 
 def test_every_node_lies_under_stillmotion_and_says_what_it_does():
-    for schema in (cls.GET_SCHEMA() for cls in node_classes()):
-        assert schema.category.startswith("Stillmotion/") and schema.description, schema.node_id
+    for found in (cls.GET_SCHEMA() for cls in node_classes()):
+        assert found.category.startswith("Stillmotion/") and found.description, found.node_id
+
+
+@dataclass
+class OldSchema:
+    """What io.Schema of a release before 0.10 has."""
+
+    inputs: list
+
+
+@dataclass
+class NewSchema(OldSchema):
+    search_aliases: list = None
+
+
+@pytest.mark.parametrize("kind, entry, found", [
+    (OldSchema, SimpleNamespace(id="shift"), OldSchema([SimpleNamespace(id="shift")])),
+    (NewSchema, SimpleNamespace(id="shift", advanced=None),
+     NewSchema([SimpleNamespace(id="shift", advanced=True)], ["t2v"])),
+], ids=["before 0.10", "0.11"])
+def test_a_schema_has_what_the_release_knows(kind, entry, found, monkeypatch):
+    monkeypatch.setattr(schema, "io", SimpleNamespace(Schema=kind))
+    assert schema.schema(search_aliases=["t2v"], advanced=["shift"], inputs=[entry]) == found
+
+
+def test_only_inputs_that_are_there_can_be_folded_away():
+    with pytest.raises(KeyError, match="shfit"):
+        schema.schema(search_aliases=["t2v"], advanced=["shfit"], node_id="Test", inputs=[schema.io.Int.Input("shift")])
+
+
+def test_aliases_and_folded_inputs_where_the_release_knows_them():
+    schemas = {cls.GET_SCHEMA().node_id: cls.GET_SCHEMA() for cls in node_classes()}
+    sampler = schemas["Stillmotion_DDIMSampler"]
+    if hasattr(sampler, "search_aliases"):
+        assert [name for name, found in schemas.items() if not found.search_aliases] == []
+        aliases = {alias for found in schemas.values() for alias in found.search_aliases}
+        assert aliases >= {"image to video", "i2v", "animate", "long video", "LongLive", "Self Forcing", "interpolate",
+                           "loop", "text to video", "t2v", "train", "finetune", "psnr", "gif", "save mp4"}
+    if hasattr(sampler.inputs[0], "advanced"):
+        widgets = [entry for entry in sampler.inputs if isinstance(entry, schema.io.WidgetInput)]
+        assert [entry.id for entry in widgets if not entry.advanced] == ["seed", "steps", "cfg", "eta"]
 
 
 def imports(path):

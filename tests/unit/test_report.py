@@ -6,7 +6,7 @@ import pytest
 import torch
 from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 from stillmotion.nodes.common.drawing import ALARM, LEVELS
-from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, WIDTH, draw_report
+from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, LATENT, LEFT, MIDDLE, RIGHT, TOP, WIDTH, X0, draw_report
 
 SHAPE = (1, 4, 2, 8, 8)
 
@@ -38,7 +38,7 @@ def test_the_numbers():
 @pytest.mark.parametrize("changes, level, words", [
     ({}, "good", "no NaN or Inf"),
     ({"x_scale": 3.0}, "doubtful", "raise guidance_rescale"),
-    ({"x_scale": 3.0, "image_reach": 6.0}, "good", "reaches|lies within"),
+    ({"x_scale": 3.0, "image_reach": 6.0}, "good", r"lies within \+-7\.2, 0\.0% of the last predicted"),
     ({"x_scale": 9.0, "image_reach": 6.0}, "doubtful", "about 6.0 is usual"),
     ({"x_scale": 50.0}, "bad", "colour noise"),
     ({"x0_scale": 1.45}, "doubtful", "lie beyond"),
@@ -55,6 +55,9 @@ def test_verdicts(changes, level, words):
     assert re.search(words, found.verdict()[1])
     lines = found.text().splitlines()
     assert lines[0].startswith(level) and lines[1] == "settings in a line" and len(lines) == 3 + 5
+
+
+LATENT_SHADE = tuple(255 + (c - 255) * 46 // 255 for c in LATENT)
 
 
 def near(picture, colour):
@@ -77,10 +80,16 @@ def test_the_plot_shows_verdict_clipped_values_and_nan():
 
 @pytest.mark.parametrize("steps", [1, 2, 61, 1000])
 def test_the_plot_draws_any_number_of_steps(steps):
-    assert draw_report(report(steps)).size == (WIDTH, HEIGHT)
+    upper_panel = np.asarray(draw_report(report(steps)))[TOP:MIDDLE]
+    drawn = (np.abs(upper_panel.astype(int) - X0).max(-1) < 40).any(0).nonzero()[0]  # columns with the line of the means
+    end = 0 if steps == 1 else (RIGHT - LEFT) / steps / 2  # it leads from the first step to the last
+    assert abs(drawn.min() - LEFT - end) < 4 and abs(drawn.max() - RIGHT + end) < 4
+    assert steps == 2 or len(drawn) > 0.9 * (drawn.max() - drawn.min())
 
 
 def test_a_huge_range_still_has_round_ticks():
     columns = {name: [0.0, 0.0] for name in COLUMNS} | {"x_min": [-1e30, -1e30], "x_max": [2e30, 2e30]}
     found = SamplingReport("s", "off", 3.0, 512, False, [999, 499], columns)
-    assert draw_report(found).size == (WIDTH, HEIGHT) and found.verdict()[0] == "bad"
+    assert found.verdict()[0] == "bad"
+    picture = np.asarray(draw_report(found))
+    assert near(picture, LEVELS["bad"]) > 1000 and near(picture[TOP:MIDDLE], LATENT_SHADE) > 5000

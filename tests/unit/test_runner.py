@@ -82,15 +82,24 @@ def test_presets_find_their_checkpoint_by_name():
     assert "Doubiiu/DynamiCrafter_1024" in text and str(Path("models/checkpoints/dynamicrafter_1024.ckpt")) in text
 
 
+FOUND = host.Host("python", "ComfyUI")
+
+
 @pytest.mark.parametrize("device, arguments", [
     ("cpu", ["--cpu"]), ("cuda", []), ("cuda:1", ["--cuda-device", "1"]), ("2", ["--cuda-device", "2"])])
 def test_device_names(device, arguments):
-    assert launch.device_arguments("python", device) == arguments
+    assert launch.device_arguments(FOUND, device) == arguments
 
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(host.HostError, match="'tpu' is unknown: use auto, cpu, cuda or cuda:N"):
-        launch.device_arguments("python", "tpu")
+        launch.device_arguments(FOUND, "tpu")
+
+
+def test_auto_asks_torch_only_where_the_variant_does_not_tell(tmp_path):
+    assert launch.device_arguments(host.Host(tmp_path / "no python", tmp_path, "cpu"), "auto") == ["--cpu"]
+    with pytest.raises(FileNotFoundError):
+        launch.device_arguments(host.Host(tmp_path / "no python", tmp_path), "auto")
 
 
 # ---- graphs ----

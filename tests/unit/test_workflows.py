@@ -1,12 +1,16 @@
 """The shipped workflows as files: templates and API graphs say the same, and the example pictures are within reach."""
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import stillmotion
-from stillmotion.nodes.common.examples import offer_examples
+from comfy_api.latest._io import WidgetInput
+from stillmotion.nodes import NODES, load_nodes
+from stillmotion.nodes.common.examples import OFFERED, offer_examples
 
 WORKFLOWS = Path(stillmotion.__file__).parent / "workflows"
+SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in load_nodes(NODES))}
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
 
@@ -53,13 +57,57 @@ def test_templates_start_with_the_demo_and_name_a_real_checkpoint(name):
         assert "DynamiCrafter_512_Interp" in note["widgets_values"][0]
 
 
+# widgets of our nodes that the page puts a choice behind: what becomes of the number after a run
+SEEDS = {node_id: [socket.id for socket in schema.inputs if getattr(socket, "control_after_generate", False)]
+         for node_id, schema in SCHEMAS.items()}
+
+
+def widgets_of(node):
+    """{widget: value} of a template's node, as the page reads them: by position."""
+    values, found = iter(node.get("widgets_values", ())), {}
+    for name in [socket["name"] for socket in node["inputs"] if "widget" in socket]:
+        found[name] = next(values)
+        if name in SEEDS.get(node["type"], ("seed", "noise_seed")):
+            assert next(values) in ("fixed", "randomize"), node["type"]
+    assert list(values) == [], node["type"]
+    return found
+
+
+def test_widgets_are_read_by_position():
+    node = {"type": "Sampler", "inputs": [{"name": "model"}, *({"name": name, "widget": {}} for name in ("seed", "cfg"))]}
+    assert widgets_of(node | {"widgets_values": [1, "fixed", 2]}) == {"seed": 1, "cfg": 2}
+    with pytest.raises(AssertionError):
+        widgets_of(node | {"widgets_values": [1, "fixed", 2, 3]})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_template_and_api_graph_have_the_same_values(name):
     ui, api = read(f"{name}.json"), read(f"api/{name}.json")
     for node in ui["nodes"]:
         if str(node["id"]) in api:
-            given = [v for v in api[str(node["id"])]["inputs"].values() if not isinstance(v, list)]
-            assert [value for value in given if value not in node.get("widgets_values", [])] == [], node["type"]
+            found = widgets_of(node)
+            given = {key: value for key, value in api[str(node["id"])]["inputs"].items() if not isinstance(value, list)}
+            assert {key: found[key] for key in given} == given, node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_hold_the_widgets_of_each_node_in_their_order(name):
+    for node in read(f"{name}.json")["nodes"]:
+        if node["type"] in SCHEMAS:
+            widgets = [socket.id for socket in SCHEMAS[node["type"]].inputs if isinstance(socket, WidgetInput)]
+            assert list(widgets_of(node)) == widgets, node["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_folds_no_value_away_that_it_changes(name):
+    """Inputs marked advanced are hidden in the page; a template shows them where one is not at its default."""
+    folded = {f"Stillmotion_{kind.removesuffix('Node')}": getattr(import_module(f"stillmotion.nodes.{module}"), kind)
+              for module, kind in NODES}
+    api = read(f"api/{name}.json")
+    for node in (node for node in read(f"{name}.json")["nodes"] if node["type"] in folded):
+        changed = [entry.id for entry in folded[node["type"]].GET_SCHEMA().inputs if getattr(entry, "advanced", None)
+                   and api[str(node["id"])]["inputs"][entry.id] != entry.default]
+        assert changed == [] or node.get("showAdvanced"), (node["type"], changed)
 
 
 def test_a_run_that_is_gone_on_with_keeps_its_seed():
@@ -73,8 +121,20 @@ def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path):
     offer_examples(tmp_path)
     files = {n["inputs"]["image" if n["class_type"] == "LoadImage" else "file"] for name in NAMES
              for n in read(f"api/{name}.json").values() if n["class_type"] in ("LoadImage", "LoadVideo")}
-    assert files == {path.name for path in tmp_path.iterdir()}
+    assert files | {OFFERED} == {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
+
+
+def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):
+    offer_examples(tmp_path)
+    (tmp_path / "stillmotion_end.png").unlink()
+    offer_examples(tmp_path)
+    assert not (tmp_path / "stillmotion_end.png").exists() and (tmp_path / "stillmotion_start.png").exists()
+    names = (tmp_path / OFFERED).read_text().splitlines()
+    assert len(set(names)) == len(names)
+    (tmp_path / OFFERED).write_text("stillmotion_start.png\n")  # a later version brings another one
+    offer_examples(tmp_path)
+    assert (tmp_path / "stillmotion_end.png").exists()
 
 
 def test_an_input_folder_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):

@@ -1,194 +1,193 @@
-"""A small client for ComfyUI's HTTP and websocket interface. Standard library only.
+"""A small client for ComfyUI's HTTP and websocket interface, in plain calls.
 
 The websocket brings progress; what counts is /history, which is asked again and again.
 """
 
-import base64
+import contextlib
 import json
-import os
-import shutil
-import socket
-import ssl
-import struct
+import re
+import tempfile
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
 from pathlib import Path
+
+from errors import BadStatus, JobError, ServerGone, StrangeServer, plain
+from inprocess import common
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "can't allocate memory", "memoryerror")
 ADVICE = ("Out of memory: use a smaller preset (512 or 256), fewer frames, or a tiled decode "
           "(VAE Decode (Tiled) instead of VAE Decode), and close other programs that use this device.")
 GONE_AFTER_SECONDS = 10
-
-
-class JobError(RuntimeError):
-    """The server refused the graph or a node failed; the message is for people."""
-
-
-class ServerGone(RuntimeError):
-    """The server does not answer any more."""
-
-
-class Events:
-    """The receiving half of a websocket: JSON messages of one client id."""
-
-    def __init__(self, url, client_id):
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.socket = socket.create_connection((parts.hostname, port), timeout=30)
-        if parts.scheme == "https":
-            self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=parts.hostname)
-        self.socket.sendall((
-            f"GET {parts.path.rstrip('/')}/ws?clientId={client_id} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n\r\n").encode())
-        self.buffer = b""
-        while b"\r\n\r\n" not in self.buffer:
-            self._receive()
-        head, self.buffer = self.buffer.split(b"\r\n\r\n", 1)
-        if b" 101 " not in head.split(b"\r\n")[0]:
-            raise ConnectionError(f"no websocket at {url}: {head.splitlines()[0].decode()}")
-        self.message = b""  # of a message sent in several frames
-
-    def _receive(self):
-        data = self.socket.recv(65536)
-        if not data:
-            raise ConnectionError("the websocket was closed")
-        self.buffer += data
-
-    def _frame(self):
-        """(first byte, payload) of the next whole frame in the buffer, or None. RFC 6455 section 5.2."""
-        if len(self.buffer) < 2:
-            return None
-        size, start = self.buffer[1] & 0x7F, 2
-        if size > 125:
-            width = 2 if size == 126 else 8
-            if len(self.buffer) < 2 + width:
-                return None
-            size, start = int.from_bytes(self.buffer[2:2 + width], "big"), 2 + width
-        if len(self.buffer) < start + size:
-            return None
-        frame = self.buffer[0], self.buffer[start:start + size]
-        self.buffer = self.buffer[start + size:]
-        return frame
-
-    def next(self, seconds):
-        """The next JSON message, or None after about that many seconds. Raises ConnectionError when closed."""
-        deadline = time.monotonic() + seconds
-        while True:
-            frame = self._frame()
-            if frame is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                self.socket.settimeout(left)
-                try:
-                    self._receive()
-                except TimeoutError:
-                    return None
-                continue
-            kind, payload = frame[0] & 0x0F, frame[1]
-            if kind == 8:
-                raise ConnectionError("the websocket was closed by the server")
-            if kind == 9:  # ping: answer with the same bytes, masked with zeros as a client must
-                self.socket.sendall(struct.pack(">BBI", 0x8A, 0x80 | len(payload), 0) + payload)
-            elif kind in (0, 1, 2):
-                self.message += payload
-                if frame[0] & 0x80:
-                    message, self.message = self.message, b""
-                    if message[:1] == b"{":  # the rest are preview images
-                        return json.loads(message)
-
-    def close(self):
-        self.socket.close()
+LOOK_SECONDS = 5  # from one look whether the server still knows the job to the next
+SLOW_SECONDS = 600  # for a large picture over a slow line, and for checking a graph
+IN_MEMORY = 64 << 20  # bytes of a file that is looked at; a longer one goes to the disk
 
 
 class Client:
-    """Talks to one server; `local` is the launch.Server behind it, or None for somebody else's."""
+    """Talks to one server; `local` is the launch.Server behind it, or None for somebody else's.
+
+    Every call raises ServerGone where there is no answer, and its kind StrangeServer where the answer is not ComfyUI's.
+    """
 
     def __init__(self, url, local=None):
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        from transport import Connection, Events  # they need aiohttp, which the host's Python has
+
+        self.connection, self.events = Connection(url), Events
+        self.url = self.connection.url  # without a password
         self.local = local
         self.id = uuid.uuid4().hex
-        at_home = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
-        proxies = [urllib.request.ProxyHandler({})] if at_home else []
-        self._open = urllib.request.build_opener(*proxies).open
 
     # ---- plain requests ----
 
-    def request(self, path, body=None, headers=None):
-        """The open answer of a GET, or of a POST where there is a body (bytes, or anything JSON takes)."""
+    def request(self, path, body=None, headers=None, tries=GONE_AFTER_SECONDS, **options):
+        """The answer to a GET, or to a POST where there is a body (bytes, or anything JSON takes), as an open file.
+
+        A connection that breaks is tried again. options: of Connection.ask.
+        """
+        from transport import Broken
+
         if body is not None and not isinstance(body, bytes):
             body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        for attempt in range(GONE_AFTER_SECONDS):
+        for attempt in range(tries, 0, -1):
             try:
-                return self._open(urllib.request.Request(self.url + path, body, headers or {}), timeout=120)
-            except urllib.error.HTTPError:
-                raise
-            except OSError as error:
-                if self.local and not self.local.alive():
-                    code = self.local.process.returncode
-                    advice = f"\n{ADVICE}" if code == -9 else ""
-                    raise ServerGone(f"the ComfyUI server ended (exit code {code}). Its last words:\n"
-                                     f"{self.local.tail()}{advice}") from None
-                if attempt == GONE_AFTER_SECONDS - 1:
-                    raise ServerGone(f"no answer from {self.url}: {error}. Is ComfyUI still running there?") from None
+                return self.connection.ask(path, body, headers, **options)
+            except Broken:
+                self._check_alive()
+                if attempt == 1:
+                    raise
             time.sleep(1)
 
-    def json(self, path, body=None):
-        with self.request(path, body) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+    def _check_alive(self):
+        if self.local and not self.local.alive():
+            code = self.local.process.returncode
+            advice = f"\n{ADVICE}" if code == -9 else ""
+            raise ServerGone(f"the ComfyUI server ended (exit code {code}). Its last words:\n"
+                             f"{plain(self.local.tail())}{advice}")
+
+    def json(self, path, body=None, kind=object, **options):
+        """The answer's JSON, None where it is empty; it must be of this kind."""
+        text = self.request(path, body, **options).read()
+        with self.understood(path):
+            found = json.loads(text) if text else None
+            if not isinstance(found, kind):
+                raise TypeError(f"{type(found).__name__} for {kind.__name__}")
+        return found
+
+    @contextlib.contextmanager
+    def understood(self, path):
+        """An answer that is no JSON, or not made as ComfyUI's are, becomes a StrangeServer."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise StrangeServer(f"{self.url} does not answer as a ComfyUI does: {path.partition('?')[0]} gave "
+                                f"something else ({type(error).__name__}).") from error
 
     def upload(self, data, name):
         """Put a file with these bytes into the server's input folder; returns the name to use in LoadImage (another
-        one where the folder holds another file of this name)."""
-        edge = uuid.uuid4().hex
-        def part(field, value):
-            return f'--{edge}\r\nContent-Disposition: form-data; name="{field}"{value}\r\n'.encode()
-        body = (part("image", f'; filename="{name}"\r\n') + data + f"\r\n--{edge}--\r\n".encode())
-        with self.request("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={edge}"}) as answer:
-            stored = json.load(answer)
-        return "/".join(filter(None, (stored["subfolder"], stored["name"])))
+        one where the folder holds another file of this name). JobError where the server does not take it."""
+        edge, path = uuid.uuid4().hex, Path(name)
+        name = re.sub(r"[^\w .()-]", "_", path.stem)[:60] + re.sub(r"[^\w.]", "", path.suffix)
+        head = (f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+                "Content-Type: application/octet-stream\r\n\r\n")
+        body = head.encode() + data + f"\r\n--{edge}--\r\n".encode()
+        try:
+            stored = self.json("/upload/image", body, dict, seconds=SLOW_SECONDS,
+                               headers={"Content-Type": f"multipart/form-data; boundary={edge}"})
+        except BadStatus as error:
+            why = f"it is too large ({len(data) / 2 ** 20:.0f} MB)" if error.status == 413 else error
+            raise JobError(f"the server does not take {name}: {why}") from None
+        with self.understood("/upload/image"):
+            return "/".join(filter(None, (stored["subfolder"] + "", stored["name"] + "")))
 
     def view(self, entry):
-        """The open answer with the bytes of an output entry (filename, subfolder, type) of the history."""
-        return self.request("/view?" + urllib.parse.urlencode({k: entry[k] for k in ("filename", "subfolder", "type")}))
+        """The bytes of an output entry (filename, subfolder, type) of the history, as an open file."""
+        return self.fetch(entry, tempfile.SpooledTemporaryFile(IN_MEMORY))
 
-    def download(self, entry, path):
-        """Save an output entry of the history under this path, whole or not at all."""
-        part = Path(f"{path}.part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with self.view(entry) as answer, open(part, "wb") as f:
-                shutil.copyfileobj(answer, f)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    def fetch(self, entry, file):
+        """Write an output entry of the history into an open file; returns it, at its beginning."""
+        from transport import Broken
+
+        with self.understood("/history"):
+            query = urllib.parse.urlencode({name: entry[name] for name in ("filename", "subfolder", "type")})
+        for attempt in (1, 2, 3):
+            try:
+                file.seek(0)
+                file.truncate()
+                self.connection.ask(f"/view?{query}", file=file)
+                break
+            except Broken:
+                self._check_alive()
+                if attempt == 3:
+                    raise
+                time.sleep(1)
+        file.seek(0, 2)
+        if not file.tell():
+            raise StrangeServer(f"{self.url} sent an empty file.")
+        file.seek(0)
+        return file
+
+    def download(self, entry, path, overwrite=False):
+        """Save an output entry of the history under this path, whole or not at all; returns the path.
+
+        A file that is there already is replaced only with `overwrite`; otherwise the new one gets the next free
+        number: video.mp4, video-2.mp4, ... OSError where it cannot be written.
+        """
+        saving, name = common("saving"), FreeName(path)
+        with saving.replacing(name.path) if overwrite else saving.new_file(name) as content:
+            with open(content, "xb") as file:
+                self.fetch(entry, file)
+        return name.path
 
     # ---- jobs ----
 
-    def queue(self, graph, workflow=None):
-        """Queue an API graph; saved files carry the UI workflow. Returns the prompt id. Raises JobError."""
-        body = {"prompt": graph, "client_id": self.id}
+    def queue(self, graph, workflow=None, prompt_id=None):
+        """Queue an API graph; saved files carry the UI workflow. Returns the prompt id. Raises JobError.
+
+        The job gets an id of ours, so that it can be looked for where the answer is lost: it is never queued twice.
+        """
+        from transport import Broken
+
+        prompt_id = prompt_id or str(uuid.uuid4())
+        body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt_id}
         if workflow:
             body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
-        try:
-            answer = self.json("/prompt", body)
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise JobError(refusal(json.loads(text), graph) if text[:1] == "{" else text) from None
-        if answer["node_errors"]:  # the server would run the rest of the graph
-            self.cancel(answer["prompt_id"])
-            raise JobError(refusal(answer, graph))
-        return answer["prompt_id"]
+        for attempt in (1, 2, 3):
+            try:
+                answer = self.json("/prompt", body, dict, tries=1, seconds=SLOW_SECONDS)
+                break
+            except Broken:
+                time.sleep(1)
+                if self._knows(prompt_id):
+                    return prompt_id
+                if attempt == 3:
+                    raise
+            except BadStatus as error:
+                if not error.text.startswith("{"):
+                    raise JobError(str(error)) from None
+                with self.understood("/prompt"):
+                    raise JobError(refusal(json.loads(error.text), graph)) from None
+        with self.understood("/prompt"):
+            prompt_id, problems = answer["prompt_id"] + "", answer.get("node_errors")
+            if problems:  # the server would run the rest of the graph
+                self.cancel(prompt_id)
+                raise JobError(refusal(answer, graph))
+        return prompt_id
+
+    def _knows(self, prompt_id):
+        """Whether the job waits, runs or has ended."""
+        queue = self.json("/queue", kind=dict)
+        with self.understood("/queue"):
+            listed = [job[1] for job in queue["queue_running"] + queue["queue_pending"]]
+        return prompt_id in listed or self._history(prompt_id) is not None
+
+    def _history(self, prompt_id):
+        return self.json(f"/history/{urllib.parse.quote(prompt_id, safe='')}", kind=dict).get(prompt_id)
 
     def cancel(self, prompt_id):
         """Take a job off the queue, or interrupt it where it runs."""
-        self.json("/queue", {"delete": [prompt_id]})
-        self.json("/interrupt", {"prompt_id": prompt_id})
+        for path, body in (("/queue", {"delete": [prompt_id]}), ("/interrupt", {"prompt_id": prompt_id})):
+            self.request(path, body, tries=1, seconds=5)
 
     def run(self, graph, workflow=None, progress=None):
         """Queue a graph and wait for its end; returns the history's outputs by node id.
@@ -196,52 +195,79 @@ class Client:
         `progress(node id, value, maximum)` is called at every step. Raises JobError and ServerGone; anything
         that ends the wait early, Ctrl-C too, cancels the job.
         """
-        events = self._events()
-        prompt_id, errors = self.queue(graph, workflow), []
+        events, prompt_id, errors = self._events(), str(uuid.uuid4()), []
         try:
+            prompt_id = self.queue(graph, workflow, prompt_id)
+            look = time.monotonic() + LOOK_SECONDS
             while True:
-                ended, events = self._follow(events, prompt_id, progress, errors)
-                entry = self.json(f"/history/{prompt_id}").get(prompt_id)
-                if entry:
-                    return finished(entry, graph, errors)
+                ended, events = self._follow(events, prompt_id, graph, progress, errors)
+                entry = self._history(prompt_id)
+                if entry is not None:
+                    with self.understood("/history"):
+                        return finished(entry, graph, errors)
+                if time.monotonic() > look:
+                    if not self._knows(prompt_id):
+                        raise JobError(f"{self.url} does not know the job any more: it was started again, or somebody "
+                                       "removed the job. Run the command again.")
+                    look = time.monotonic() + LOOK_SECONDS
                 if ended:  # the history follows the message within moments
                     time.sleep(0.05)
         except BaseException as stop:
             if not isinstance(stop, (JobError, ServerGone)):
-                self.cancel(prompt_id)
+                with contextlib.suppress(ServerGone):
+                    self.cancel(prompt_id)
             raise
         finally:
             if events:
                 events.close()
 
     def _events(self):
-        self.json("/system_stats")  # says that the server is gone where it is
+        from transport import Broken
+
+        self.request("/system_stats")  # says that the server is gone where it is
         try:
-            return Events(self.url, self.id)
-        except OSError:  # some proxies pass no websocket; the history is enough
+            return self.events(self.connection, self.id)
+        except Broken:  # some proxies pass no websocket; the history is enough
             return None
 
-    def _follow(self, events, prompt_id, progress, errors):
+    def _follow(self, events, prompt_id, graph, progress, errors):
         """Handle messages for up to a second: (whether the job ended, events or None when the connection broke).
         Errors are kept: why a node was blocked is said in no other place."""
+        from transport import Broken
+
         deadline = time.monotonic() + 1
         try:
-            while events and time.monotonic() < deadline:
-                message = events.next(deadline - time.monotonic())
-                if message is None or message["data"].get("prompt_id") != prompt_id:
+            while events and (left := deadline - time.monotonic()) > 0:
+                message = events.next(left) or {}
+                kind, data = message.get("type"), message.get("data")
+                if not isinstance(data, dict) or data.get("prompt_id") != prompt_id:
                     continue
-                data = message["data"]
-                if message["type"] == "progress" and progress:
-                    progress(data["node"], data["value"], data["max"])
-                if message["type"] == "execution_error":
+                numbers = [data.get("value"), data.get("max")]
+                if kind == "progress" and progress and data.get("node") in graph and all(
+                        isinstance(number, (int, float)) for number in numbers):
+                    progress(data["node"], *numbers)
+                if kind == "execution_error":
                     errors.append(data)
-                if message["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                if kind in ("execution_success", "execution_error", "execution_interrupted"):
                     return True, events
-        except OSError:
+        except Broken:
+            events.close()
             events = None
         if events is None:
             time.sleep(0.5)
         return False, events
+
+
+class FreeName:
+    """A file's name, and the next free ones after it, as nodes/common/saving.py asks for them."""
+
+    def __init__(self, path):
+        self.wanted, self.number = Path(path), 1
+
+    @property
+    def path(self):
+        more = "" if self.number == 1 else f"-{self.number}"
+        return self.wanted.with_name(f"{self.wanted.stem}{more}{self.wanted.suffix}")
 
 
 # ---- what went wrong, in words ---------------------------------------------------------------------------
@@ -252,9 +278,10 @@ def refusal(answer, graph):
     for node_id, report in (answer.get("node_errors") or {}).items():
         for error in report["errors"]:
             lines.append(f"{graph[node_id]['class_type']} (node {node_id}): {error['message']}: {error['details']}")
-    if not lines and "error" in answer:
-        lines.append(f"{answer['error']['message']} {answer['error'].get('details', '')}".strip())
-    return "the server refused the graph:\n  " + "\n  ".join(lines)
+    error = answer.get("error")
+    if not lines and error:
+        lines.append(f"{error['message']} {error.get('details', '')}".strip() if isinstance(error, dict) else error)
+    return plain("the server refused the graph:\n  " + "\n  ".join(lines))
 
 
 def finished(entry, graph, errors=()):
@@ -267,5 +294,14 @@ def finished(entry, graph, errors=()):
             text = f"{data['node_type']} (node {data['node_id']}) failed: {data['exception_message'].strip() or reason}"
             if any(word in reason.lower() for word in OUT_OF_MEMORY):
                 text += f"\n{ADVICE}"
-            raise JobError(text)
+            raise JobError(plain(text))
     return entry["outputs"]
+
+
+def results(outputs, node, kind="images"):
+    """What a node of a finished job gave; JobError where it gave nothing."""
+    found = outputs.get(node) if isinstance(outputs, dict) else None
+    entries = found.get(kind) if isinstance(found, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise JobError("the job ended without a result; the server's log says why.")
+    return entries

@@ -4,7 +4,7 @@ Standard library only. The private host is ComfyUI 0.3.75 taken from a pinned wh
 with pinned packages, in a cache folder of the user's whose name is a hash of everything pinned here.
 
 Environment: STILLMOTION_HOST names another cache folder; STILLMOTION_COMFYUI names a ComfyUI that the running
-Python can import (set for every script that was started again in its host).
+Python can import, STILLMOTION_VARIANT its variant (both set for every script that was started again in its host).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ CONSTRAINTS = RUNNER / "host_constraints.txt"
 TORCHVISION_HOOK = RUNNER / "host_torchvision.py"
 MANIFEST = "manifest.json"  # written last: a host without it is half-made
 
-Host = namedtuple("Host", "python comfyui")
+Host = namedtuple("Host", "python comfyui variant", defaults=[None])  # variant: of a private one, "cpu" or "cuda"
 
 
 class HostError(RuntimeError):
@@ -245,7 +245,7 @@ def private_host():
     variant = "cuda" if has_nvidia() else "cpu"
     folder = cache_folder() / f"comfyui-{COMFYUI}-{variant}-{key(pins(variant))}"
     ensure(folder, lambda f: build_host(f, variant), host_works)
-    return Host(venv_python(folder / "venv"), folder / "ComfyUI")
+    return Host(venv_python(folder / "venv"), folder / "ComfyUI", variant)
 
 
 # ---- an existing ComfyUI ---------------------------------------------------------------------------------
@@ -286,7 +286,8 @@ def find_host(comfyui=None):
     if comfyui:
         return existing_host(comfyui)
     if os.environ.get("STILLMOTION_COMFYUI"):
-        return Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
+        return Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]),
+                    os.environ.get("STILLMOTION_VARIANT") or None)
     if PACK.parent.name == "custom_nodes" and (PACK.parents[1] / "main.py").is_file():
         return existing_host(PACK.parents[1])
     return private_host()
@@ -301,7 +302,8 @@ def reexec(comfyui=None):
         host = find_host(comfyui)
     except HostError as error:
         sys.exit(f"error: {error}")
-    environment = dict(clean_environment(), STILLMOTION_COMFYUI=str(host.comfyui))
+    environment = dict(clean_environment(), STILLMOTION_COMFYUI=str(host.comfyui),
+                       STILLMOTION_VARIANT=host.variant or "")
     command = [str(host.python), *sys.argv]
     if os.name == "nt":
         sys.exit(subprocess.call(command, env=environment))

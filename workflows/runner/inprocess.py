@@ -1,5 +1,6 @@
 """The pack in the running Python, for scripts that need its engine but no server."""
 
+import functools
 import importlib.util
 import sys
 
@@ -20,3 +21,12 @@ def import_pack(comfyui, cpu=None):
         "stillmotion", host.PACK / "__init__.py", submodule_search_locations=[str(host.PACK)])
     sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+@functools.cache
+def common(name):
+    """One module of nodes/common that imports nothing of ComfyUI or the pack, without the wait for those."""
+    spec = importlib.util.spec_from_file_location(f"stillmotion_{name}", host.PACK / "nodes" / "common" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -16,6 +16,7 @@ import host
 
 STARTUP_SECONDS = 180
 PACK_FOLDER = "stillmotion"
+GUARD = host.RUNNER / "guard.py"
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback never goes through a proxy
 
 
@@ -32,13 +33,13 @@ def models_folder(comfyui):
     return comfyui / "models"
 
 
-def device_arguments(python, device):
+def device_arguments(found, device):
     """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU."""
     if device == "auto":
         # the private CPU host needs no look; torch takes two seconds to import
         code = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
-        found = "-cpu-" not in str(python) and subprocess.run([str(python), "-c", code]).returncode == 0
-        return [] if found else ["--cpu"]
+        gpu = found.variant != "cpu" and subprocess.run([str(found.python), "-c", code]).returncode == 0
+        return [] if gpu else ["--cpu"]
     named = re.fullmatch(r"(?:cuda:?)?(\d*)", device)
     if device == "cpu":
         return ["--cpu"]
@@ -82,7 +83,7 @@ class Server:
             self.command = [
                 str(found.python), str(found.comfyui / "main.py"), "--listen", "127.0.0.1", "--disable-auto-launch",
                 "--disable-api-nodes", "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found.python, device), *arguments]
+                "--log-stdout", "--extra-model-paths-config", str(paths), *device_arguments(found, device), *arguments]
             self._start()
             self._check_pack()
         except BaseException:
@@ -105,8 +106,11 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = open(self.base / "server.log", "wb")
-        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order
-        self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, cwd=self.base,
+        python, *arguments = self.command
+        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order; where
+        # the runner dies without that, the guard sees the end of its input and ends the server
+        self.process = subprocess.Popen([python, str(GUARD), str(self.base), *arguments, "--port", str(port)],
+                                        stdin=subprocess.PIPE, stdout=self.log, cwd=self.base,
                                         stderr=subprocess.STDOUT, env=self.environment, start_new_session=True)
         deadline = time.monotonic() + STARTUP_SECONDS
         while True:
@@ -145,6 +149,7 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         if self.process is not None:
+            self.process.stdin.close()
             self.log.close()
         if not self.keep:
             shutil.rmtree(self.base, ignore_errors=True)

@@ -8,15 +8,18 @@
         save_video(videos, "cat.mp4", fps=8)
 """
 
-import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 
 import client
 import graph
 import host
+import inprocess
 import launch
+from commands import PRESETS
+from errors import plain
 
 API = host.WORKFLOWS / "api" / "animate.json"
 UI = host.WORKFLOWS / "animate.json"
@@ -24,13 +27,9 @@ LOADER = "Stillmotion_LoadDynamiCrafter"
 IMAGE_TO_VIDEO = "Stillmotion_DynamiCrafterImageToVideo"
 SAMPLER = "Stillmotion_DDIMSampler"
 SAVER = "Stillmotion_SaveVideo"
+LARGEST_SENT = 32 << 20  # bytes of a picture; ComfyUI takes 100 MB
+LONGEST_SIDE = 4096  # pixels, of a picture that is sent in another form
 
-PRESETS = {
-    "demo": {},  # what the workflow says
-    "256": {"width": 256, "height": 256, "frame_stride": 3, "guidance_scale": 7.5},
-    "512": {"width": 512, "height": 320, "frame_stride": 24, "guidance_scale": 7.5},
-    "1024": {"width": 1024, "height": 576, "frame_stride": 10, "guidance_scale": 7.5},
-}
 REPOSITORY = {"256": "Doubiiu/DynamiCrafter", "512": "Doubiiu/DynamiCrafter_512", "1024": "Doubiiu/DynamiCrafter_1024"}
 
 
@@ -74,10 +73,7 @@ class Pipeline:
                                         threads=1 if resolution == "demo" else None)
         try:
             self.client = client.Client(server or self.server.url, self.server)
-            try:
-                self.schemas = self.client.json("/object_info")
-            except (OSError, ValueError) as error:
-                raise host.HostError(f"{self.client.url} does not answer as a ComfyUI does: {error}.") from None
+            self.schemas = self.client.json("/object_info", kind=dict)
             if LOADER not in self.schemas:
                 raise host.HostError(f"the ComfyUI at {self.client.url} does not have the Stillmotion nodes: "
                                      "put the pack into its custom_nodes folder and start it again.")
@@ -89,7 +85,7 @@ class Pipeline:
 
     def _checkpoint(self, name, models):
         folder = (models or Path("models")) / "checkpoints"
-        names = self.client.json("/models/checkpoints")
+        names = [plain(name) for name in self.client.json("/models/checkpoints", kind=list)]
         if name and name != "demo":
             if name not in names:
                 where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
@@ -108,14 +104,15 @@ class Pipeline:
         """Animate one image (a file or a PIL image); None means what the preset or the workflow says.
 
         Returns one list of output entries (see Client.download) for each video of the batch. `progress(node name,
-        value, maximum)` is called at every step. Raises client.JobError and client.ServerGone.
+        value, maximum)` is called at every step. Raises client.JobError (for a picture that cannot be read, too) and
+        client.ServerGone.
         """
         job = json.loads(API.read_text())
         workflow = json.loads(UI.read_text()) if UI.exists() else None
         preset = PRESETS[self.resolution]
 
         def edit(node_id, **values):
-            graph.set_inputs(job, workflow, self.schemas, node_id, **values)
+            self.set_inputs(job, workflow, node_id, **values)
 
         conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
         saver = graph.find_node(job, SAVER)
@@ -133,13 +130,25 @@ class Pipeline:
             decoded = job[saver]["inputs"]["images"][0]
             savers = graph.split_batch(job, decoded, saver, batch_size, job[conditioning]["inputs"]["frames"])
 
-        def report(node_id, value, maximum):
-            progress(self.schemas[job[node_id]["class_type"]]["display_name"], value, maximum)
+        outputs = self.client.run(job, workflow, self.report(job, progress))
+        return [client.results(outputs, node) for node in savers]
 
-        outputs = self.client.run(job, workflow, report if progress else None)
-        if any(node not in outputs for node in savers):
-            raise client.JobError("the job ended without a video; the server's log says why.")
-        return [outputs[node]["images"] for node in savers]
+    def set_inputs(self, job, workflow, node_id, **values):
+        """graph.set_inputs; HostError where the server's nodes are not those that the graph was made for."""
+        try:
+            graph.set_inputs(job, workflow, self.schemas, node_id, **values)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise host.HostError(f"the Stillmotion nodes at {self.client.url} are not those of this command "
+                                 f"({plain(error)}): put the same version of the pack at both ends.") from None
+
+    def report(self, job, progress):
+        """For Client.run: calls `progress(node name, value, maximum)`."""
+        def tell(node_id, value, maximum):
+            schema = self.schemas.get(job[node_id]["class_type"])
+            name = schema.get("display_name") if isinstance(schema, dict) else None
+            progress(plain(name or job[node_id]["class_type"]), value, maximum)
+
+        return tell if progress else None
 
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
@@ -168,17 +177,28 @@ class Pipeline:
 
 
 def file_of(image):
-    """(bytes, name) of an image file or a PIL image."""
+    """(bytes, name) to send of an image: a file, or a PIL image. JobError for a picture that cannot be read.
+
+    What ComfyUI might read otherwise (an animation, 16 bits, a rare format) or is large is sent as a PNG.
+    """
+    png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
-        return Path(image).read_bytes(), Path(image).name
-    png = io.BytesIO()
+        pictures, path = inprocess.common("pictures"), Path(image)
+        try:
+            image = pictures.open_picture(path)
+        except ValueError as error:
+            raise client.JobError(str(error)) from None
+        if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
+            return path.read_bytes(), path.name
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # far above what the models take
+        name = f"{path.stem}.png"
     image.save(png, "PNG")
-    return png.getvalue(), "image.png"
+    return png.getvalue(), name
 
 
 def save_video(videos, path, fps):
     """Save frames [T, H, W, 3] in 0..1 as the MP4 file `path`, as the Save Video node does."""
-    spec = importlib.util.spec_from_file_location("stillmotion_video", host.PACK / "nodes" / "common" / "video.py")
-    video = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(video)
+    if "stillmotion" not in sys.modules:
+        inprocess.import_pack(host.find_host().comfyui)
+    from stillmotion.nodes.common import video
     video.save_video(videos, path, fps)

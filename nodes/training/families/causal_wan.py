@@ -94,7 +94,7 @@ class CausalWanTraining(Family):
         count, channels, frames, height, width = z.shape
         steps = make_steps(STEPS, SHIFT, warp=True)
         plan = Plan(blocks=(self.block,) * (frames // self.block), steps=steps, first_steps=steps, context_noise=0,
-                    window=-1, sink=0, endless=False, switches=(), global_sink=False, cfg=1, freeze_sink=False)
+                    window=-1, sink=0, endless=False, switches=(), global_sink=False, cfg=1)
         cache = KVCache(plan.layout(net.params, height, width), count, torch.float32, z.device)
         draw = seeded_noise(seed, count, channels, height, width)
         loop = BlockLoop(plan=plan, evaluate=net, caches=[cache], y_BYFHW=self._y(batch),

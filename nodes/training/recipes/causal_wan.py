@@ -195,8 +195,7 @@ def rollout_plan(frames: int, turn: int) -> Plan:
     """As the demo's workflows sample, in fewer steps and without guidance."""
     steps = make_steps(STEPS, SHIFT, warp=True)
     return Plan(blocks=(BLOCK,) * (frames // BLOCK), steps=steps, first_steps=steps, context_noise=0, window=WINDOW,
-                sink=SINK, endless=True, switches=(turn,) if 0 < turn < frames else (), global_sink=True, cfg=1,
-                freeze_sink=False)
+                sink=SINK, endless=True, switches=(turn,) if 0 < turn < frames else (), global_sink=True, cfg=1)
 
 
 @torch.no_grad()

@@ -1,0 +1,108 @@
+"""What the commands that send work to a server share: flags, checks of them, their start and their end."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import errors
+import host
+
+PRESETS = {
+    "demo": {},  # what the workflow says
+    "256": {"width": 256, "height": 256, "frame_stride": 3, "guidance_scale": 7.5},
+    "512": {"width": 512, "height": 320, "frame_stride": 24, "guidance_scale": 7.5},
+    "1024": {"width": 1024, "height": 576, "frame_stride": 10, "guidance_scale": 7.5},
+}
+
+
+def add_server_flags(parser):
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace files of the same name (default: the new ones get a number)")
+    parser.add_argument("--models", type=Path, help="another models folder to search (with checkpoints/ in it)")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--comfyui", metavar="PATH", help="use the ComfyUI in this folder")
+    parser.add_argument("--server", metavar="URL",
+                        help="use the ComfyUI that runs at this address; with a password: http://NAME:PASSWORD@HOST")
+
+
+def check(options, positive=()):
+    """What is wrong with the shared options and the numbers in `positive`, or None."""
+    for name in positive:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            return f"--{name} is {value}: it must be above 0"
+    if options.steps and options.steps > 1000:
+        return f"--steps is {options.steps}: the model has 1000 timesteps, so at most 1000"
+    if options.seed is not None and not 0 <= options.seed < 2 ** 64:
+        return f"--seed is {options.seed}: it must lie between 0 and {2 ** 64 - 1}"
+    ignored = [name for name in ("comfyui", "models", "device") if getattr(options, name)]
+    if options.server and ignored:
+        return f"--server brings its own ComfyUI, models and device: leave out --{' --'.join(ignored)}"
+    if options.models and not options.models.is_dir():
+        return f"--models: there is no folder {options.models}"
+    return None
+
+
+def start(options):
+    """Go on in the host's Python. From now on being stopped, or a closed terminal, is heard as Ctrl-C is."""
+    host.reexec(options.comfyui)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console or file of Windows may know few characters
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
+
+
+def open_pipeline(options, preset="demo"):
+    """The pipeline.Pipeline of the options."""
+    import pipeline
+
+    return pipeline.Pipeline(preset, options.checkpoint, options.device or "auto", options.comfyui, options.server,
+                             options.models)
+
+
+@contextlib.contextmanager
+def ending():
+    """Ends the command in one sentence where something goes wrong."""
+    try:
+        yield
+    except (host.HostError, errors.JobError, errors.ServerGone) as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read the output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped; the job was cancelled", file=sys.stderr)
+        sys.exit(130)
+
+
+def make_folder(folder):
+    """Make the folder of the results, before the work begins; HostError where nothing can be written into it."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise host.HostError(f"cannot write into {folder}: {error}. Choose another folder with --output.") from None
+
+
+def save(pipe, entry, path, overwrite):
+    """Save an output entry of the server; returns the path. HostError where the disk does not take it."""
+    try:
+        return pipe.client.download(entry, path, overwrite)
+    except OSError as error:
+        if pipe.server:
+            pipe.server.keep = True
+            made = pipe.server.base / "output" / entry["subfolder"] / entry["filename"]
+            print(f"the finished file is kept as {made}", flush=True)
+        raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.") from None
+
+
+def tell(number, of, what):
+    """End with an error where some failed."""
+    if number:
+        sys.exit(f"error: {number} of {of} {what} failed")
