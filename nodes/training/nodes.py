@@ -47,8 +47,9 @@ class TrainVideoModel(io.ComfyNode):
                                         "models/diffusion_models), numbered on; samples, curves, further checkpoints "
                                         "and the state lie in output/training/NAME_00001."),
                 io.Boolean.Input("resume", default=False,
-                                 tooltip="Go on with the last run of this name, exactly where it was stopped. All "
-                                         "settings but the number of steps must be the same."),
+                                 tooltip="Go on with the last run of this name, exactly where it was stopped. The "
+                                         "number of steps and the learning rate may be others, all else must be the "
+                                         "same."),
                 io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Batches to learn from."),
                 io.Int.Input("batch_size", default=4, min=1, max=1024, tooltip="Clips of a batch: more is steadier, "
                                                                                "and needs more memory."),
