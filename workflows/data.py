@@ -10,7 +10,6 @@ names). Runs in ComfyUI's Python, which is set up on first use; pack needs the p
 
 import argparse
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -21,14 +20,6 @@ import host
 host.check_python()
 
 import inprocess  # noqa: E402
-
-
-def size(text):
-    """(height, width) of "64" or "512x320" (width first)."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give the edge, as 64, or WIDTHxHEIGHT, as 512x320")
-    return int(found[2] or found[1]), int(found[1])
 
 
 def parse(arguments):
@@ -52,8 +43,7 @@ def parse(arguments):
     pack.add_argument("--per_shard", type=int, default=256, help="clips in a shard (default: 256)")
     for command in (shapes, check, pack):
         command.add_argument("--num_frames", type=int, default=16, help="frames of a clip (default: 16)")
-        command.add_argument("--frame_size", type=size, default=(64, 64),
-                             help="edge in pixels, or WIDTHxHEIGHT (default: 64)")
+        command.add_argument("--frame_size", default="64", help="edge in pixels, or WIDTHxHEIGHT (default: 64)")
     for command in (check, pack):
         command.add_argument("--stride", type=int, default=0,
                              help="take every N-th frame; 0: evenly over the whole clip (default)")
@@ -115,7 +105,9 @@ def load_vae(name):
 def main():
     options = parse(sys.argv[1:])
     inprocess.import_pack(host.reexec(options.comfyui))
+    from stillmotion.nodes.training.config import parse_size
     try:
+        options.frame_size = parse_size(options.frame_size)
         return {"shapes": make_shapes, "check": check_folder, "pack": pack_folder}[options.command](options)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -56,13 +56,13 @@ def train(settings):
     import torch
     from stillmotion.nodes.training import load as parts
     from stillmotion.nodes.training.families.inflate import inflate
-    from stillmotion.nodes.training.families.registry import make_family
+    from stillmotion.nodes.training.families.registry import load_model, make_family
     from stillmotion.nodes.training.parallel import make_processes
     from stillmotion.nodes.training.run import Training
 
     processes = make_processes(settings.mixed_precision, parts.choose_device(settings.device))
     stop, result = Stop(), Path(settings.output)
-    dataset, model = parts.load_dataset(settings), parts.load_model(settings)
+    dataset, model = parts.load_dataset(settings), load_model(settings)
     encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings))
     family = make_family(model, encoders, settings, dataset)
     if processes.rank == 0:

@@ -6,13 +6,12 @@ projector inside under its published prefix `image_proj_model.`.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.embedding import sinusoids
 from ..common.patches import join_skip, open_options, patch_hidden
 from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
 from .resampler import Resampler, ResamplerParams
@@ -36,13 +35,6 @@ class UNetParams:
     image_cross_attention_scale_learnable: bool
     default_fs: int
     resampler: ResamplerParams
-
-
-def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
-    """Sinusoidal features [B, width] of one number per sample: cosines, then sines, periods 2 pi to 20000 pi."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t_B.device) / (width // 2))
-    angles = t_B[:, None].float() * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
@@ -234,8 +226,8 @@ class VideoUNet(nn.Module):
             keys = cache[slot]
 
         dtype = x_BCTHW.dtype
-        emb_BE = (self.time_embed(timestep_embedding(timesteps, self.params.model_channels).to(dtype))
-                  + self.fps_embedding(timestep_embedding(frame_stride, self.params.model_channels).to(dtype)))
+        emb_BE = (self.time_embed(sinusoids(timesteps, self.params.model_channels).to(dtype))
+                  + self.fps_embedding(sinusoids(frame_stride, self.params.model_channels).to(dtype)))
         # Sizes that are not a multiple of the deepest stride are edge-padded and cropped at the end.
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
         if height % self.stride or width % self.stride:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from .families import FAMILIES
 from .parallel import PRECISIONS
 
-FAMILIES = ("video_unet", "dynamicrafter", "causal_wan")
 SPACES = ("latent", "pixels")
 PARTS = ("all", "projector_temporal")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
@@ -24,7 +24,7 @@ def _setting(default, text: str, choices: Sequence[str] = ()):
 class TrainConfig:
     """Every setting, with its default. The texts are the help of the command line."""
 
-    family: str = _setting("video_unet", "network to train", FAMILIES)
+    family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")

@@ -1,7 +1,6 @@
 """Loss, validation loss and PSNR of a training over its steps, drawn with Pillow."""
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, shrink
+from .logs import read_lines
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 588, 44, 268
@@ -28,13 +28,11 @@ class Curves(NamedTuple):
 
 def read_curves(folder: Path) -> Curves:
     """What a run has logged so far, its stages in a row."""
-    def rows(path: Path) -> list[dict]:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def points(name: str) -> Points:
+        return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
-    measured = rows(folder / "metrics.jsonl")
-    return Curves([(row["step"], row["loss"]) for row in measured],
-                  [(row["step"], row["validation"]) for row in measured if "validation" in row],
-                  [(row["step"], row["psnr"]) for row in measured if "psnr" in row])
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if "step" in row]
+    return Curves(points("loss"), points("validation"), points("psnr"))
 
 
 def draw_curves(curves: Curves, headline: str) -> Image.Image:

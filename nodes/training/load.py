@@ -1,4 +1,4 @@
-"""What a training from the shell is made of: data set, encoders and network, loaded as ComfyUI's loaders do."""
+"""What a training from the shell is made of: data set and encoders, loaded as ComfyUI's loaders do."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,18 +11,15 @@ import comfy.utils
 import torch
 from torch.utils.data import Dataset
 
-from ..causal_wan import checkpoint as causal_wan
-from ..common.demo import CAUSAL_WAN, DYNAMICRAFTER, VIDEO_UNET
+from ..common.demo import DYNAMICRAFTER
 from ..common.files import read_checkpoint
 from ..dynamicrafter import checkpoint as dynamicrafter
-from ..video_unet import checkpoint as video_unet
 from .data.clips import MovingShapes
 from .data.folders import VideoFolder
 from .data.shards import INDEX, LatentShards
 from .config import TrainConfig
 from .encoding import Encoders
 
-DEMOS = {"dynamicrafter": DYNAMICRAFTER, "causal_wan": CAUSAL_WAN, "video_unet": VIDEO_UNET}
 DRAWN = 1000  # Moving Shapes where max_samples says nothing
 
 
@@ -40,17 +37,6 @@ def load_dataset(settings: TrainConfig) -> Dataset:
             raise ValueError(f"{folder} holds finished latents, which cannot be mirrored: leave mirror away.")
         return LatentShards(folder, max_samples=most)
     return VideoFolder(folder, settings.num_frames, size, max_samples=most, seed=settings.seed, mirror=settings.mirror)
-
-
-def load_model(settings: TrainConfig) -> Any:
-    """The MODEL to fine-tune, or None for a new video U-Net."""
-    if not settings.checkpoint:
-        return None
-    path = DEMOS[settings.family] if settings.checkpoint == "demo" else settings.checkpoint
-    checkpoint = read_checkpoint(path)
-    if settings.family == "dynamicrafter":
-        return dynamicrafter.load(checkpoint, weight_dtype="fp32").model
-    return {"causal_wan": causal_wan, "video_unet": video_unet}[settings.family].load(checkpoint, weight_dtype="fp32")
 
 
 def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -12,8 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .logs import append_line, read_state, write_whole
 from .parallel import OneProcess
 
+LOOK_EVERY = 10   # steps between two looks at the losses, each of which waits for the device
+BACK_OFF, CUTS = 0.1, 4  # where the loss becomes NaN: the learning rate times this, at most so often
 SEED_STRIDE = 1_000_003  # seeds of neighbouring trainings do not meet
 
 
@@ -25,85 +27,118 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(net: nn.Module, loss_of: Callable[[torch.Generator], Tensor], *, steps: int, lr: float, checkpoint: Path,
+def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, steps: int, lr: float, checkpoint: Path,
         seed: int = 0, warmup: int = 100, ema_decay: float = 0.0, clip_norm: float = 1.0, save_every: int = 200,
-        on_save: Callable[[int, nn.Module], None] | None = None, accumulation: int = 1,
+        on_save: Callable[[int, nn.Module, float], None] | None = None, accumulation: int = 1,
         processes: OneProcess = OneProcess(),
-        on_step: Callable[[int, Tensor, float], None] | None = None) -> nn.Module:
+        on_step: Callable[[int, list[float], float], None] | None = None) -> nn.Module:
     """Train `net` for `steps` steps and return its exponential moving average (the net itself where `ema_decay` is 0).
 
-    `loss_of(generator)` draws a batch and returns its loss. A step takes `accumulation` batches in each of the
-    `processes`; all are numbered, and the generator is seeded anew from `seed` and that number. So a run that is
-    stopped and started again takes the same path, and two processes take that of one which accumulates twice as much.
+    `loss_of(number, generator)` draws the batch of this number and returns its loss. A step takes `accumulation`
+    batches in each of the `processes`; all are numbered, and the generator is seeded anew from `seed` and that number.
+    So a run that is stopped and started again takes the same path, and two processes take that of one which accumulates
+    twice as much.
 
     State goes to `checkpoint`, the loss curve to the .jsonl beside it. In the first process `on_save(step,
-    averaged_net)` is called after every save and `on_step(step, loss, seconds)` after every step. Whatever `on_step` or
+    averaged_net, mean loss)` is called after every save and `on_step(step, losses, seconds)` after every step, with the
+    losses that were read since the last call: they come from the device every LOOK_EVERY steps. Whatever `on_step` or
     `loss_of` raises ends the run, with what was learned since the last save kept.
+
+    A state with weights or a loss that are NaN or infinite is never saved: the run goes back to the last one, and on at
+    a tenth of the learning rate. FloatingPointError where there is none, or after CUTS times.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = processes.prepare(torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0))
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
     averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average)
-    first, seconds, lead = 0, 0.0, processes.rank == 0
-    state = processes.share(
-        torch.load(checkpoint, map_location="cpu", weights_only=True) if lead and checkpoint.exists() else None)
-    if state:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        averaged.load_state_dict(state["averaged"])
-        processes.load_scaler(state.get("scaler", {}))
-        first, seconds = state["step"], state["seconds"]
-    started, recent = time.monotonic() - seconds, []
-    generator = torch.Generator()
+    lead, generator = processes.rank == 0, torch.Generator()
+    unread: list[Tensor] = []   # losses that are still on the device
+    losses: list[float] = []    # since the last save
 
-    def save(step: int) -> dict:
-        seconds = time.monotonic() - started
-        entry = {"step": step, "loss": torch.stack(recent).mean().item(), "seconds": round(seconds, 1)}
-        recent.clear()
+    def restore() -> dict | None:
+        state = processes.share(read_state(checkpoint) if lead else None)
+        if state:
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            averaged.load_state_dict(state["averaged"])
+            processes.load_scaler(state.get("scaler", {}))
+        return state
+
+    def read() -> list[float] | None:
+        """The losses since the last look; None where one is NaN or infinite."""
+        found = torch.stack(unread).tolist() if unread else []
+        unread.clear()
+        losses.extend(found)
+        return found if all(map(math.isfinite, found)) else None
+
+    def save(step: int) -> float:
+        seconds, mean = time.monotonic() - started, sum(losses) / len(losses)
+        losses.clear()
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged.state_dict(),
-                 "scaler": processes.scaler_state(), "step": step, "seconds": seconds}
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-        with checkpoint.with_suffix(".jsonl").open("a") as log:
-            log.write(json.dumps(entry) + "\n")
-        return entry
+                 "scaler": processes.scaler_state(), "step": step, "seconds": seconds, "lr": lr, "cuts": cuts}
+        write_whole(checkpoint, lambda path: torch.save(state, path))
+        append_line(checkpoint.with_suffix(".jsonl"), {"step": step, "loss": mean, "seconds": round(seconds, 1)})
+        return mean
 
     @contextlib.contextmanager
     def kept(step: int):
         try:
             yield
         except BaseException:
-            if recent:
+            if lead and read() is not None and losses and finite(net):
                 save(step)
             raise
 
-    for step in range(first, steps):
+    state = restore() or {"step": 0, "seconds": 0.0}
+    first = step = state["step"]
+    cuts = state.get("cuts", 0) if state.get("lr") == lr else 0  # another rate was given since
+    started = time.monotonic() - state["seconds"]
+    while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup)
-        losses = []
+            group["lr"] = learning_rate(step, steps, lr, warmup) * BACK_OFF ** cuts
+        batches = []
         for i in range(accumulation):
             number = (step * accumulation + i) * processes.count + processes.rank
             with kept(step), processes.autocast():
-                loss = loss_of(generator.manual_seed(seed * SEED_STRIDE + number))
+                loss = loss_of(number, generator.manual_seed(seed * SEED_STRIDE + number))
             processes.backward(loss / accumulation if accumulation > 1 else loss)
-            losses.append(loss.detach())
-        loss = torch.stack(losses).mean()
-        processes.mean([loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+            batches.append(loss.detach())
+        unread.append(torch.stack(batches).mean())
+        processes.mean([unread[-1], *(parameter.grad for parameter in trained if parameter.grad is not None)])
         processes.clip_gradients(trained, clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         averaged.update_parameters(net)
+        step += 1
+        due = step % save_every == 0 or step == steps
+        found: list[float] | None = []
+        if due or step % LOOK_EVERY == 0 or step == first + 1:
+            found = read()
+        if found is None or due and not finite(net):
+            losses.clear()
+            back, cuts = restore(), cuts + 1
+            if not back or cuts > CUTS:
+                raise FloatingPointError(f"After step {step} the loss or the weights are NaN or infinite: give a lower "
+                                         "learning rate (with fp16, try bf16), and resume, where a state was saved "
+                                         f"before. What was saved last is in {checkpoint.parent}.")
+            logging.warning("%s: after step %d the loss or the weights are NaN or infinite. Back to step %d, and on at "
+                            "a tenth of the learning rate.", checkpoint.stem, step, back["step"])
+            step = back["step"]
+            continue
         if not lead:
             continue
-        recent.append(loss)
-        due = (step + 1) % save_every == 0 or step + 1 == steps
         if due:
-            entry = save(step + 1)
-            logging.info("%s step %d / %d: loss %.5f, %.0f s", checkpoint.stem, step + 1, steps, entry["loss"],
-                         entry["seconds"])
+            mean = save(step)
+            logging.info("%s step %d / %d: loss %.5f, %.0f s", checkpoint.stem, step, steps, mean,
+                         time.monotonic() - started)
         if on_step:
-            with kept(step + 1):
-                on_step(step + 1, loss, time.monotonic() - started)
+            with kept(step):
+                on_step(step, found, time.monotonic() - started)
         if due and on_save:
-            on_save(step + 1, averaged.module)
+            on_save(step, averaged.module, mean)
     return averaged.module
+
+
+def finite(net: nn.Module) -> bool:
+    """Whether all weights are numbers."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in net.parameters()]).all())

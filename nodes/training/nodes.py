@@ -10,16 +10,19 @@ from comfy_api.latest import io
 
 from ..common.drawing import as_images
 from ..common.schema import schema
+from ..common.values import shown
 from .parallel import PRECISIONS, make_processes
 from .config import PARTS, TrainConfig
 from .curves import draw_curves, read_curves
+from .data.clips import Clips
 from .encoding import Encoders
-from .families.registry import make_family
+from .families.registry import family_of, make_family
 from .run import Progress, Training
 
 DataSet = io.Custom("STILLMOTION_DATASET")
 PICTURE_EVERY = 1.0   # seconds between two live pictures
 PICTURE_EDGE = 640
+NOT_IN_NAMES = {*map(chr, range(32)), *'\\/:*?"<>|'}  # on one system or another
 
 
 class TrainVideoModel(io.ComfyNode):
@@ -44,8 +47,9 @@ class TrainVideoModel(io.ComfyNode):
                                         "models/diffusion_models), numbered on; samples, curves, further checkpoints "
                                         "and the state lie in output/training/NAME_00001."),
                 io.Boolean.Input("resume", default=False,
-                                 tooltip="Go on with the last run of this name, exactly where it was stopped. All "
-                                         "settings but the number of steps must be the same."),
+                                 tooltip="Go on with the last run of this name, exactly where it was stopped. The "
+                                         "number of steps and the learning rate may be others, all else must be the "
+                                         "same."),
                 io.Int.Input("steps", default=1000, min=1, max=10_000_000, tooltip="Batches to learn from."),
                 io.Int.Input("batch_size", default=4, min=1, max=1024, tooltip="Clips of a batch: more is steadier, "
                                                                                "and needs more memory."),
@@ -94,13 +98,14 @@ class TrainVideoModel(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         pixels = vae is None or vae.spacial_compression_encode() == 1
         with torch.inference_mode(False), torch.enable_grad():
+            kind = family_of(model)
             settings = TrainConfig(
                 train=train, from_scratch=False, batch_size=batch_size, steps=steps, learning_rate=learning_rate,
                 model_channels=model_channels, **_depth(model_channels), caption_dropout=caption_dropout,
                 emphasis=motion_weight, seed=seed, mixed_precision=mixed_precision, resume=resume,
                 gradient_checkpointing=gradient_checkpointing, save_every=sample_every, sample_every=sample_every,
-                ema_decay=_ema_decay(steps), space="pixels" if pixels else "latent", family=_family(model),
-                checkpoint="" if model is None else "connected")
+                ema_decay=_ema_decay(steps), space="pixels" if pixels else "latent", family=kind,
+                checkpoint="" if model is None else "connected", **_frame_size(data_set))
             settings.check()
             family = make_family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set)
             result, folder = _places(name, resume, family.folder)
@@ -125,9 +130,12 @@ class _Show:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _family(model) -> str:
-    return {"DynamiCrafterModel": "dynamicrafter", "CausalWanModel": "causal_wan"}.get(
-        type(model.model).__name__ if model else "", "video_unet")
+def _frame_size(data_set) -> dict:
+    """The size of the clips, as the setting is written; packed latents have theirs already."""
+    if not isinstance(data_set, Clips):
+        return {}
+    height, width = data_set[0]["video"].shape[2:]
+    return {"frame_size": str(width) if width == height else f"{width}x{height}"}
 
 
 def _depth(model_channels) -> dict:
@@ -143,11 +151,12 @@ def _ema_decay(steps) -> float:
 
 def _places(name, resume, kind) -> tuple[Path, Path]:
     """(result, folder of the run): the next free number of this name, or with `resume` the last one."""
-    if not name.strip() or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"name is {name!r}: give a plain file name, without folders and ending.")
+    if not name.strip() or name.startswith(".") or len(name.encode()) > 200 or set(name) & NOT_IN_NAMES:
+        raise ValueError(f"name is {shown(name)}: give a plain file name of at most 200 bytes, without folders, ending "
+                         "and the characters \\ / : * ? \" < > |.")
     models = Path(folder_paths.get_folder_paths(kind)[0])
     runs = Path(folder_paths.get_output_directory()) / "training"
-    used = [int(path.stem[len(name) + 1:]) for folder in (models, runs) for path in folder.glob(f"{name}_*")
-            if path.stem[len(name) + 1:].isdecimal()]
+    used = [int(path.stem[len(name) + 1:]) for folder in (models, runs) if folder.is_dir()
+            for path in folder.iterdir() if path.name.startswith(f"{name}_") and path.stem[len(name) + 1:].isdecimal()]
     number = max(used, default=0) if resume else max(used, default=0) + 1
     return models / f"{name}_{number:05}.safetensors", runs / f"{name}_{number:05}"

@@ -14,21 +14,26 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .loop import SEED_STRIDE, fit
-from .parallel import OneProcess
-from .families.base import Family
+from ..common.images import check_size
+from ..common.saving import holding, write_file
 from .config import TrainConfig
 from .curves import draw_curves, read_curves
+from .data.clips import Clips
 from .data.sheet import draw_sheet
 from .encoding import Batches, Encoded, resized
+from .families.base import Family
 from .families.registry import checkpoint_blocks
+from .logs import append_line, write_whole
+from .loop import fit
+from .parallel import OneProcess
 from .trackers import Track, open_trackers
 
+SETTINGS = "settings.json"
 SAMPLES = 4         # clips of a sheet
 LIVE_POINTS = 300   # of the loss curve that is shown while training
 # Settings that may be others when a training goes on; all else decides its path.
 FREE = {"resume", "output", "save_every", "sample_every", "checkpoint_every", "wandb", "tensorboard", "num_workers",
-        "device", "steps", "num_epochs", "ema_decay", "gradient_checkpointing"}
+        "device", "steps", "num_epochs", "learning_rate", "ema_decay", "gradient_checkpointing"}
 
 
 @dataclass
@@ -73,7 +78,7 @@ class Training:
         """Train from the start, or go on (`resume`); returns when `result` is written.
 
         Raises ValueError for settings that do not fit the data or an earlier run, FloatingPointError for a loss that
-        is no number.
+        is NaN or infinite again and again, OSError where the disk is full.
         """
         held = min(self.settings.validation_clips, len(self.dataset) // 10)
         self.train_clips, self.held_clips = range(len(self.dataset) - held), range(len(self.dataset) - held,
@@ -83,39 +88,64 @@ class Training:
         stages = self.settings.stage_list(steps)
         self.steps, self.done = sum(count for _, count in stages), 0
         self.trackers: list[Track] = []
-        if self.processes.rank == 0:
+        if isinstance(self.dataset, Clips):
+            for (height, width), _ in stages:
+                check_size(width, height, self.family.side_multiple)
+        if self.processes.rank > 0:
+            self._train(stages)
+            return
+        self._check_folder()
+        with holding(self.folder, "The folder of the run"):
             self._open_folder()
+            self._train(stages)
+
+    def _train(self, stages: list[tuple[tuple[int, int], int]]) -> None:
         if self.settings.gradient_checkpointing:
             checkpoint_blocks(self.family.net, self.family.blocks)
         net = self.family.net.to(self.processes.device).train()
         logging.info("Training %.1f million weights on %d clips, %d for validation, %d steps on %s.",
-                     sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6, len(self.train_clips), held,
-                     self.steps, self.processes.device)
+                     sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6, len(self.train_clips),
+                     len(self.held_clips), self.steps, self.processes.device)
         for number, (size, count) in enumerate(stages, start=1):
             net = self._stage(number, net, size, count)
             self.done += count
         if self.processes.rank == 0:
             self._export(self.result, net, self.done)
 
-    def _open_folder(self) -> None:
-        """Make the folder, or check that the run in it may go on."""
-        saved, given = self.folder / "settings.json", asdict(self.settings)
+    def _check_folder(self) -> None:
+        """Raise ValueError for a folder of another run, or without one to go on with."""
+        saved = self.folder / SETTINGS
         if saved.exists() and not self.settings.resume:
             raise ValueError(f"{self.folder} holds a run already: go on with it (resume), or choose another name.")
         if self.settings.resume and not saved.exists():
             raise ValueError(f"There is no run to go on with in {self.folder}: leave resume away, or give its name.")
+
+    def _open_folder(self) -> None:
+        """Make the folder, or check that the run in it goes on with its own settings."""
+        saved, given = self.folder / SETTINGS, asdict(self.settings)
         if saved.exists():
-            before = json.loads(saved.read_text())
+            before = self._settings_before(saved)
             others = [f"{name} {before[name]!r}, now {value!r}" for name, value in given.items()
                       if name not in FREE and before[name] != value]
             if others:
                 raise ValueError(f"The run in {self.folder} was started with other settings: {'; '.join(others)}. Go "
                                  "on with those, or begin anew under another name.")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(given, indent=1))
-        self.live, self.sheet, self.pending = list(read_curves(self.folder).loss), None, []
+        write_file(saved, json.dumps(given, indent=1).encode())
+        self.live, self.sheet, self.loss = list(read_curves(self.folder).loss), None, math.nan
         self.trackers = open_trackers(self.settings, self.folder)
+
+    def _settings_before(self, saved: Path) -> dict:
+        """Of the run that goes on. What an older release did not know yet has its default."""
+        try:
+            found = json.loads(saved.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            logging.warning("%s is empty or damaged: the run goes on with the settings that are given now, unchecked.",
+                            saved)
+            return asdict(self.settings)
+        return {**asdict(TrainConfig()), **found}
 
     def _stage(self, number: int, net: nn.Module, size: tuple[int, int], steps: int) -> nn.Module:
         """Train at one resolution; returns the moving average of the weights."""
@@ -134,21 +164,15 @@ class Training:
         if processes.rank == 0:
             self.validation = self._validation(encode)
             self.shown = {name: value[:SAMPLES] for name, value in (self.validation or [batches(0)])[0].items()}
-        seed = settings.seed * 100 + number
-
-        def loss_of(generator: torch.Generator) -> Tensor:
-            batch = to_device(batches(generator.initial_seed() - seed * SEED_STRIDE), processes.device)
-            loss = self.family.loss(net, batch, generator, settings.caption_dropout)
-            if not loss.isfinite():
-                raise FloatingPointError(f"The loss is {loss.item()}: give a lower learning rate"
-                                         f"{', or bf16 instead of fp16' * (settings.mixed_precision == 'fp16')}. What "
-                                         f"was saved last is in {self.folder}.")
-            return loss
+        def loss_of(number: int, generator: torch.Generator) -> Tensor:
+            return self.family.loss(net, to_device(batches(number), processes.device), generator,
+                                    settings.caption_dropout)
 
         return fit(net, loss_of, steps=steps, lr=settings.learning_rate, checkpoint=self.folder / f"state_{number}.pt",
-                   seed=seed, warmup=min(settings.warmup, steps // 10), ema_decay=settings.ema_decay,
-                   clip_norm=settings.clip_norm, save_every=settings.save_every, on_save=self._on_save,
-                   accumulation=settings.accumulation, processes=processes, on_step=self._on_step)
+                   seed=settings.seed * 100 + number, warmup=min(settings.warmup, steps // 10),
+                   ema_decay=settings.ema_decay, clip_norm=settings.clip_norm, save_every=settings.save_every,
+                   on_save=self._on_save, accumulation=settings.accumulation, processes=processes,
+                   on_step=self._on_step)
 
     def _validation(self, encode: Callable[[dict], Encoded]) -> list[Encoded]:
         """The clips that are kept from training, encoded once."""
@@ -158,12 +182,16 @@ class Training:
         batches = Batches(self.dataset, self.held_clips, encode, size=size, seed=0)
         return [batches(number) for number in range(batches.per_epoch)]
 
-    def _on_step(self, step: int, loss: Tensor, seconds: float) -> None:
-        step, loss = self.done + step, loss.item()
-        self.pending.append(loss)
-        if step % max(1, self.steps // LIVE_POINTS) == 0 or not self.live:
-            self.live.append((step, loss))
-        self.on_progress(Progress(step, self.steps, loss, seconds, self._picture))
+    def _on_step(self, step: int, losses: list[float], seconds: float) -> None:
+        step = self.done + step
+        if losses:
+            self.loss = losses[-1]
+            before = step - len(losses)
+            every = max(1, self.steps // LIVE_POINTS)
+            self.live = [point for point in self.live if point[0] <= before]  # the run may have gone back
+            self.live += [(number, loss) for number, loss in enumerate(losses, before + 1)
+                          if number % every == 0 or not self.live]
+        self.on_progress(Progress(step, self.steps, self.loss, seconds, self._picture))
 
     def _picture(self, headline: str) -> Image.Image:
         plot = draw_curves(read_curves(self.folder)._replace(loss=self.live), headline)
@@ -174,26 +202,24 @@ class Training:
         whole.paste(self.sheet, (0, plot.height))
         return whole
 
-    def _on_save(self, step: int, averaged: nn.Module) -> None:
+    def _on_save(self, step: int, averaged: nn.Module, loss: float) -> None:
         """Measure the averaged weights, log it, keep the best and every so-manieth of them."""
         settings, step = self.settings, self.done + step
-        entry = {"step": step, "loss": sum(self.pending) / len(self.pending)}
-        self.pending = []
+        entry = {"step": step, "loss": loss}
         if self.validation:
             entry["validation"] = self._validation_loss(averaged)
         if step % settings.sample_every < settings.save_every or step == self.steps:
-            entry["psnr"] = self._sample(step, averaged)
-        score = entry.get("validation", entry["loss"])
+            entry |= self._sample(step, averaged)
+        score = entry.get("validation", loss)
         curves = read_curves(self.folder)
-        with (self.folder / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps(entry) + "\n")
+        append_line(self.folder / "metrics.jsonl", entry)
         if score <= min((value for _, value in (curves.validation if self.validation else curves.loss)),
                         default=score):
             self._export(self.folder / "best.safetensors", averaged, step)
         if step % settings.checkpoint_every < settings.save_every and step >= settings.checkpoint_every:
             self._export(self.folder / f"step_{step:07}.safetensors", averaged, step)
-        draw_curves(read_curves(self.folder), f"{self.result.stem}: step {step} of {self.steps}").save(
-            self.folder / "curves.png")
+        plot = draw_curves(read_curves(self.folder), f"{self.result.stem}: step {step} of {self.steps}")
+        write_whole(self.folder / "curves.png", lambda path: plot.save(path, "PNG"))
         numbers = {name: value for name, value in entry.items() if name != "step"}
         for track in self.trackers:
             track(step, numbers)
@@ -206,9 +232,9 @@ class Training:
                   for number, batch in enumerate(self.validation)]
         return sum(losses) / len(losses)
 
-    def _sample(self, step: int, net: nn.Module) -> float:
-        """Write a sheet of samples; returns the PSNR in dB of their frames that were not given, against the clips as
-        the VAE gives them back."""
+    def _sample(self, step: int, net: nn.Module) -> dict[str, float]:
+        """Write a sheet of samples; {"psnr": dB} of their frames that were not given, against the clips as the VAE
+        gives them back, or nothing where all were given."""
         batch = to_device(self.shown, self.processes.device)
         truth = self.family.encoders.pixels(self.family.truth(batch))
         rows = []
@@ -216,17 +242,20 @@ class Training:
             made = self.family.encoders.pixels(latent)
             rows += [(name, clip) for clip in made]
         rows += [("the clip itself", clip) for clip in truth]
-        first = given * truth.shape[1] // latent.shape[2]
-        error = (made[:, first:] - truth[:, first:]).square().mean().item()
         self.sheet = draw_sheet(rows)
         (self.folder / "samples").mkdir(exist_ok=True)
-        self.sheet.save(self.folder / "samples" / f"step_{step:07}.png")
-        return -10 * math.log10(max(error, 1e-10))
+        write_whole(self.folder / "samples" / f"step_{step:07}.png", lambda path: self.sheet.save(path, "PNG"))
+        first = given * truth.shape[1] // latent.shape[2]
+        if first == truth.shape[1]:
+            return {}
+        error = (made[:, first:] - truth[:, first:]).square().mean().item()
+        return {"psnr": -10 * math.log10(max(error, 1e-10))}
 
     def _export(self, path: Path, net: nn.Module, step: int) -> None:
         about = {"settings": asdict(replace(self.settings, resume=False)), "step": step, "steps": self.steps,
                  "clips": len(self.train_clips), "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        self.family.export(path, net, {"stillmotion.training": json.dumps(about)})
+        write_whole(path, lambda unfinished: self.family.export(unfinished, net,
+                                                                {"stillmotion.training": json.dumps(about)}))
 
 
 def to_device(batch: Encoded, device: torch.device) -> Encoded:

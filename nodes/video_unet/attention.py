@@ -6,12 +6,12 @@ W width, L tokens, E embedding. An `attention(q, k, v, heads)` function is injec
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..common.embedding import sinusoids
 from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
 
@@ -23,13 +23,6 @@ class Step:
     emb_NE: Tensor                               # timestep and additional conditions
     text_BLC: Tensor
     transformer_options: dict                    # of this forward pass only; see common/patches.py
-
-
-def sinusoids(values: Tensor, width: int) -> Tensor:
-    """Features [len(values), width] of numbers: cosines, then sines, periods 2 pi to 20000 pi."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values.device) / (width // 2))
-    angles = values[:, None].float() * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class Attention(nn.Module):

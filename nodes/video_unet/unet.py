@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.attention import torch_attention
+from ..common.embedding import sinusoids
 from ..common.patches import join_skip, open_options, patch_hidden
-from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention, sinusoids
+from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention
 
 GROUPS = 16  # of every group norm; channel numbers are multiples of it
 

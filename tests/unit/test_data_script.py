@@ -1,5 +1,4 @@
 """workflows/data.py: what it writes, prints and returns."""
-import argparse
 import os
 
 import data as script
@@ -58,7 +57,9 @@ def test_clips_are_packed_with_the_vae_of_the_demo(run, tmp_path):
     assert code.startswith("error: ") and "was begun with" in code
 
 
-def test_sizes_are_written_as_users_write_them():
-    assert script.size("64") == (64, 64) and script.size("512x320") == (320, 512)
-    with pytest.raises(argparse.ArgumentTypeError, match="'big' is no size"):
-        script.size("big")
+def test_sizes_are_written_as_users_write_them(run, tmp_path):
+    run("shapes", tmp_path / "shapes", "--count", 1, "--num_frames", 2)
+    code, text = run("check", tmp_path / "shapes", "--num_frames", 2, "--frame_size", "512x320")
+    assert code == 0 and "of 512x320" in text
+    code, _ = run("check", tmp_path / "shapes", "--frame_size", "big")
+    assert "frame_size is 'big'" in code and "WIDTHxHEIGHT" in code

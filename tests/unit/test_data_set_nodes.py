@@ -53,10 +53,10 @@ def test_a_cancelled_scan_stops_at_the_next_clip(inputs, monkeypatch):
     def stop():
         calls.append(0)
         if len(calls) == 2:
-            raise InterruptedError
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         VideoFolderNode.execute("shapes", **FOLDER)
 
 

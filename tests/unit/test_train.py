@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -14,18 +15,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stillmotion.nodes.training.config import TrainConfig, add_flags, make_config
 from stillmotion.nodes.training.data.clips import MovingShapes
-from stillmotion.nodes.training.encoding import Batches
-from stillmotion.nodes.training.families.base import Family
-from stillmotion.nodes.training.families.inflate import inflate, sd_names
-from stillmotion.nodes.training.families.registry import checkpoint_blocks
+from stillmotion.nodes.common.saving import holding
+from stillmotion.nodes.training import loop
+from stillmotion.nodes.training.curves import read_curves
+from stillmotion.nodes.training.families import FAMILIES
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.parallel import make_processes
+from stillmotion.nodes.training.families.base import Family
+from stillmotion.nodes.training.encoding import Batches
+from stillmotion.nodes.training.families.registry import checkpoint_blocks, module_of
+from stillmotion.nodes.training.families.inflate import inflate, sd_names
 from stillmotion.nodes.training.run import Training
 from stillmotion.nodes.training.trackers import open_trackers
 from stillmotion.nodes.video_unet.unet import Block, VideoUNetParams, new_network
 
 PARAMS = VideoUNetParams(channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, spatial_attention=(1,),
                          head_channels=16, context_dim=8, additional_condition_dim=0)
+PACK = Path(__file__).parents[2]
 TWO = Path(__file__).parents[1] / "two_processes.py"
 
 
@@ -104,8 +110,15 @@ def test_every_epoch_visits_every_clip_whoever_reads():
     assert [varied(number)["index"].tolist() for number in range(6)] == seen and not varied.cache
 
 
+@pytest.fixture(autouse=True)
+def every_loss_is_read(monkeypatch):
+    monkeypatch.setattr(loop, "LOOK_EVERY", 1)
+
+
 class Toy(Family):
     """A straight line through clips that are numbers."""
+
+    vae = None
 
     def __init__(self):
         torch.manual_seed(0)
@@ -192,6 +205,93 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_by_other_settings(tmp_pat
 def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
     with pytest.raises(FloatingPointError, match="lower learning rate"):
         train_toy(tmp_path, learning_rate=1e30, clip_norm=1e30)
+    assert not list((tmp_path / "m").glob("state*"))
+
+
+def test_a_lower_rate_is_accepted_by_resume(tmp_path):
+    train_toy(tmp_path, stop_at=12)
+    train_toy(tmp_path, resume=True, learning_rate=0.01)
+    assert (tmp_path / "m.safetensors").exists()
+
+
+def test_what_a_killed_or_older_run_left_is_gone_on_with(tmp_path, caplog):
+    weights, _ = train_toy(tmp_path / "whole")
+    folder = tmp_path / "m"
+    train_toy(tmp_path, stop_at=12)
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "clip_type"}))
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 12, "lo')
+    train_toy(tmp_path, stop_at=22, resume=True)
+    assert [step for step, _ in read_curves(folder).loss] == [10, 20]
+    (folder / "settings.json").write_text("")
+    found, _ = train_toy(tmp_path, resume=True)
+    assert "settings.json is empty or damaged" in caplog.text
+    assert all(torch.equal(found[key], weights[key]) for key in weights)
+    assert json.loads((folder / "settings.json").read_text())["batch_size"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", pickle.dumps({"step": 3})])
+def test_a_damaged_state_is_named(tmp_path, content):
+    train_toy(tmp_path, stop_at=12)
+    (tmp_path / "m" / "state_1.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state_1.pt (is cut off or damaged|holds no net)"):
+        train_toy(tmp_path, resume=True)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    (tmp_path / "m").mkdir()
+    with holding(tmp_path / "m", "it"), pytest.raises(ValueError, match="is in use by process"):
+        train_toy(tmp_path)
+    train_toy(tmp_path, steps=2)
+
+
+def test_a_full_disk_leaves_the_state_before_and_nothing_else(tmp_path, monkeypatch):
+    train_toy(tmp_path, stop_at=12)
+    before = (tmp_path / "m" / "state_1.pt").read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"part of a state")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="could not save .*state_1.pt: .*MB of space are left.*Free space on the disk"):
+        train_toy(tmp_path, resume=True)
+    assert (tmp_path / "m" / "state_1.pt").read_bytes() == before
+    left = {path.name for path in (tmp_path / "m").iterdir()}
+    assert left == {"settings.json", "state_1.pt", "state_1.jsonl", "metrics.jsonl", "curves.png", "samples",
+                    "best.safetensors"}
+
+
+def test_sizes_that_the_model_could_not_use_are_refused_before_training(tmp_path):
+    class Eights(Toy):
+        side_multiple = 8
+
+    for settings, width in (({"frame_size": "60"}, 60), ({"frame_size": "64", "stages": ["36:2", "64:2"]}, 36)):
+        training = Training(Eights(), MovingShapes(4, frames=1, size=(64, 64)), TrainConfig(**settings),
+                            tmp_path / "m.safetensors", tmp_path / "m")
+        with pytest.raises(ValueError, match=f"width is {width}.*multiple of 8"):
+            training.run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_stand_above_the_trainer():
+    for path in (PACK / "nodes" / "training").rglob("*.py"):
+        assert "recipes" in path.parts or "recipes" not in path.read_text(), path
+
+
+def test_every_family_is_one_module_and_one_line():
+    for name in FAMILIES:
+        module = module_of(name)
+        assert module.DEMO.exists() and callable(module.load_model) and callable(module.from_model)
+    assert {path.stem for path in (PACK / "nodes" / "training" / "families").glob("*.py")} == {
+        "__init__", "base", "registry", "inflate", *FAMILIES}
+
+
+def test_the_help_is_printed():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    assert "a cosine to 1 %" in " ".join(parser.format_help().split())
 
 
 def test_stages_go_from_low_to_high_resolution(tmp_path):
@@ -272,7 +372,7 @@ def test_one_clip_is_learned_by_heart(tmp_path):
     clip = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
     losses = []
 
-    def loss_of(generator):
+    def loss_of(number, generator):
         noise = torch.randn(clip.shape, generator=generator)
         x = torch.cat((0.5 ** 0.5 * (clip + noise), torch.zeros(1, 5, 3, 4, 4)), dim=1)
         loss = (net(x, torch.tensor([500]), torch.ones(1, 5, 8)) - clip).square().mean()

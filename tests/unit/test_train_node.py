@@ -66,6 +66,7 @@ def test_a_new_model_in_inference_mode(demo, folders):
         header = file.metadata()
     about = json.loads(header["stillmotion.training"])
     assert about["step"] == 3 and about["settings"]["batch_size"] == 2
+    assert about["settings"]["frame_size"] == "16"  # the clips are not made larger on their way
     assert json.loads(header["stillmotion.video_unet"])["params"]["model_channels"] == 16
     assert model.model.video_unet.frames == 4 and model.model.video_unet.height == 16
     found = {path.name for path in (folders / "output" / "training" / "tiny_00001").iterdir()}
@@ -139,8 +140,23 @@ def test_causal_wan_is_trained_further_and_loads_again(demo, folders):
         run(demo, MovingShapes(10, frames=6, size=(32, 32)), model=model, vae=demo.vae, clip_vision=demo.clip_vision)
 
 
+def test_clips_of_one_frame_and_names_with_brackets(demo):
+    data_set = MovingShapes(10, frames=1, size=(16, 16))
+    assert run(demo, data_set, name="a[1]").args[2] == "a[1]_00001.safetensors"
+    _, curves, name = run(demo, data_set, name="a[1]", resume=True, steps=4).args
+    assert name == "a[1]_00001.safetensors" and curves.shape[-1] == 3
+    assert run(demo, data_set, name="a[1]", steps=1).args[2] == "a[1]_00002.safetensors"
+
+
+def test_sizes_that_the_vae_cannot_take(demo, folders):
+    with pytest.raises(ValueError, match="width is 60: it must be a multiple of 8"):
+        run(demo, MovingShapes(10, frames=2, size=(60, 60)), vae=demo.vae)
+    assert not (folders / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("changes, words", [
-    ({"name": "a/b"}, "plain file name"), ({"resume": True}, "no run to go on with"),
+    ({"name": "a/b"}, "plain file name"), ({"name": "a\0b"}, "plain file name"), ({"name": "a" * 201}, "200 bytes"),
+    ({"name": "a:b"}, "plain file name"), ({"resume": True}, "no run to go on with"),
     ({"train": "half"}, "choose one of all"), ({"train": "projector_temporal"}, "family dynamicrafter"),
     ({"mixed_precision": "fp8"}, "choose one of no"), ({"batch_size": 0}, "above 0"),
 ])

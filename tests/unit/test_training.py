@@ -86,11 +86,11 @@ def test_condition_frames_of_both_layouts():
 def failing(loss_of, after):
     calls = []
 
-    def loss(generator):
+    def loss(number, generator):
         calls.append(1)
         if len(calls) > after:
             raise InterruptedError
-        return loss_of(generator)
+        return loss_of(number, generator)
 
     return loss
 
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
             torch.manual_seed(0)
             net = torch.nn.Linear(3, 1)
 
-            def loss_of(generator, net=net):
+            def loss_of(number, generator, net=net):
                 x = torch.randn(8, 3, generator=generator)
                 return (net(x) - x.sum(1, keepdim=True)).square().mean()
 
@@ -113,6 +113,65 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(run("whole", 40), run("stopped", 25, 40))
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 25, 30, 40]  # what was learned before the stop was kept
+
+
+def poisoned(net, at, times, weights=False):
+    """A loss that is NaN (or gives such gradients) the first `times` times that batch `at` is drawn."""
+    left = [times]
+
+    def loss_of(number, generator):
+        x = torch.randn(8, 3, generator=generator)
+        loss = (net(x) - x.sum(1, keepdim=True)).square().mean()
+        if number == at and left[0]:
+            left[0] -= 1
+            return loss + (0 * net.weight).square().sum().sqrt() if weights else loss * torch.nan
+        return loss
+
+    return loss_of
+
+
+def fit_poisoned(path, at=25, times=1, stop=None, **settings):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+
+    def on_step(step, losses, seconds):
+        if step == stop and not stopped:
+            stopped.append(step)
+            raise InterruptedError
+
+    stopped = []
+    return fit(net, poisoned(net, at, times, **settings), steps=40, lr=1e-2, checkpoint=path, ema_decay=0.9,
+               save_every=10, on_step=on_step).weight
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_nan_is_never_saved_and_the_run_goes_on_at_a_tenth_of_the_rate(tmp_path, caplog, weights):
+    averaged = fit_poisoned(tmp_path / "a.pt", weights=weights)
+    assert averaged.isfinite().all() and "Back to step 20, and on at a tenth of the learning rate" in caplog.text
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40]
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert state["cuts"] == 1 and not torch.equal(averaged, fit_poisoned(tmp_path / "b.pt", times=0))
+
+
+def test_a_run_at_a_lower_rate_goes_on_bit_for_bit(tmp_path):
+    whole = fit_poisoned(tmp_path / "whole.pt")
+    with pytest.raises(InterruptedError):
+        fit_poisoned(tmp_path / "stopped.pt", stop=33)
+    assert torch.equal(fit_poisoned(tmp_path / "stopped.pt", times=0), whole)
+
+
+def test_a_run_that_stays_nan_ends_with_the_last_good_state(tmp_path):
+    with pytest.raises(FloatingPointError, match="After step 30 .* give a lower learning rate"):
+        fit_poisoned(tmp_path / "a.pt", times=100)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert state["step"] == 20 and all(value.isfinite().all() for value in state["net"].values())
+
+
+def test_a_stop_between_nan_and_the_next_look_saves_nothing(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit_poisoned(tmp_path / "a.pt", stop=27)
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 20
 
 
 def test_the_shipped_demo_has_the_layout_of_this_code():

@@ -150,8 +150,8 @@ class VideoFolder(Clips):
         return found
 
     def contents(self) -> str:
-        digest = sha256("\n".join(f"{clip.path.name} {len(clip.look.times)} {clip.caption}" for clip in self.clips).encode())
-        return f"{super().contents()}, {digest.hexdigest()[:16]}"
+        lines = (f"{clip.path.name} {len(clip.look.times)} {clip.caption}" for clip in self.clips)
+        return f"{super().contents()}, {sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
 
     def summary(self) -> str:
         how = f"every {self.stride}. frame" if self.stride else "evenly in time"

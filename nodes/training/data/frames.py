@@ -1,4 +1,4 @@
-"""Frames of video files, pictures and folders of pictures for training: their times, chosen ones read, fitted to a size.
+"""Frames of videos, pictures and folders of pictures for training: their times, chosen ones read, fitted to a size.
 
 A file is given to FFmpeg open, not by name, and nothing else may be opened: a playlist leads nowhere.
 """

@@ -30,6 +30,11 @@ class Family:
     blocks: tuple[type[nn.Module], ...] = ()    # classes whose activations gradient checkpointing computes again
     encoders: Encoders
 
+    @property
+    def side_multiple(self) -> int:
+        """Width and height of clips in pixels must be multiples of it."""
+        return 1 if self.encoders.vae is None else self.encoders.vae.spacial_compression_encode()
+
     def encode(self, item: dict) -> Encoded:
         """Tensors of one clip of a data set; the caption's under "text"."""
         raise NotImplementedError
@@ -48,7 +53,7 @@ class Family:
         raise NotImplementedError
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
-        """Write a file that the family's loader takes, `metadata` in its header."""
+        """Write the file `path`, which the family's loader takes, with `metadata` in its header."""
         raise NotImplementedError
 
     def load(self, path: Path) -> Any:

@@ -16,13 +16,15 @@ from ...causal_wan.cache import KVCache
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
 from ...causal_wan.schedule import make_steps
-from ...common.files import read_checkpoint
+from ...common.demo import CAUSAL_WAN
+from ...common.files import Checkpoint, read_checkpoint
 from ...common.attention import torch_attention
 from .. import objectives
 from .base import Family, chosen, clip_latent, first_image, plain_weights
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders, as_node
 
+DEMO = CAUSAL_WAN
 SHIFT = 5.0                     # of Self-Forcing and LongLive, in training and sampling
 STEPS = (1000, 750, 500, 250)   # of a sample
 
@@ -41,6 +43,11 @@ class CausalWanTraining(Family):
         if self.empty_1LC.shape[-1] != net.params.text_dim:
             raise ValueError(f"The text encoder gives tokens {self.empty_1LC.shape[-1]} wide, this model was trained "
                              f"with {net.params.text_dim}: connect the one that belongs to it.")
+
+    @property
+    def side_multiple(self) -> int:
+        """The network takes 2x2 latent pixels at once."""
+        return 2 * super().side_multiple
 
     def encode(self, item: dict) -> Encoded:
         """With y and image tokens of the first frame for image-to-video models."""
@@ -105,12 +112,14 @@ class CausalWanTraining(Family):
         config = {"num_heads": net.params.num_heads, "scale_factor": getattr(self.latent_format, "scale_factor", 1.0),
                   "transformer": {"causal_ar": True}}
         weights = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in net.state_dict().items()}
-        unfinished = path.with_suffix(".tmp")
-        save_file(weights, unfinished, metadata={"format": "pt", "config": json.dumps(config), **metadata})
-        unfinished.replace(path)
+        save_file(weights, path, metadata={"format": "pt", "config": json.dumps(config), **metadata})
 
     def load(self, path: Path):
         return checkpoint.load(read_checkpoint(path))
+
+
+def load_model(found: Checkpoint):
+    return checkpoint.load(found, weight_dtype="fp32")
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> CausalWanTraining:

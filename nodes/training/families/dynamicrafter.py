@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...common.files import read_checkpoint
+from ...common.demo import DYNAMICRAFTER
+from ...common.files import Checkpoint, read_checkpoint
 from ...common.attention import torch_attention
 from ...ddim.schedule import make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter import checkpoint
@@ -19,6 +20,7 @@ from .base import NO_CLIP, Family, chosen, clip_latent, ddim, first_image, plain
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
 
+DEMO = DYNAMICRAFTER
 LAST_LAYERS = ("proj_out.", "conv4.3.", "out_layers.3.", "fps_embedding.2.")  # of branches, and of the network:
 OUT = "out.2."
 BOTH_ENDS = 1 / 3  # share of clips that are given their last frame too
@@ -87,13 +89,15 @@ class DynamiCrafterTraining(Family):
         for key, value in net.state_dict().items():
             old = tensors[file_key(key)]
             tensors[file_key(key)] = value.detach().to("cpu", old.dtype).contiguous()
-        unfinished = path.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished,
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path,
                   metadata={"format": "pt", **source.metadata, **metadata})
-        unfinished.replace(path)
 
     def load(self, path: Path):
         return checkpoint.load(read_checkpoint(path), self.source.variant, yaml_path=self.source.yaml_path).model
+
+
+def load_model(found: Checkpoint):
+    return checkpoint.load(found, weight_dtype="fp32").model
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> DynamiCrafterTraining:

@@ -1,17 +1,48 @@
-"""From the host's parts to what the trainer trains."""
+"""From the host's parts to what the trainer trains.
+
+The module of a family has DEMO (its file in the pack), `load_model(checkpoint)` (MODEL in float32) and
+`from_model(model, encoders, settings)` (its Family).
+"""
 from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from . import causal_wan, dynamicrafter, video_unet
+from . import FAMILIES, video_unet
 from .base import Family
+from ...common.files import read_checkpoint
 from ..config import TrainConfig
 from ..encoding import Encoders
 
-FROM_MODEL = {"VideoUNetModel": video_unet, "DynamiCrafterModel": dynamicrafter, "CausalWanModel": causal_wan}
+
+def module_of(family: str) -> ModuleType:
+    return import_module(f".{family}", __package__)
+
+
+def family_of(model) -> str:
+    """Name of a MODEL's family; a new model is a video U-Net. ValueError for a MODEL of another pack."""
+    if model is None:
+        return "video_unet"
+    kind = type(model.model).__name__
+    for family, of_family in FAMILIES.items():
+        if kind == of_family:
+            return family
+    raise ValueError(f"This model ({kind}) is none that this pack trains: connect a video U-Net, DynamiCrafter or "
+                     "causal Wan model of its loaders, or none for a new video U-Net.")
+
+
+def load_model(settings: TrainConfig) -> Any:
+    """The MODEL to fine-tune, or None for a new video U-Net."""
+    if not settings.checkpoint:
+        return None
+    family = module_of(settings.family)
+    return family.load_model(read_checkpoint(family.DEMO if settings.checkpoint == "demo" else settings.checkpoint))
 
 
 def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> Family:
@@ -21,13 +52,10 @@ def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Datas
     """
     if model is None:
         return video_unet.new(encoders, settings, dataset)
-    kind = type(model.model).__name__
-    if kind not in FROM_MODEL:
-        raise ValueError(f"This model ({kind}) is none that this pack trains: connect a video U-Net, DynamiCrafter or "
-                         "causal Wan model of its loaders, or none for a new video U-Net.")
-    if settings.train != "all" and kind != "DynamiCrafterModel":
+    family = family_of(model)
+    if settings.train != "all" and family != "dynamicrafter":
         raise ValueError(f"train {settings.train} is for DynamiCrafter alone; this model is trained whole: choose all.")
-    return FROM_MODEL[kind].from_model(model, encoders, settings)
+    return module_of(family).from_model(model, encoders, settings)
 
 
 def checkpoint_blocks(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

@@ -7,18 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...common.files import read_checkpoint
+from ...common.demo import VIDEO_UNET
+from ...common.files import Checkpoint, read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod
 from ...video_unet import checkpoint
 from ...video_unet.config import TEXT_ENCODERS, VideoUNetConfig
 from ...video_unet.unet import GROUPS, Block, VideoUNet, VideoUNetParams, new_network
 from .. import objectives
-from ..recipes.video_unet import draw_masks
 from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
 
+DEMO = VIDEO_UNET
 MEASURED = 16  # clips from which the scale of new latents is taken
+TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples
 
 
 class VideoUNetTraining(Family):
@@ -51,7 +53,7 @@ class VideoUNetTraining(Family):
                                           self.alphas.float(), self.config.prediction, generator, self.emphasis)
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
-        """From the text alone, and with the first quarter of the frames given."""
+        """From the text alone, and with the first quarter of the frames given (of clips that have more than one)."""
         z, given = batch["z"], max(1, batch["z"].shape[2] // 4)
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
@@ -62,7 +64,10 @@ class VideoUNetTraining(Family):
                         self.config.prediction, self.config.diffusion.spacing, CLIP_3)
             return torch.cat((z[:, :, :count], made[:, :, count:]), dim=2) / self.config.scale_factor
 
-        return {"from the text": (run(0), 0), "from the first frames": (run(given), given)}
+        made = {"from the text": (run(0), 0)}
+        if z.shape[2] > 1:
+            made["from the first frames"] = run(given), given
+        return made
 
     def truth(self, batch: Encoded) -> Tensor:
         return batch["z"] / self.config.scale_factor
@@ -72,6 +77,23 @@ class VideoUNetTraining(Family):
 
     def load(self, path: Path):
         return checkpoint.load(read_checkpoint(path))
+
+
+def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Of clips that return
+    both ends, since neither text nor past tells that they will."""
+    batch, (names, shares) = len(ends_B), zip(*TASKS)
+    task = torch.multinomial(torch.tensor(shares), batch, replacement=True, generator=generator)
+    task[ends_B] = names.index("ends")
+    past = torch.randint(1, frames // 2 + 1, (batch,), generator=generator)
+    count = torch.where(task == names.index("past"), past, (task != names.index("text")).long())
+    mask_BT = torch.arange(frames) < count[:, None]
+    mask_BT[:, -1] |= task == names.index("ends")
+    return mask_BT.float()
+
+
+def load_model(found: Checkpoint):
+    return checkpoint.load(found, weight_dtype="fp32")
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTraining:

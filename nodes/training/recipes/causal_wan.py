@@ -232,7 +232,7 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
     """One stage; with `own_context` the last blocks before the learned ones are the network's own."""
     rng = Random()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
         batch = draw_batch(encodings, size, rng, generator)
         excerpt = draw_excerpt(rng, batch.turn)

@@ -96,7 +96,7 @@ def train_autoencoder(folder: Path, cutout_steps: int = 4000, steps: int = 400, 
     def stage(vae: nn.Module, name: str, steps: int, lr: float, edge: int) -> nn.Module:
         rng = Random()
 
-        def loss_of(generator: torch.Generator) -> Tensor:
+        def loss_of(number: int, generator: torch.Generator) -> Tensor:
             rng.seed(generator.initial_seed())
             images = torch.stack([random_still(rng, edge) for _ in range(batch)])
             return objectives.autoencoder_loss(vae, images, generator, kl_weight=3e-4, emphasis=4)
@@ -165,7 +165,7 @@ def train_towers(folder: Path, steps: int = 500, batch: int = 96) -> nn.Module:
                           "heads": nn.Linear(OPEN_CLIP["embed_dim"], sum(map(len, named)))})
     rng = Random()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
         clips = [data.random_clip(rng) for _ in range(batch)]
         images = torch.stack([exposure(c, rng) for c in clips])
@@ -251,7 +251,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, ba
     alphas, scale = make_alphas_cumprod(schedule).float(), make_scale_arr(schedule.base_scale).float()
     unet = demo_unet()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         def chance(share: float) -> Tensor:
             return torch.rand(batch, generator=generator) < share
         pick = torch.randint(0, len(encodings["fs"]), (batch,), generator=generator)

@@ -19,6 +19,7 @@ from ...video_unet.checkpoint import save
 from ...video_unet.config import VideoUNetConfig
 from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
 from ..data import shapes as data
+from ..families.video_unet import draw_masks
 from .. import objectives
 from ..loop import fit
 
@@ -32,7 +33,6 @@ PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num
 CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frames=FRAMES, height=64, width=64,
                          space="latent", scale_factor=SCALE_FACTOR, spatial_factor=8, temporal_factor=1,
                          text_encoder="demo")
-TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples
 
 
 @torch.no_grad()
@@ -61,19 +61,6 @@ def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
     return encodings
 
 
-def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
-    """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Of clips that return
-    both ends, since neither text nor past tells that they will."""
-    batch, (names, shares) = len(ends_B), zip(*TASKS)
-    task = torch.multinomial(torch.tensor(shares), batch, replacement=True, generator=generator)
-    task[ends_B] = names.index("ends")
-    past = torch.randint(1, frames // 2 + 1, (batch,), generator=generator)
-    count = torch.where(task == names.index("past"), past, (task != names.index("text")).long())
-    mask_BT = torch.arange(frames) < count[:, None]
-    mask_BT[:, -1] |= task == names.index("ends")
-    return mask_BT.float()
-
-
 def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
           on_save=None) -> nn.Module:
     """The network's moving average after `steps` steps.
@@ -83,7 +70,7 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
     """
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (batch,), generator=generator)
         form = torch.randint(0, data.HELD_OUT_FORM, (batch,), generator=generator)
         mask = draw_masks(encodings["ends"][pick], FRAMES, generator)

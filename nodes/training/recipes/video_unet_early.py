@@ -31,7 +31,7 @@ def make_early_demo(folder: Path, target: Path) -> None:
     net = new_network(CONFIG.params, seed=40)
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (BATCH,), generator=generator)
         given = torch.randint(0, MOST_GIVEN + 1, (BATCH, 1), generator=generator)
         mask_BT = (torch.arange(CONFIG.frames) < given).float()
