@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 from ..common.demo import DYNAMICRAFTER
 from ..common.files import read_checkpoint
 from ..dynamicrafter import checkpoint as dynamicrafter
+from .config import TrainConfig
 from .data.clips import MovingShapes
 from .data.folders import VideoFolder
 from .data.shards import INDEX, LatentShards
-from .config import TrainConfig
 from .encoding import Encoders
 
 DRAWN = 1000  # Moving Shapes where max_samples says nothing

@@ -11,12 +11,12 @@ from comfy_api.latest import io
 from ..common.drawing import as_images
 from ..common.schema import schema
 from ..common.values import shown
-from .parallel import PRECISIONS, make_processes
 from .config import PARTS, TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
 from .encoding import Encoders
 from .families.registry import family_of, make_family
+from .parallel import PRECISIONS, make_processes
 from .run import Progress, Training
 
 DataSet = io.Custom("STILLMOTION_DATASET")

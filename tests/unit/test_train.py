@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stillmotion.nodes.training.config import TrainConfig, add_flags, make_config
-from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.common.saving import holding
 from stillmotion.nodes.training import loop
+from stillmotion.nodes.training.config import TrainConfig, add_flags, make_config
 from stillmotion.nodes.training.curves import read_curves
+from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.encoding import Batches
 from stillmotion.nodes.training.families import FAMILIES
+from stillmotion.nodes.training.families.base import Family
+from stillmotion.nodes.training.families.inflate import inflate, sd_names
+from stillmotion.nodes.training.families.registry import checkpoint_blocks, module_of
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.parallel import make_processes
-from stillmotion.nodes.training.families.base import Family
-from stillmotion.nodes.training.encoding import Batches
-from stillmotion.nodes.training.families.registry import checkpoint_blocks, module_of
-from stillmotion.nodes.training.families.inflate import inflate, sd_names
 from stillmotion.nodes.training.run import Training
 from stillmotion.nodes.training.trackers import open_trackers
 from stillmotion.nodes.video_unet.unet import Block, VideoUNetParams, new_network

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...common.core_model import key_patches
 from ...common.quantized import SCALES
-from ...ddim.step import Clip, ddim_step
 from ...ddim.schedule import make_tables
+from ...ddim.step import Clip, ddim_step
 from ..encoding import Encoded, Encoders
 
 SAMPLE_STEPS = 20

@@ -16,13 +16,13 @@ from ...causal_wan.cache import KVCache
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
 from ...causal_wan.schedule import make_steps
+from ...common.attention import torch_attention
 from ...common.demo import CAUSAL_WAN
 from ...common.files import Checkpoint, read_checkpoint
-from ...common.attention import torch_attention
 from .. import objectives
-from .base import Family, chosen, clip_latent, first_image, plain_weights
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders, as_node
+from .base import Family, chosen, clip_latent, first_image, plain_weights
 
 DEMO = CAUSAL_WAN
 SHIFT = 5.0                     # of Self-Forcing and LongLive, in training and sampling

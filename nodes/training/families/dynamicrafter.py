@@ -7,18 +7,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...common.attention import torch_attention
 from ...common.demo import DYNAMICRAFTER
 from ...common.files import Checkpoint, read_checkpoint
-from ...common.attention import torch_attention
 from ...ddim.schedule import make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter import checkpoint
 from ...dynamicrafter.attention import SpatialTransformer, TemporalTransformer
 from ...dynamicrafter.resampler import Resampler
 from ...dynamicrafter.unet import ResBlock, TemporalConv, UNetParams, VideoUNet
 from .. import objectives
-from .base import NO_CLIP, Family, chosen, clip_latent, ddim, first_image, plain_weights
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
+from .base import NO_CLIP, Family, chosen, clip_latent, ddim, first_image, plain_weights
 
 DEMO = DYNAMICRAFTER
 LAST_LAYERS = ("proj_out.", "conv4.3.", "out_layers.3.", "fps_embedding.2.")  # of branches, and of the network:

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from . import FAMILIES, video_unet
-from .base import Family
 from ...common.files import read_checkpoint
 from ..config import TrainConfig
 from ..encoding import Encoders
+from . import FAMILIES, video_unet
+from .base import Family
 
 
 def module_of(family: str) -> ModuleType:

@@ -14,9 +14,9 @@ from ...video_unet import checkpoint
 from ...video_unet.config import TEXT_ENCODERS, VideoUNetConfig
 from ...video_unet.unet import GROUPS, Block, VideoUNet, VideoUNetParams, new_network
 from .. import objectives
-from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
+from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 
 DEMO = VIDEO_UNET
 MEASURED = 16  # clips from which the scale of new latents is taken

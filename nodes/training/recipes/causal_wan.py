@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...common.attention import torch_attention
 from ...causal_wan.blocks import BlockLoop, Plan
 from ...causal_wan.cache import KVCache
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
 from ...causal_wan.schedule import make_steps
+from ...common.attention import torch_attention
 from ...common.demo import DYNAMICRAFTER
 from ...common.files import read_checkpoint
 from ...dynamicrafter import checkpoint as dynamicrafter
-from ..data import shapes as data
 from .. import objectives
+from ..data import shapes as data
 from ..loop import fit
 
 SCALE_FACTOR = 0.18215

@@ -22,10 +22,10 @@ from ...common.clip import IMAGE_MEAN, IMAGE_STD, squash
 from ...ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter.resampler import ResamplerParams
 from ...dynamicrafter.unet import UNetParams, VideoUNet
-from ..data import shapes as data
 from .. import objectives
-from ..loop import fit
+from ..data import shapes as data
 from ..families.dynamicrafter import fresh_network
+from ..loop import fit
 
 FRAMES = 16
 FIXED_CLIPS = 4800          # clips whose encodings are cached

@@ -18,9 +18,9 @@ from ...dynamicrafter import checkpoint as dynamicrafter
 from ...video_unet.checkpoint import save
 from ...video_unet.config import VideoUNetConfig
 from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
+from .. import objectives
 from ..data import shapes as data
 from ..families.video_unet import draw_masks
-from .. import objectives
 from ..loop import fit
 
 SCALE_FACTOR = 0.18215 * 0.4  # the latents of small bright shapes reach 10 standard deviations: 999 of 1000 now lie

@@ -15,8 +15,8 @@ from ...ddim.schedule import make_alphas_cumprod
 from ...video_unet.checkpoint import save
 from ...video_unet.unet import new_network
 from .. import objectives
-from . import video_unet as video_unet_demo
 from ..loop import fit
+from . import video_unet as video_unet_demo
 
 CONFIG = replace(video_unet_demo.CONFIG, prediction="eps",
                  params=replace(video_unet_demo.PARAMS, model_channels=16, channel_mult=(1, 2)))
