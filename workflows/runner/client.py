@@ -127,11 +127,11 @@ class Client:
         file.seek(0)
         return file
 
-    def download(self, entry, path, overwrite=False):
+    def download(self, entry, path, overwrite=True):
         """Save an output entry of the history under this path, whole or not at all; returns the path.
 
-        A file that is there already is replaced only with `overwrite`; otherwise the new one gets the next free
-        number: video.mp4, video-2.mp4, ... OSError where it cannot be written.
+        overwrite False: a file that is there already stays, and the new one gets the next free number: video.mp4,
+        video-2.mp4, ... OSError where it cannot be written.
         """
         saving, name = common("saving"), FreeName(path)
         with saving.replacing(name.path) if overwrite else saving.new_file(name) as content:
