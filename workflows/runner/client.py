@@ -121,6 +121,8 @@ class Client:
                 if attempt == 3:
                     raise
                 time.sleep(1)
+            except BadStatus as error:  # an OSError, which would look like one of the disk
+                raise StrangeServer(str(error)) from None
         file.seek(0, 2)
         if not file.tell():
             raise StrangeServer(f"{self.url} sent an empty file.")
