@@ -183,9 +183,9 @@ def test_a_finished_file_is_replaced_only_when_asked(fake, tmp_path):
     path.write_bytes(b"mine")
     (tmp_path / "video-2.mp4").symlink_to(tmp_path / "nothing")
     fake.answers["/view"] = b"new"
-    assert one.download(ENTRY, path) == tmp_path / "video-3.mp4"
+    assert one.download(ENTRY, path, overwrite=False) == tmp_path / "video-3.mp4"
     assert path.read_bytes() == b"mine" and (tmp_path / "video-3.mp4").read_bytes() == b"new"
-    assert one.download(ENTRY, path, overwrite=True) == path and path.read_bytes() == b"new"
+    assert one.download(ENTRY, path) == path and path.read_bytes() == b"new"
     assert {file.name for file in tmp_path.iterdir()} == {"video.mp4", "video-2.mp4", "video-3.mp4"}
 
 
@@ -196,7 +196,8 @@ def test_a_file_that_appears_meanwhile_is_kept(fake, tmp_path):
         path.write_bytes(b"theirs")
         return b"ours"
     fake.answers["/view"] = view
-    assert client.Client(fake.url).download(ENTRY, path).read_bytes() == b"ours" and path.read_bytes() == b"theirs"
+    assert client.Client(fake.url).download(ENTRY, path, overwrite=False).read_bytes() == b"ours"
+    assert path.read_bytes() == b"theirs"
 
 
 def test_what_is_viewed_is_read_back(fake):

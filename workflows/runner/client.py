@@ -121,17 +121,19 @@ class Client:
                 if attempt == 3:
                     raise
                 time.sleep(1)
+            except BadStatus as error:  # an OSError, which would look like one of the disk
+                raise StrangeServer(str(error)) from None
         file.seek(0, 2)
         if not file.tell():
             raise StrangeServer(f"{self.url} sent an empty file.")
         file.seek(0)
         return file
 
-    def download(self, entry, path, overwrite=False):
+    def download(self, entry, path, overwrite=True):
         """Save an output entry of the history under this path, whole or not at all; returns the path.
 
-        A file that is there already is replaced only with `overwrite`; otherwise the new one gets the next free
-        number: video.mp4, video-2.mp4, ... OSError where it cannot be written.
+        overwrite False: a file that is there already stays, and the new one gets the next free number: video.mp4,
+        video-2.mp4, ... OSError where it cannot be written.
         """
         saving, name = common("saving"), FreeName(path)
         with saving.replacing(name.path) if overwrite else saving.new_file(name) as content:

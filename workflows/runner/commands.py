@@ -104,8 +104,6 @@ def saving(path, pipe):
     """HostError where the disk does not take what is saved in here; the results then stay in the server's folder."""
     try:
         yield
-    except errors.ServerGone:
-        raise
     except OSError as error:
         if pipe.server:
             pipe.server.keep = True
