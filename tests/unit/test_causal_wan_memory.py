@@ -1,6 +1,7 @@
 """Memory of the block-autoregressive sampler over a long video, measured in the run."""
 
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_memory_stays_the_same_over_200_blocks(streamed, switches):
     measured, shown = {}, []
 
     def callback(step, *_):
-        if step in (40, 199):
+        if step in (40, 120, 199):
             measured[step] = in_use()
 
     with torch.inference_mode():
@@ -46,7 +47,9 @@ def test_memory_stays_the_same_over_200_blocks(streamed, switches):
             assert shown == [True] * BLOCKS
         else:
             assert run.sample(callback)["samples"].shape == samples.shape
-    (early, objects_early), (late, objects_late) = measured[40], measured[199]
+    (early, *_), (late, *_) = measured[40], measured[199]
     kept = 0 if streamed else 159 * BLOCK_BYTES
     assert late - early <= kept
-    assert abs(objects_late - objects_early) < 1000
+    objects = [count for _, count in measured.values()]
+    # five a block; what something else in this process makes at some time stands in one half alone
+    assert min(after - before for before, after in pairwise(objects)) < 400
