@@ -203,6 +203,19 @@ def test_a_recording_that_begins_between_two_key_frames(tmp_path):
     assert levels.round().tolist() == list(range(10, 30))
 
 
+def test_a_film_whose_first_packets_cannot_be_decoded(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_at(path, [i * 0.1 for i in range(15)], [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(15)], g="5")
+    with av.open(str(path)) as container:
+        spots = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][:5]
+    film = bytearray(path.read_bytes())
+    for pos, size in spots:
+        film[pos:pos + size] = b"\xff" * size
+    path.write_bytes(film)
+    assert look(path).times[0] == pytest.approx(0.5)
+    assert (read_all(path).mean((1, 2, 3)) / 10).round().tolist() == list(range(5, 15))
+
+
 def test_avi_is_read_in_the_order_of_its_frames(tmp_path):
     path = tmp_path / "a.avi"
     with av.open(str(path), "w") as container:

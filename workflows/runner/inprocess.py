@@ -7,16 +7,16 @@ import sys
 import host
 
 
-def import_pack(comfyui):
+def import_pack(comfyui, cpu=None):
     """Make ComfyUI importable and the pack importable as `stillmotion`; to be called once, in the host's Python.
 
-    On the GPU where there is one.
+    cpu None: on the GPU where there is one.
     """
     sys.path.insert(0, str(comfyui))
     import torch
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = not torch.cuda.is_available() if cpu is None else cpu
     spec = importlib.util.spec_from_file_location(
         "stillmotion", host.PACK / "__init__.py", submodule_search_locations=[str(host.PACK)])
     sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)

@@ -83,7 +83,7 @@ def _video(path: Path) -> Iterator[Frame]:
             for packet in hearing_cancel(container.demux(stream)):
                 try:
                     frames = packet.decode()
-                except av.error.InvalidDataError:
+                except av.error.FFmpegError:
                     if number:
                         raise
                     continue
