@@ -11,7 +11,7 @@ PLAIN = (str, int, float, list, dict)  # values that a graph can hold itself, wh
 
 
 def checked(node):
-    """`node`, whose `execute` refuses in words what its schema does not allow.
+    """`node`, whose `execute` raises a readable ValueError for what its schema does not allow.
 
     ComfyUI lets constants through where a socket is, numbers beyond their range that come over a link, NaN, and before
     0.33 any choice.

@@ -72,7 +72,7 @@ def write_file(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Words of advice for an OSError in here."""
+    """Raise an OSError of the with block again, with advice."""
     try:
         yield
     except OSError as error:

@@ -61,7 +61,7 @@ class TrainConfig:
     warmup: int = _setting(100, "steps of warm-up, at most a tenth")
     ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result")
     clip_norm: float = _setting(1.0, "largest norm of a step's gradients")
-    caption_dropout: float = _setting(0.1, "share of captions (and image tokens) left away, for guidance")
+    caption_dropout: float = _setting(0.1, "fraction of captions (and image tokens) dropped, for guidance")
     emphasis: float = _setting(1.0, "weight in the loss of places where something moves")
     seed: int = _setting(0, "of new weights, order of clips and noise")
     mixed_precision: str = _setting("no", "by accelerate", PRECISIONS)

@@ -62,7 +62,7 @@ class TrainVideoModel(io.ComfyNode):
                                tooltip="projector_temporal: only the image projector and the temporal layers of "
                                        "DynamiCrafter, which keeps its look and needs less memory."),
                 io.Float.Input("caption_dropout", default=0.1, min=0.0, max=1.0, step=0.01,
-                               tooltip="Share of captions left away, so that cfg has something to guide against."),
+                               tooltip="Fraction of captions dropped, which classifier-free guidance (cfg) needs."),
                 io.Float.Input("motion_weight", default=1.0, min=0.1, max=100.0, step=0.1,
                                tooltip="How much more places count where something moves. 5 for small shapes on plain "
                                        "ground, 1 for real videos."),

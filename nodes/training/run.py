@@ -203,7 +203,7 @@ class Training:
         return whole
 
     def _on_save(self, step: int, averaged: nn.Module, loss: float) -> None:
-        """Measure the averaged weights, log it, keep the best and every so-manieth of them."""
+        """Measure the averaged weights, log it, keep the best ones and one set every `checkpoint_every` steps."""
         settings, step = self.settings, self.done + step
         entry = {"step": step, "loss": loss}
         if self.validation:

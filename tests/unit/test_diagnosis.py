@@ -243,7 +243,7 @@ def test_the_node():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--steps", "0"], "--steps is 0: choose 1 to 1000"), (["--clip_value", "0"], "choose 0.1 to 100"),
+    (["--steps", "0"], "--steps is 0: it must be above 0"), (["--clip_value", "0"], "choose 0.1 to 100"),
     (["--image", "missing.png", "--prompt", "x"], "no file missing.png"),
     (["--image", str(host.WORKFLOWS / "examples" / "stillmotion_start.png")], "needs a --prompt"),
     (["--models", "missing"], "no folder missing"), (["777"], "invalid choice"),

@@ -1,6 +1,6 @@
 """The image-to-video workflow as a Python call, on the same graph that ComfyUI users load.
 
-    import sys; sys.path.insert(0, "workflows")
+    import sys; sys.path.insert(0, "workflows/runner")
     import host; host.reexec()                      # sets up ComfyUI on first use
     from pipeline import Pipeline, save_video
     with Pipeline("512") as pipeline:

@@ -40,7 +40,7 @@ class Family:
         raise NotImplementedError
 
     def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
-        """Loss of a batch; a share `dropout` of its conditions is left away. Drawn on the CPU, for any device."""
+        """Loss of a batch; a fraction `dropout` of its conditions is dropped. Drawn on the CPU, for any device."""
         raise NotImplementedError
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
@@ -61,7 +61,7 @@ class Family:
         raise NotImplementedError
 
     def empty_text(self) -> Tensor:
-        """[1, L, C], what a caption left away is replaced by."""
+        """[1, L, C], what replaces a dropped caption."""
         return self.encoders.text("")[None]
 
 

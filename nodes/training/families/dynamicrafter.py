@@ -55,7 +55,7 @@ class DynamiCrafterTraining(Family):
                 "tokens": self.encoders.image_tokens(first_image(item))}
 
     def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
-        """Text and image are left away independently."""
+        """Text and image are dropped independently."""
         z, count = batch["z"], len(batch["z"])
         text, tokens = (torch.where(chosen(count, dropout, generator, z.device)[:, None, None], empty.to(z), given)
                         for empty, given in ((self.empty_1LC, batch["text"]), (self.grey_1NW, batch["tokens"])))
