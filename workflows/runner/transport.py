@@ -51,8 +51,8 @@ def split_address(address):
     except ValueError:
         good = False
     if not good:  # the address may hold a password, so it is not shown
-        raise ServerGone("the address of the server is not a valid URL. Give it as http://127.0.0.1:8188, with a password as "
-                         "http://NAME:PASSWORD@HOST (in these, write @ : / ? # as %40 %3A %2F %3F %23).")
+        raise ServerGone("the address of the server is not a valid URL. Give it as http://127.0.0.1:8188, with a "
+                         "password as http://NAME:PASSWORD@HOST (in these, write @ : / ? # as %40 %3A %2F %3F %23).")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     auth = None
     if parts.username is not None:
