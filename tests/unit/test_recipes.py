@@ -6,11 +6,13 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
+from outlines import follow
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint
 from stillmotion.nodes.training.data import scenes
 from stillmotion.nodes.training.recipes import autoencoder, dynamicrafter_96, encodings, fast, stages, towers
 from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
+from tracking import psnr
 
 
 def filled(net, seed=0):
@@ -126,3 +128,24 @@ def test_kept_stages_come_back(nets, tmp_path, monkeypatch):
     assert (tmp_path / "towers.safetensors").stat().st_size < 500_000
     back = stages.load("towers", filled(CLIP(**demo.OPEN_CLIP), seed=1)).state_dict()
     assert all(torch.allclose(back[key], value, atol=1e-3) for key, value in clip.state_dict().items())
+
+
+def test_the_kept_autoencoder_and_towers_know_the_scenes(tmp_path):
+    vae, clip = encodings.encoders(tmp_path)
+    rng, ious, errors = Random(42), [], []
+    for _ in range(8):
+        scene = scenes.random_object(rng, held_out=True)
+        true = scenes.draw(scene, 1)
+        with torch.no_grad():
+            latents = autoencoder.encode_frames(vae, true.movedim(-1, 1).float() / 127.5 - 1).transpose(0, 1)
+            decoded = vae.decoder(vae.post_quant_conv(latents / demo.SCALE_FACTOR)).clamp(-1, 1)
+        frames = ((decoded + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+        ground = scenes.draw_ground(scene).clamp(0, 255).round().numpy()
+        ious.append(follow(frames, true.numpy(), ground).iou_T[0])
+        errors.append(psnr(frames, true.numpy()))
+    assert sum(ious) / 8 > 0.92 and sum(errors) / 8 > 31
+    tokens = SimpleTokenizer(context_length=77)(["a red star moves left", "a red star moves right", ""])
+    with torch.no_grad():
+        left, right, empty = demo.text_features(clip, tokens)
+    assert (left - right).norm() > 1 and (left - empty).norm() > 1
+    assert not list(tmp_path.iterdir())  # nothing was trained
