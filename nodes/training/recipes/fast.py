@@ -57,8 +57,8 @@ def check_gradients(net: nn.Module, loss_of: Callable[[], Tensor], compiled_loss
              and not (found[1][name] - gradient).norm() <= tolerance * gradient.norm()]
     if wrong:
         raise RuntimeError(f"This PyTorch ({torch.__version__}) compiles to wrong gradients of {len(wrong)} weights "
-                           f"({', '.join(wrong[:3])}, ...). Train without `compiled`, several times slower, or take "
-                           "another version.")
+                           f"({', '.join(wrong[:3])}, ...). Use `fit` alone, several times slower, or another "
+                           "version.")
 
 
 def channels_last(net: nn.Module) -> nn.Module:
@@ -84,7 +84,7 @@ def twice(x_BCHW: Tensor) -> Tensor:
 
 
 class PlainUpsample(Upsample):
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, *_) -> Tensor:  # newer releases also give what only videos need
         return self.conv(twice(x_BCHW))
 
 
