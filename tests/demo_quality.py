@@ -1,6 +1,6 @@
 """How well a built-in demo model follows image and prompt, measured on saved files.
 
-    python tests/demo_quality.py [--family dynamicrafter|causal_wan|video_unet] [--seed N] [--cases N]
+    python tests/demo_quality.py [--family dynamicrafter|causal_wan|video_unet|scenes] [--seed N] [--cases N]
                                   [--output FOLDER]
 
 Runs the shipped API graphs on a server with images and prompts that training never saw, decodes the saved MP4s and
@@ -24,7 +24,8 @@ sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 
 import host  # noqa: E402
 
-FAMILIES = ("dynamicrafter", "causal_wan", "video_unet")  # a module quality_<family> each, see quality_common
+FAMILIES = ("dynamicrafter", "causal_wan", "video_unet", "scenes")  # a module quality_<family> each, see quality_common
+DRAWN_BY = {"scenes": "scenes"}  # scenes: a DynamiCrafter demo of 96x96 in the place of the shipped one; others: shapes
 SHOWN_IMAGES = 3
 
 
@@ -45,7 +46,7 @@ def main() -> int:
     from launch import Server
     from quality_common import contact_sheet, judge, load_data, load_graphs, run_case
     family = import_module(f"quality_{options.family}")
-    data, graphs = load_data(), load_graphs(family.GRAPHS)
+    data, graphs = load_data(DRAWN_BY.get(options.family, "shapes")), load_graphs(family.GRAPHS)
     cases = family.make_cases(data, graphs, options.seed, options.cases)
     options.output.mkdir(parents=True, exist_ok=True)
     rows, shown, started = [], [], time.monotonic()

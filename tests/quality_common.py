@@ -21,10 +21,11 @@ PACK = TESTS.parent
 DEMO = PACK / "nodes" / "demo"
 
 
-def load_data():
-    """The module with the drawing code and the palette; a file of its own, so that no server is needed."""
+def load_data(name: str = "shapes"):
+    """The module with the drawing code and the palette ("shapes", or "scenes" of the larger demos); a file of its own,
+    so that no server is needed."""
     from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("shapes_data", PACK / "nodes" / "training" / "data.py")
+    spec = spec_from_file_location("shapes_data", PACK / "nodes" / "training" / "data" / f"{name}.py")
     sys.modules[spec.name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

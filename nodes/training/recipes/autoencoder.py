@@ -1,0 +1,145 @@
+"""The autoencoder of all demo models: AutoencoderKL for whole pictures of 96x96, eight times smaller each way."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from torch import Tensor, nn
+
+from ..data import scenes
+from . import stages
+from .dynamicrafter_64 import SCALE_FACTOR, standardise_latents
+from .fast import channels_last, fit_compiled, make_compilable
+
+DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": scenes.SIZE, "in_channels": 3, "out_ch": 3, "ch": 64,
+            "ch_mult": [1, 1, 1, 2], "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}
+CAMERA = 0.4        # share of pictures without a single object
+KL_WEIGHT = 1e-4
+EDGES = 3.0         # how often an outline counts, its surroundings of 2 pixels included
+NARROW_STEPS, STEPS, BATCH = 1000, 6000, 8
+
+
+def random_still(rng: Random) -> Tensor:
+    """A frame [3, H, W] in [-1, 1] of an object anywhere in the picture, or of one that a camera sees."""
+    if rng.random() < CAMERA:
+        scene = replace(scenes.random_camera(rng), x=rng.uniform(-36, 36), y=rng.uniform(-36, 36),
+                        zoom=rng.uniform(0.6, 1.2))
+    else:
+        scene = scenes.random_object(rng, held_out=None)
+        margin = scenes.REACH * scene.radius
+        scene = replace(scene, x=rng.uniform(margin, scenes.SIZE - margin), y=rng.uniform(margin, scenes.SIZE - margin))
+    return scenes.draw(scene, frames=1)[0].movedim(-1, 0).float() / 127.5 - 1
+
+
+def stills(count: int, seed: int) -> Tensor:
+    """[count, 3, H, W], the same for one seed."""
+    rng = Random(seed)
+    return torch.stack([random_still(rng) for _ in range(count)])
+
+
+def first_autoencoder() -> nn.Module:
+    """Of 32 channels, as it was for pictures of 64x64: it knows shapes and colours, which take long to learn from
+    nothing."""
+    return stages.load("autoencoder_64", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}))
+
+
+@torch.no_grad()
+def widened(narrow: nn.Module, seed: int = 1) -> nn.Module:
+    """The same function with twice the channels: every channel stands there twice, side by side, and what reads it
+    halves it unevenly, so that the two learn different things (Net2WiderNet, arXiv 1511.05641).
+
+    GroupNorm's 32 groups over 32 channels wipe out every channel's mean, and with it a picture's colour; over 64 they
+    keep how the two of a group differ.
+    """
+    wide, generator = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG), torch.Generator().manual_seed(seed)
+    old, new = narrow.state_dict(), wide.state_dict()
+    for key, value in new.items():
+        weight = old[key].repeat_interleave(len(value) // len(old[key]), dim=0)
+        if value.dim() > 1 and value.shape[1] > weight.shape[1]:
+            share = 0.2 + 0.6 * torch.rand(*weight.shape[:2], 1, 1, generator=generator)
+            weight = torch.stack((weight * share, weight * (1 - share)), dim=2).flatten(1, 2)
+        if ".attn_1.q." in key:  # products of twice as many channels are scaled by less
+            weight = weight * 0.5 ** 0.5
+        value.copy_(weight)
+    return wide
+
+
+def edge_weight(images_BCHW: Tensor) -> Tensor:
+    """[B, 1, H, W]: `EDGES` near steps of brightness or colour, else 1."""
+    highest, lowest = (sign * F.max_pool2d(sign * images_BCHW, 3, stride=1, padding=1) for sign in (1, -1))
+    edges = ((highest - lowest).amax(1, keepdim=True) > 0.2).float()
+    return 1 + (EDGES - 1) * F.max_pool2d(edges, 3, stride=1, padding=1)
+
+
+def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Module:
+    """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215.
+
+    It sees whole pictures all the time: GroupNorm's statistics differ between a cut-out and a picture. It begins with
+    the kept weights, or with the widened ones of the smaller demo.
+    """
+    def stage(vae: nn.Module, name: str, steps: int) -> nn.Module:
+        vae, rng = channels_last(make_compilable(vae)), Random()
+
+        def encode(images: Tensor) -> Tensor:
+            return vae.quant_conv(vae.encoder(images))
+
+        def decode(latents: Tensor) -> Tensor:
+            return vae.decoder(vae.post_quant_conv(latents))
+
+        def loss_of(generator: torch.Generator, encode, decode) -> Tensor:
+            rng.seed(generator.initial_seed())
+            images = torch.stack([random_still(rng) for _ in range(BATCH)])
+            images = images.contiguous(memory_format=torch.channels_last)
+            mean, logvar = encode(images).float().chunk(2, dim=1)
+            logvar = logvar.clamp(-30, 20)
+            noise = torch.randn(mean.shape, generator=generator)
+            decoded = decode(mean + (0.5 * logvar).exp() * noise).float()
+            divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+            return (edge_weight(images) * (decoded - images).square()).mean() + KL_WEIGHT * divergence
+
+        return fit_compiled(vae, loss_of, (encode, decode), steps=steps, lr=1e-3, checkpoint=folder / f"{name}.pt",
+                            ema_decay=0.995, save_every=100, on_save=on_save)
+
+    first = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has("autoencoder")
+             else widened(stage(first_autoencoder(), "autoencoder_narrow", NARROW_STEPS)))
+    vae = stage(first, "autoencoder", steps)
+    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    standardise_latents(vae, stills(256, seed=7))
+    return vae
+
+
+def refine_decoder(folder: Path, vae: nn.Module, steps: int, on_save=None) -> nn.Module:
+    """The same latents, decoded better: networks that learn from these latents are not disturbed by it."""
+    vae, rng = channels_last(make_compilable(vae)), Random()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decoder(vae.post_quant_conv(latents))
+
+    def loss_of(generator: torch.Generator, decode) -> Tensor:
+        rng.seed(generator.initial_seed())
+        images = torch.stack([random_still(rng) for _ in range(BATCH)])
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.quant_conv(vae.encoder(images))[:, :4].float()
+        return (edge_weight(images) * (decode(latents).float() - images).square()).mean()
+
+    return fit_compiled(vae, loss_of, (decode,), steps=steps, lr=5e-4, checkpoint=folder / "decoder.pt", seed=2,
+                        ema_decay=0.995, save_every=100, on_save=on_save).eval()
+
+
+@torch.no_grad()
+def encode_frames(vae: nn.Module, frames_TCHW: Tensor) -> Tensor:
+    """Scaled latents [4, T, h, w] of a clip in [-1, 1]."""
+    return (vae.quant_conv(vae.encoder(frames_TCHW))[:, :4] * SCALE_FACTOR).transpose(0, 1)
+
+
+def make_stage(folder: Path, _) -> None:
+    """Train, or go on, and keep the result with the pack."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stages.save("autoencoder", train_autoencoder(folder), STEPS)

@@ -1,0 +1,93 @@
+"""The recipe of the DynamiCrafter demo at 96x96: four stages, each resumable, then one file in the official keys."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
+from ...dynamicrafter.resampler import ResamplerParams
+from ...dynamicrafter.unet import UNetParams, VideoUNet
+from .. import objectives
+from ..data import scenes
+from ..families.dynamicrafter import fresh_network
+from . import dynamicrafter_64 as demo
+from . import stages
+from .autoencoder import DDCONFIG
+from .encodings import encode_clips, encoders
+from .fast import channels_last, fit_compiled, make_compilable
+
+UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
+PARTS = 10            # of 400 clips
+STEPS, BATCH = 6000, 8
+
+
+def config() -> dict:
+    """As the demo of 64x64, with the sizes of this one."""
+    params = demo.CONFIG["model"]["params"]
+    return {"model": {**demo.CONFIG["model"], "params": {
+        **params, "image_size": [scenes.SIZE // 8, scenes.SIZE // 8],
+        "unet_config": {**params["unet_config"], "params": UNET},
+        "first_stage_config": {**params["first_stage_config"], "params": {"embed_dim": 4, "ddconfig": DDCONFIG}}}}}
+
+
+def new_unet() -> VideoUNet:
+    """The untrained network, its last layers zero so that every block begins as the identity."""
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in UNET.items()
+             if name in UNetParams.__dataclass_fields__}
+    return fresh_network(UNetParams(**sizes, resampler=ResamplerParams(**demo.RESAMPLER)), seed=3)
+
+
+def first_unet() -> VideoUNet:
+    """As far as the pack's own training got, if not finished yet."""
+    return stages.load("unet", new_unet()) if stages.has("unet") else new_unet()
+
+
+def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, lr: float = 1.2e-3,
+               on_save=None) -> nn.Module:
+    """The denoising network with its image projector, from cached encodings.
+
+    Text and image are dropped in one sample of ten each, independently; a quarter of the clips, and all that
+    return, are conditioned on both ends, the others on the first frame.
+    """
+    schedule = DiffusionParams(parameterization="v", linear_start=0.00085, linear_end=0.012, zero_snr=True,
+                               base_scale=0.7, spacing="uniform_trailing", guidance_rescale=0.7)
+    alphas, scale = make_alphas_cumprod(schedule).float(), make_scale_arr(schedule.base_scale).float()
+    unet = channels_last(make_compilable(first_unet()))
+
+    def loss_of(generator: torch.Generator, run) -> Tensor:
+        def chance(share: float) -> Tensor:
+            return torch.rand(BATCH, generator=generator) < share
+        pick = torch.randint(0, len(encodings["fs"]), (BATCH,), generator=generator)
+        form = torch.randint(0, scenes.HELD_OUT_FORM, (BATCH,), generator=generator)
+        z = encodings["latents"][pick].float()
+        caption = torch.where(chance(0.1), 0, encodings["caption"][pick, form])
+        tokens = torch.where(chance(0.1)[:, None, None], encodings["grey"], encodings["image"][pick])
+        condition = objectives.concat_condition(z, encodings["ends"][pick] | chance(0.25))
+        return objectives.video_v_loss(run, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
+                                       alphas, scale, generator, emphasis=5)
+
+    return fit_compiled(unet, loss_of, (unet,), steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998,
+                        save_every=100, on_save=on_save).eval()
+
+
+def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
+    """Write everything as fp16 in the official key layout; the vision file's own copy of the text tower is left out."""
+    weights = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
+    for key, value in clip.state_dict().items():
+        weights[("embedder.model." if key.startswith("visual.") else "cond_stage_model.model.") + key] = value
+    for key, value in unet.state_dict().items():
+        weights[key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"] = value
+    save_file({key: value.half().contiguous() for key, value in weights.items()}, path,
+              metadata={"format": "pt", "stillmotion.config": json.dumps(config()),
+                        "stillmotion.open_clip": json.dumps(demo.OPEN_CLIP)})
+
+
+def make_demo(folder: Path, target: Path) -> None:
+    """All stages in `folder` (what is there, or kept with the pack, is gone on with), then the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vae, clip = encoders(folder)
+    export(target, vae, clip, train_unet(folder, encode_clips(folder, vae, clip, PARTS)))

@@ -1,0 +1,78 @@
+"""Drawn clips, encoded once by autoencoder and towers: what does not change while a denoising network learns."""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from random import Random
+
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+
+from ..data import scenes
+from . import stages
+from .autoencoder import DDCONFIG, encode_frames, train_autoencoder
+from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
+from .towers import train_towers
+
+PART = 400          # clips in a file
+CAMERA = 0.25       # share of clips without a single object
+RETURNING = 0.1     # share of clips that go out and come back, for loops
+
+
+def encoders(folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Autoencoder and towers, as they are kept with the pack; trained in `folder` where they are not."""
+    vae = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has("autoencoder")
+           else train_autoencoder(folder))
+    clip = stages.load("towers", CLIP(**OPEN_CLIP)) if stages.has("towers") else train_towers(folder)
+    return vae.eval(), clip.eval()
+
+
+def random_scene(rng: Random) -> scenes.Scene:
+    returns = rng.random() < RETURNING
+    return (scenes.random_camera if rng.random() < CAMERA else scenes.random_object)(rng, returns=returns)
+
+
+@torch.no_grad()
+def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tensor]:
+    """Part `number` of all clips, always the same.
+
+    latents [K, 4, T, h, w] (scaled), image [K, N, W] vision tokens of the first frame, fs [K], ends [K] (1: a clip
+    that returns, for both-ends conditioning only), tokens [K, forms, L] of the captions, camera [K] (1: no object).
+    """
+    rng, found = Random(1000 + number), []
+    tokenize = SimpleTokenizer(context_length=77)
+    for _ in range(PART):
+        scene = random_scene(rng)
+        frames_TCHW = (scenes.draw(scene).movedim(-1, 1).float() / 127.5 - 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = encode_frames(vae, frames_TCHW.contiguous(memory_format=torch.channels_last))
+        found.append({"latents": latent.half(), "image": image_features(clip, frames_TCHW[:1])[0],
+                      "fs": torch.tensor(scene.fs), "ends": torch.tensor(scene.returns),
+                      "tokens": tokenize([scene.caption(form) for form in range(scenes.HELD_OUT_FORM)]).int(),
+                      "camera": torch.tensor(isinstance(scene, scenes.CameraScene))})
+    return {name: torch.stack([item[name] for item in found]).contiguous() for name in found[0]}
+
+
+@torch.no_grad()
+def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, parts: int) -> dict[str, Tensor]:
+    """Parts 0 to `parts` - 1 together, made where a file is not there yet; beside them text [captions, L, C], the empty
+    one first, caption [K, forms] (index into text) and grey [1, N, W], the vision tokens of a grey picture."""
+    vae, made = vae.to(memory_format=torch.channels_last), []
+    for number in range(parts):
+        path = folder / f"encodings_{number:02}.pt"
+        if not path.exists():
+            torch.save(encode_part(number, vae, clip), path)
+            logging.info("encoded part %d of %d", number + 1, parts)
+        made.append(torch.load(path, weights_only=True))
+    encodings = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+    tokens = encodings.pop("tokens")
+    empty = SimpleTokenizer(context_length=77)([""]).int()
+    captions, index = torch.cat((empty, tokens.flatten(0, 1))).unique(dim=0, return_inverse=True)
+    text = torch.cat([text_features(clip, chunk) for chunk in captions.split(500)])
+    order = torch.arange(len(text))
+    order[0], order[index[0]] = index[0], 0  # the empty caption changes places with the first
+    grey = image_features(clip, torch.zeros(1, 3, scenes.SIZE, scenes.SIZE))
+    return encodings | {"text": text[order], "caption": order[index[1:]].view(tokens.shape[:2]), "grey": grey}
