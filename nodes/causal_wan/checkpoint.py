@@ -173,8 +173,8 @@ def detect(tensors, heads, path, quantized=Quantized()):
     dim, in_dim = shapes["patch_embedding.weight"][:2]
     if heads is None and dim % HEAD_WIDTH:
         raise ValueError(f"{path}: the network is {dim} wide, which is no multiple of {HEAD_WIDTH}, so the number of "
-                         'heads is unknown. Set it in the header of a .safetensors file: config {"num_heads": N}, which '
-                         "core's Save Model does not write.")
+                         'heads is unknown. Set it in the header of a .safetensors file: config {"num_heads": N}. Core '
+                         "does not write it when it saves a model.")
     params = WanParams(
         in_dim=in_dim, out_dim=shapes["head.head.weight"][0] // math.prod(PATCH), dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0], num_heads=heads or dim // HEAD_WIDTH,
