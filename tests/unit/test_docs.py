@@ -44,7 +44,8 @@ def test_where_to_change_names_functions_that_are_there():
     pairs = re.findall(r"`(\w+)` in\s+`(nodes/[\w/.]+\.py)`", text)
     assert len(pairs) >= 4
     for name, path in pairs:
-        assert re.search(rf"^(?:def |class )?{name}\b", (PACK / path).read_text(encoding="utf-8"), re.MULTILINE), (name, path)
+        text = (PACK / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def |class )?{name}\b", text, re.MULTILINE), (name, path)
 
 
 def test_every_node_is_in_the_table():
