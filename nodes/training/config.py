@@ -1,4 +1,4 @@
-"""Settings of a training: defaults, then a YAML file, then what was given on the command line."""
+"""Training settings: defaults, overridden by a YAML file, overridden by the command line."""
 from __future__ import annotations
 
 import argparse
@@ -22,7 +22,7 @@ def _setting(default, text: str, choices: Sequence[str] = ()):
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Every setting, with its default. The texts are the help of the command line."""
+    """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
@@ -81,13 +81,13 @@ class TrainConfig:
         return parse_size(self.frame_size)
 
     def stage_list(self, steps: int) -> list[tuple[tuple[int, int], int]]:
-        """[((height, width), steps)], the whole training in one stage where none are given."""
+        """[((height, width), steps)]; the whole training as one stage if no stages are given."""
         if not self.stages:
             return [(self.size(), steps)]
         return [(parse_size(size), int(count)) for size, count in (stage.split(":") for stage in self.stages)]
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be; names setting, value and what is allowed."""
+        """Raise ValueError for an invalid setting; names the setting, its value and what is allowed."""
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
@@ -127,7 +127,7 @@ class TrainConfig:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "64" or "512x320" (width first, as sizes are written)."""
+    """(height, width) from "64" or "512x320" (width first)."""
     found = SIZE.fullmatch(str(text))
     if not found or not int(found[1]) or found[2] and not int(found[2]):
         raise ValueError(f"frame_size is {text!r}: give the edge in pixels, as 64, or WIDTHxHEIGHT, as 512x320.")
@@ -135,9 +135,9 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting. What is not given does not appear in the result, so that the YAML decides it."""
+    """Add a flag for every setting. Flags not given are absent from the result, so that the YAML value applies."""
     for each in fields(TrainConfig):
-        text = each.metadata["help"].replace("%", "%%")  # argparse fills in a % itself
+        text = each.metadata["help"].replace("%", "%%")  # argparse expands % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
             parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
@@ -152,7 +152,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
-    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names file, setting and value."""
+    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names the file, setting and value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

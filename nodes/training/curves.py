@@ -1,4 +1,4 @@
-"""Loss, validation loss and PSNR of a training over its steps, drawn with Pillow."""
+"""Loss, validation loss and PSNR over the training steps, drawn with Pillow."""
 from __future__ import annotations
 
 import math
@@ -19,7 +19,7 @@ Points = Sequence[tuple[int, float]]
 
 
 class Curves(NamedTuple):
-    """(step, value) of every curve."""
+    """(step, value) pairs of every curve."""
 
     loss: Points
     validation: Points
@@ -27,7 +27,7 @@ class Curves(NamedTuple):
 
 
 def read_curves(folder: Path) -> Curves:
-    """What a run has logged so far, its stages in a row."""
+    """What a run has logged so far, with its stages concatenated."""
     def points(name: str) -> Points:
         return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
 
@@ -36,7 +36,7 @@ def read_curves(folder: Path) -> Curves:
 
 
 def draw_curves(curves: Curves, headline: str) -> Image.Image:
-    """RGB picture of WIDTH x HEIGHT pixels: losses on a logarithmic scale at the left, PSNR at the right."""
+    """RGB image of WIDTH x HEIGHT pixels: losses on a log scale on the left, PSNR on the right."""
     image = blank(WIDTH, HEIGHT)
     pen = Pen(image)
     pen.text(LEFT, 12, headline, 13, INK)
@@ -75,6 +75,6 @@ def draw_curves(curves: Curves, headline: str) -> Image.Image:
 
 
 def _line(pen: Pen, points: list[tuple[float, float]], colour: tuple[int, int, int]) -> None:
-    if len(points) == 1:  # a single point still has to be seen
+    if len(points) == 1:  # a single point must still be visible
         points = [(points[0][0] - 3, points[0][1]), (points[0][0] + 3, points[0][1])]
     pen.path(points, colour, 1.6)

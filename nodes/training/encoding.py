@@ -1,4 +1,4 @@
-"""From the clips of a data set to batches that a network learns from: encoded once where they do not change.
+"""Batches for training from the clips of a data set: clips that do not change are encoded only once.
 
 Tensor names end in their layout: B batch, T frames, C channels, H height, W width, L text tokens, N vision tokens.
 """
@@ -18,13 +18,13 @@ from ..common.clip import encode_tokens
 from ..common.vae import fold_frames
 from .data.clips import Clips
 
-CACHE_BYTES = 2 * 2 ** 30  # of encoded clips and captions kept in memory; the others are encoded again in each epoch
+CACHE_BYTES = 2 * 2 ** 30  # memory for cached encodings of clips and captions; the rest is re-encoded in each epoch
 
 Encoded = dict[str, Tensor]
 
 
 def as_node(function: Callable[..., Tensor], *arguments) -> Tensor:
-    """Call one of the host's models as nodes do, in inference mode, and return what can be trained on, on the CPU."""
+    """Call one of the host's models in inference mode, as nodes do; returns a CPU tensor that autograd accepts."""
     with torch.inference_mode():
         result = function(*arguments)
     return result.float().cpu().clone()
@@ -32,26 +32,26 @@ def as_node(function: Callable[..., Tensor], *arguments) -> Tensor:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The host's models; vae None: clips stay pixels, clip_vision None: for networks without image tokens."""
+    """The host's models. vae None: clips stay in pixels. clip_vision None: for networks without image tokens."""
 
     vae: Any
     clip: Any
     clip_vision: Any
 
     def latent(self, video_CTHW: Tensor) -> Tensor:
-        """Posterior mean [C, T, h, w], not scaled, of a clip in -1..1; without a VAE the clip itself."""
+        """Posterior mean [C, T, h, w], unscaled, of a clip in -1..1; without a VAE the clip itself."""
         if self.vae is None:
             return video_CTHW
         return as_node(fold_frames(self.vae).encode, (video_CTHW.permute(1, 2, 3, 0) + 1) / 2)[0]
 
     def pixels(self, latent_BCTHW: Tensor) -> Tensor:
-        """The clips [B, T, H, W, 3] in 0..1 that latents stand for."""
+        """Decoded clips [B, T, H, W, 3] in 0..1."""
         if self.vae is None:
             return (latent_BCTHW.float().cpu().movedim(1, -1) / 2 + 0.5).clamp(0, 1)
         return as_node(fold_frames(self.vae).decode, latent_BCTHW.cpu()).clamp(0, 1)
 
     def text(self, caption: str) -> Tensor:
-        """Tokens [L, C]: as many as the empty caption has, so that captions stack."""
+        """Tokens [L, C], truncated to the length of the empty caption so that captions can be stacked."""
         tokens_LC = self._text(caption)
         return tokens_LC[:len(self._text(""))] if caption else tokens_LC
 
@@ -64,14 +64,14 @@ class Encoders:
 
 
 def resized(video_CTHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The clip at (height, width), for the stages of a training that begins small."""
+    """The clip resized to (height, width), for training stages at lower resolution."""
     if video_CTHW.shape[2:] == size:
         return video_CTHW
     return F.interpolate(video_CTHW.movedim(1, 0), size, mode="area").movedim(1, 0)
 
 
 def varies(dataset: Dataset) -> bool:
-    """Whether a clip may be another in the next epoch, so that its encoding cannot be kept."""
+    """Whether a clip may differ between epochs, so that its encoding cannot be cached."""
     kind = type(dataset)
     return isinstance(dataset, Clips) and (
         dataset.mirror or getattr(dataset, "stride", 0) > 0 or kind.augment_text is not Clips.augment_text
@@ -80,15 +80,15 @@ def varies(dataset: Dataset) -> bool:
 
 @lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of `count` items, another one in each epoch."""
+    """A permutation of `count` items, different in each epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_033 + epoch)).tolist()
 
 
 class Batches:
-    """Encoded batches of the clips `indices` of a data set, by their number: the same number, the same batch.
+    """Encoded batches of the clips `indices` of a data set, by batch number: the same number gives the same batch.
 
-    Every epoch visits each clip once, in an order of its own; its last batch is filled up from the start of that order.
-    Numbers are asked for in steps of `stride` (the number of processes), which lets `workers` read ahead.
+    Every epoch visits each clip once, in its own order; its last batch is filled up from the start of that order.
+    Batches are requested `stride` numbers apart (the number of processes), which lets `workers` prefetch.
     """
 
     def __init__(self, dataset: Dataset, indices: Sequence[int], encode: Callable[[dict], Encoded], *, size: int,
@@ -98,11 +98,11 @@ class Batches:
         self.per_epoch = -(-len(indices) // size)
         self.cache: dict[int, Encoded] = {}
         self.cached_bytes = 0 if not varies(dataset) else CACHE_BYTES
-        self.position = self.end = 0  # of the reader: the batch that it reads next, and the end of its epoch
+        self.position = self.end = 0  # reader state: the next batch to read, and the end of its epoch
         self.reader: Iterator[list[dict]] = iter(())
 
     def picks(self, number: int) -> list[int]:
-        """The clips of a batch."""
+        """The clip indices of a batch."""
         epoch, place = divmod(number, self.per_epoch)
         order = epoch_order(len(self.indices), self.seed, epoch)
         return [self.indices[order[i % len(order)]] for i in range(place * self.size, (place + 1) * self.size)]
@@ -120,7 +120,7 @@ class Batches:
         return {name: torch.stack([item[name] for item in chosen]) for name in chosen[0]}
 
     def _read(self, number: int) -> dict[int, dict]:
-        """The items of a batch; what the following batches of the epoch need is read ahead."""
+        """The items of a batch; prefetches what the following batches of the epoch need."""
         if not self.position <= number < self.end or (number - self.position) % self.stride:
             self.position, self.end = number, (number // self.per_epoch + 1) * self.per_epoch
             self.reader = self._read_epoch(number, self.end)
@@ -132,7 +132,7 @@ class Batches:
 
     def _read_epoch(self, first: int, end: int) -> Iterator[list[dict]]:
         if isinstance(self.dataset, Clips):
-            with torch.inference_mode():  # the host may have made the data set so, and its epoch is a tensor
+            with torch.inference_mode():  # the epoch is a tensor, perhaps created in inference mode
                 self.dataset.set_epoch(first // self.per_epoch)
         batches = [self.picks(number) for number in range(first, end, self.stride)]
         yield from DataLoader(self.dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=list)

@@ -1,4 +1,4 @@
-"""What a training from the shell is made of: data set and encoders, loaded as ComfyUI's loaders do."""
+"""Inputs of a training run from the shell: data set and encoders, loaded as ComfyUI's loaders do."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data.folders import VideoFolder
 from .data.shards import INDEX, LatentShards
 from .encoding import Encoders
 
-DRAWN = 1000  # Moving Shapes where max_samples says nothing
+DRAWN = 1000  # number of Moving Shapes clips if max_samples is not set
 
 
 def load_dataset(settings: TrainConfig) -> Dataset:
@@ -40,7 +40,7 @@ def load_dataset(settings: TrainConfig) -> Dataset:
 
 
 def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
-    """VAE (None for a network in pixels), text encoder and vision tower; files named one by one go before `encoders`.
+    """VAE (None for a pixel-space network), text encoder and vision tower; files given one by one override `encoders`.
 
     Raises ValueError for a text encoder of unknown type.
     """
@@ -64,7 +64,7 @@ def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
 
 
 def works_in_pixels(model: Any, settings: TrainConfig) -> bool:
-    """Whether the network needs no VAE: as its header says, or as a new one is asked for."""
+    """Whether the network works in pixel space, without a VAE: from its header, or from the settings of a new one."""
     if model is None:
         return settings.space == "pixels"
     config = getattr(model.model, "video_unet", None)

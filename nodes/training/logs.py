@@ -1,4 +1,4 @@
-"""What a run writes beside its result: its state, and JSON, one object a line."""
+"""Files that a run writes beside its result: its state, and JSON Lines logs."""
 from __future__ import annotations
 
 import errno
@@ -17,29 +17,29 @@ STATE = ("net", "optimizer", "averaged", "step", "seconds")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a name to write to, and put that in the place of `path`; nothing of it stays where that fails.
+    """Atomic write: call `write` with a temporary path, then move the file to `path`. A failure leaves nothing behind.
 
-    OSError says what to do.
+    The OSError says what to do.
     """
     with replacing(path) as unfinished:
         try:
             write(unfinished)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, SafetensorError) as error:  # so torch and safetensors tell of a full disk
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
             free = shutil.disk_usage(path.parent).free // 2 ** 20
             raise OSError(errno.ENOSPC, f"{str(error).splitlines()[0]}; {free} MB of space are left there") from error
         with unfinished.open("r+b") as file:
-            os.fsync(file.fileno())  # a computer that stops now has the old file or the new one
+            os.fsync(file.fileno())  # after a crash there is either the old file or the new one
 
 
 def read_state(path: Path) -> dict | None:
-    """What `fit` saved, None where there is nothing. ValueError for a damaged file."""
+    """State saved by `fit`, or None if there is none. ValueError for a damaged file."""
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file ends in many kinds
+    except Exception as error:  # a damaged file raises many exception types
         raise ValueError(f"{path} is cut off or damaged ({str(error).splitlines()[0] if str(error) else error!r}). "
                          "Begin anew under another name, from the last checkpoint of that folder.") from error
     missing = [name for name in STATE if name not in state] if isinstance(state, dict) else STATE
@@ -49,7 +49,7 @@ def read_state(path: Path) -> dict | None:
 
 
 def append_line(path: Path, entry: dict) -> None:
-    """Add a line; one that was cut off before it is ended first."""
+    """Append a line; if the previous line was cut off, terminate it first."""
     with path.open("a+b") as log:
         if log.tell():
             log.seek(-1, os.SEEK_END)
@@ -59,7 +59,7 @@ def append_line(path: Path, entry: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of the lines; what was cut off or damaged is left out."""
+    """The JSON objects of the lines; truncated or damaged lines are skipped."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""The training loop: one function, resumable to the bit, the same for every network."""
+"""The training loop: one function for every network, with bit-exact resume."""
 from __future__ import annotations
 
 import contextlib
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from .logs import append_line, read_state, write_whole
 from .parallel import OneProcess
 
-LOOK_EVERY = 10   # steps between two looks at the losses, each of which waits for the device
-BACK_OFF, CUTS = 0.1, 4  # where the loss becomes NaN: the learning rate times this, at most so often
-SEED_STRIDE = 1_000_003  # seeds of neighbouring trainings do not meet
+LOOK_EVERY = 10   # steps between reads of the losses; each read waits for the device
+BACK_OFF, CUTS = 0.1, 4  # if the loss becomes NaN: factor for the learning rate, and how many times it may be applied
+SEED_STRIDE = 1_000_003  # keeps seeds of neighbouring trainings apart
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up to `peak`, then a cosine down to 1 % of it at the last step."""
+    """Linear warm-up to `peak`, then cosine decay to 1 % of it at the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -32,27 +32,27 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
         on_save: Callable[[int, nn.Module, float], None] | None = None, accumulation: int = 1,
         processes: OneProcess = OneProcess(),
         on_step: Callable[[int, list[float], float], None] | None = None) -> nn.Module:
-    """Train `net` for `steps` steps and return its exponential moving average (the net itself where `ema_decay` is 0).
+    """Train `net` for `steps` steps and return its exponential moving average (the net itself if `ema_decay` is 0).
 
-    `loss_of(number, generator)` draws the batch of this number and returns its loss. A step takes `accumulation`
-    batches in each of the `processes`; all are numbered, and the generator is seeded anew from `seed` and that number.
-    So a run that is stopped and started again takes the same path, and two processes take that of one which accumulates
-    twice as much.
+    `loss_of(number, generator)` draws the batch with this number and returns its loss. A step takes `accumulation`
+    batches in each of the `processes`. All batches are numbered, and the generator is reseeded from `seed` and the
+    batch number. A stopped and resumed run therefore takes the same path, and two processes take the same path as one
+    process with twice the accumulation.
 
     State goes to `checkpoint`, the loss curve to the .jsonl beside it. In the first process `on_save(step,
     averaged_net, mean loss)` is called after every save and `on_step(step, losses, seconds)` after every step, with the
-    losses that were read since the last call: they come from the device every LOOK_EVERY steps. Whatever `on_step` or
-    `loss_of` raises ends the run, with what was learned since the last save kept.
+    losses read since the last call: they are fetched from the device every LOOK_EVERY steps. Any exception from
+    `on_step` or `loss_of` ends the run; the steps since the last save are saved first.
 
-    A state with weights or a loss that are NaN or infinite is never saved: the run goes back to the last one, and on at
-    a tenth of the learning rate. FloatingPointError where there is none, or after CUTS times.
+    A state with NaN or infinite weights or loss is never saved: the run returns to the last save and continues at a
+    tenth of the learning rate. FloatingPointError if there is no save, or after CUTS reductions.
     """
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = processes.prepare(torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0))
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
     averaged = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=average)
     lead, generator = processes.rank == 0, torch.Generator()
-    unread: list[Tensor] = []   # losses that are still on the device
+    unread: list[Tensor] = []   # still on the device
     losses: list[float] = []    # since the last save
 
     def restore() -> dict | None:
@@ -65,7 +65,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
         return state
 
     def read() -> list[float] | None:
-        """The losses since the last look; None where one is NaN or infinite."""
+        """The losses since the last read; None if one is NaN or infinite."""
         found = torch.stack(unread).tolist() if unread else []
         unread.clear()
         losses.extend(found)
@@ -91,7 +91,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
 
     state = restore() or {"step": 0, "seconds": 0.0}
     first = step = state["step"]
-    cuts = state.get("cuts", 0) if state.get("lr") == lr else 0  # another rate was given since
+    cuts = state.get("cuts", 0) if state.get("lr") == lr else 0  # reset if `lr` was changed
     started = time.monotonic() - state["seconds"]
     while step < steps:
         for group in optimizer.param_groups:
@@ -140,5 +140,5 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
 
 
 def finite(net: nn.Module) -> bool:
-    """Whether all weights are numbers."""
+    """Whether all weights are finite."""
     return bool(torch.stack([parameter.isfinite().all() for parameter in net.parameters()]).all())

@@ -20,9 +20,9 @@ from .parallel import PRECISIONS, make_processes
 from .run import Progress, Training
 
 DataSet = io.Custom("STILLMOTION_DATASET")
-PICTURE_EVERY = 1.0   # seconds between two live pictures
+PICTURE_EVERY = 1.0   # seconds between live previews
 PICTURE_EDGE = 640
-NOT_IN_NAMES = {*map(chr, range(32)), *'\\/:*?"<>|'}  # on one system or another
+NOT_IN_NAMES = {*map(chr, range(32)), *'\\/:*?"<>|'}  # not allowed in file names on some system
 
 
 class TrainVideoModel(io.ComfyNode):
@@ -131,7 +131,7 @@ class _Show:
 
 
 def _frame_size(data_set) -> dict:
-    """The size of the clips, as the setting is written; packed latents have theirs already."""
+    """The size of the clips, formatted as the setting; packed latents already have a size."""
     if not isinstance(data_set, Clips):
         return {}
     height, width = data_set[0]["video"].shape[2:]
@@ -139,18 +139,18 @@ def _frame_size(data_set) -> dict:
 
 
 def _depth(model_channels) -> dict:
-    """Small networks are shallow too."""
+    """Fewer levels for small networks."""
     small = model_channels <= 64
     return {"channel_mult": [1, 2] if small else [1, 2, 4], "num_res_blocks": 1 if small else 2}
 
 
 def _ema_decay(steps) -> float:
-    """The average reaches over the last tenth of a short run, at most over the last 1000 steps or so."""
+    """EMA decay that averages over the last tenth of a short run, and over about the last 1000 steps at most."""
     return min(0.999, max(0.0, 1 - 10 / steps))
 
 
 def _places(name, resume, kind) -> tuple[Path, Path]:
-    """(result, folder of the run): the next free number of this name, or with `resume` the last one."""
+    """(result, run folder): the next free number for this name, or the last one with `resume`."""
     if not name.strip() or name.startswith(".") or len(name.encode()) > 200 or set(name) & NOT_IN_NAMES:
         raise ValueError(f"name is {shown(name)}: give a plain file name of at most 200 bytes, without folders, ending "
                          "and the characters \\ / : * ? \" < > |.")

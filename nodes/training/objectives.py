@@ -1,4 +1,4 @@
-"""What each network learns: one loss function a network, pure but for the generator it draws from.
+"""Training objectives: one loss function per network, pure except for the generator it draws from.
 
 Tensor names end in their layout: B batch, T frames, C channels, H height, W width, L text tokens, N vision tokens.
 """
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 def autoencoder_loss(vae: nn.Module, images_BCHW: Tensor, generator: torch.Generator, kl_weight: float,
                      emphasis: float) -> Tensor:
-    """Reconstruction of images in [-1, 1] from a sampled posterior, plus its divergence from N(0, 1).
+    """Reconstruction loss of images in [-1, 1] from a sampled posterior, plus its KL divergence from N(0, 1).
 
     `vae` has the layout of the latent-diffusion AutoencoderKL (arXiv 2112.10752): encoder, quant_conv,
-    post_quant_conv, decoder. What differs from the ground (the corner's colour), and 3 pixels around it, counts
-    `emphasis` times: a small shape is otherwise cheaper to leave out than to learn, and its outline to blur.
+    post_quant_conv, decoder. Pixels that differ from the background (the corner's colour), and 3 pixels around them,
+    are weighted by `emphasis`: otherwise omitting a small shape is cheaper than learning it, and its outline blurs.
     """
     mean, logvar = vae.quant_conv(vae.encoder(images_BCHW)).chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
@@ -37,13 +37,13 @@ def contrastive_loss(clip: nn.Module, images_BCHW: Tensor, tokens_BL: Tensor) ->
 
 
 def attribute_loss(scores: Sequence[Tensor], said_BA: Tensor) -> Tensor:
-    """Cross-entropy of A attributes, each with its own scores [B, classes] and the right class in a column."""
+    """Cross-entropy of A attributes, each with its own scores [B, classes] and a column of target classes."""
     return sum(F.cross_entropy(score, said) for score, said in zip(scores, said_BA.T))
 
 
 def noisy_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Timesteps 0..999 [B], three of five from the noisy end: there the network must invent the motion from image and
-    text alone, while uniformly drawn ones leave a small model with still pictures. The others keep colours true."""
+    """Timesteps 0..999 [B], three in five from the noisy end. There the network must generate the motion from image and
+    text alone; with uniform timesteps a small model produces still images. The rest keep colours accurate."""
     uniform = torch.randint(0, 1000, (batch,), generator=generator)
     noisy = torch.randint(800, 1000, (batch,), generator=generator)
     kind = torch.rand(batch, generator=generator)
@@ -51,8 +51,8 @@ def noisy_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
-    """The condition frames of DynamiCrafter: the first frame at every position, or, where `ends_B` is true,
-    first and last frame at their places and zeros between."""
+    """DynamiCrafter's condition frames: the first frame at every position or, where `ends_B` is true, the first and
+    last frames in their places with zeros between."""
     repeated = z_BCTHW[:, :, :1].expand_as(z_BCTHW)
     ends = torch.zeros_like(z_BCTHW)
     ends[:, :, 0], ends[:, :, -1] = z_BCTHW[:, :, 0], z_BCTHW[:, :, -1]
@@ -62,11 +62,11 @@ def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
 def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text_BLC: Tensor, image_BNW: Tensor,
                  frame_stride_B: Tensor, alphas_cumprod: Tensor, scale_arr: Tensor, generator: torch.Generator,
                  emphasis: float = 1.0, prediction: str = "v") -> Tensor:
-    """Loss of a DynamiCrafter network that predicts "v" (arXiv 2202.00512) or "eps", under its dynamic rescale of x0
-    (arXiv 2310.12190; `scale_arr` of ones: none).
+    """Loss of a DynamiCrafter network that predicts "v" (arXiv 2202.00512) or "eps", with its dynamic rescale of x0
+    (arXiv 2310.12190; a `scale_arr` of ones disables it).
 
-    Latent pixels where something passes count `emphasis` times: of a small shape on a plain ground most of the
-    picture says nothing about the motion.
+    Latent pixels that change over time are weighted by `emphasis`: with a small shape on a plain background, most of
+    the frame carries no information about the motion.
     """
     batch = len(z_BCTHW)
     t = noisy_timesteps(batch, generator)
@@ -83,8 +83,7 @@ def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text
 
 
 def given_frames(z_BCTHW: Tensor, mask_BT: Tensor) -> Tensor:
-    """Further input channels of the video U-Net [B, C + 1, T, H, W]: the frames whose mask is 1, zeros elsewhere, and
-    the mask."""
+    """Extra input channels of the video U-Net [B, C + 1, T, H, W]: frames with mask 1, else zeros, and the mask."""
     mask_B1THW = mask_BT[:, None, :, None, None].to(z_BCTHW).expand(-1, 1, -1, *z_BCTHW.shape[3:])
     return torch.cat((z_BCTHW * mask_B1THW, mask_B1THW), dim=1)
 
@@ -92,10 +91,10 @@ def given_frames(z_BCTHW: Tensor, mask_BT: Tensor) -> Tensor:
 def video_unet_loss(net: nn.Module, z_BCTHW: Tensor, mask_BT: Tensor, text_BLC: Tensor, alphas_cumprod: Tensor,
                     prediction: str, generator: torch.Generator, emphasis: float = 1.0,
                     additional_BD: Tensor | None = None) -> Tensor:
-    """Loss of the video U-Net on clips whose frames with mask 1 are given, predicting "eps" (arXiv 2006.11239) or "v"
-    (arXiv 2202.00512). Noise and timesteps are drawn on the generator's device.
+    """Loss of the video U-Net, predicting "eps" (arXiv 2006.11239) or "v" (arXiv 2202.00512), on clips whose frames
+    with mask 1 are given. Noise and timesteps are drawn on the generator's device.
 
-    Places that change over time count `emphasis` times, as in `video_v_loss`.
+    Latent pixels that change over time are weighted by `emphasis`, as in `video_v_loss`.
     """
     if prediction not in ("eps", "v"):
         raise ValueError(f"Prediction {prediction!r} is unknown: choose eps or v.")
@@ -113,17 +112,17 @@ def video_unet_loss(net: nn.Module, z_BCTHW: Tensor, mask_BT: Tensor, text_BLC: 
 
 
 def block_sigmas(shape: Sequence[int], shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels of `shape`, shifted as the sampler's: most lie near 1, and one in five is 1, where a block's motion
-    must come from image, text and context alone."""
+    """Noise levels of `shape`, with the sampler's shift: most are near 1, and one in five is exactly 1, where a block's
+    motion must come from image, text and context alone."""
     even = torch.rand(tuple(shape), generator=generator)
     shifted = shift * even / (1 + (shift - 1) * even)
     return torch.where(torch.rand(tuple(shape), generator=generator) < 0.2, 1.0, shifted)
 
 
 def teacher_mask(blocks: Sequence[int], first: int) -> Tensor:
-    """What frames may see [F, F] in a pass of the clean frames of all blocks but the last, followed by noisy frames of
-    the blocks from `first` on: clean ones see clean blocks up to their own, noisy ones their own block and the clean
-    ones before it."""
+    """Attention mask over frames [F, F] for a pass over the clean frames of all blocks but the last, followed by the
+    noisy frames of the blocks from `first` on. Clean frames attend to clean blocks up to their own; noisy frames attend
+    to their own block and the clean frames before it."""
     index = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
     clean, noisy = index[index < len(blocks) - 1], index[index >= first]
     of_clean = torch.cat((clean[:, None] >= clean[None], clean.new_zeros(len(clean), len(noisy)).bool()), dim=1)
@@ -135,11 +134,11 @@ def causal_flow_loss(net: nn.Module, z_BCFHW: Tensor, context_BCFHW: Tensor, y_B
                      blocks: Sequence[int], first: int, sigma_BN: Tensor, noise_BCFHW: Tensor,
                      emphasis: float = 1.0) -> Tensor:
     """Flow-matching loss of a causal Wan network on all blocks from `first` on, in one pass (teacher forcing,
-    arXiv 2412.07772): every block is denoised behind the finished frames `context_BCFHW` of those before it.
+    arXiv 2412.07772): every block is denoised given the finished frames `context_BCFHW` of the blocks before it.
 
-    The context is the clip itself, or what the network made of it (arXiv 2506.08009): the target is the clip either
-    way. sigma_BN: noise level of each block. keys: of `net.project_context`. Latent pixels where something passes count
-    `emphasis` times, as in `video_v_loss`.
+    The context is the clip itself, or what the network generated for it (arXiv 2506.08009); the target is the clip in
+    both cases. sigma_BN: noise level of each block. keys: from `net.project_context`. Latent pixels that change over
+    time are weighted by `emphasis`, as in `video_v_loss`.
     """
     known, start = sum(blocks[:-1]), sum(blocks[:first])
     sigma_BF = sigma_BN.repeat_interleave(torch.tensor(blocks, device=sigma_BN.device), dim=1)[:, start:]

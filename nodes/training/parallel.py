@@ -1,7 +1,7 @@
-"""Where a training runs: one process in full precision, or what accelerate makes of it.
+"""Where a training runs: one process in full precision, or processes managed by accelerate.
 
-The package accelerate is imported only where it is needed: for mixed precision, or in a process that
-`accelerate launch` or torchrun has started.
+accelerate is imported only when needed: for mixed precision, or in a process started by `accelerate launch` or
+torchrun.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 
 class OneProcess:
-    """The whole training in this process, as PyTorch computes it by itself."""
+    """The whole training in this process, in plain PyTorch."""
 
     rank, count = 0, 1
 
@@ -35,11 +35,11 @@ class OneProcess:
         loss.backward()
 
     def share(self, state):
-        """What the first process has, for all."""
+        """Broadcast an object from the first process to all."""
         return state
 
     def mean(self, values: Sequence[Tensor]) -> None:
-        """Put the mean over all processes into every tensor."""
+        """Replace every tensor by its mean over all processes."""
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
@@ -52,9 +52,9 @@ class OneProcess:
 
 
 class Accelerated(OneProcess):
-    """Mixed precision and any number of processes, on GPUs or CPUs, by accelerate.
+    """Mixed precision and any number of processes, on GPUs or CPUs, with accelerate.
 
-    Gradients are averaged once a step, after accumulation, whatever way a loss used the network.
+    Gradients are averaged once per step, after accumulation, no matter how the loss calls the network.
     """
 
     def __init__(self, accelerator):
@@ -97,9 +97,9 @@ def launched() -> bool:
 
 
 def make_processes(precision: str = "no", device: torch.device | str = "cpu") -> OneProcess:
-    """The processes of this training. `device` is where one process computes; launched ones have their own.
+    """The processes of this training. `device` applies to a single process; launched ones get their own.
 
-    Raises ValueError for an unknown precision, ImportError (with what to install) where accelerate is missing.
+    Raises ValueError for an unknown precision, ImportError (with what to install) if accelerate is missing.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"Mixed precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}.")
@@ -110,5 +110,5 @@ def make_processes(precision: str = "no", device: torch.device | str = "cpu") ->
         return OneProcess(device)
     accelerate = import_extra("accelerate", "accelerate", "Training in mixed precision or several processes")
     from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()  # of an earlier training in this process, perhaps of another precision
+    AcceleratorState._reset_state()  # left from an earlier training in this process, possibly with another precision
     return Accelerated(accelerate.Accelerator(mixed_precision=precision, cpu=cpu))

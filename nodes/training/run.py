@@ -1,4 +1,4 @@
-"""A whole training: stages, validation, samples, curves and checkpoints around the one loop of `fit`."""
+"""A complete training run: stages, validation, samples, curves and checkpoints around the loop in `fit`."""
 from __future__ import annotations
 
 import json
@@ -29,21 +29,21 @@ from .parallel import OneProcess
 from .trackers import Track, open_trackers
 
 SETTINGS = "settings.json"
-SAMPLES = 4         # clips of a sheet
-LIVE_POINTS = 300   # of the loss curve that is shown while training
-# Settings that may be others when a training goes on; all else decides its path.
+SAMPLES = 4         # clips per sheet
+LIVE_POINTS = 300   # points of the loss curve shown during training
+# Settings that may change on resume; all others determine the training path.
 FREE = {"resume", "output", "save_every", "sample_every", "checkpoint_every", "wandb", "tensorboard", "num_workers",
         "device", "steps", "num_epochs", "learning_rate", "ema_decay", "gradient_checkpointing"}
 
 
 @dataclass
 class Progress:
-    """What is shown of a training while it runs."""
+    """The state of a training run that is displayed live."""
 
     step: int
     steps: int
     loss: float
-    seconds: float                            # since the start, without pauses
+    seconds: float                            # since the start, excluding pauses
     draw: Callable[[str], Image.Image]
 
     @property
@@ -52,7 +52,7 @@ class Progress:
         return f"step {self.step} of {self.steps}, loss {self.loss:.4f}, {duration(left)} left"
 
     def picture(self) -> Image.Image:
-        """Loss curve, and the last samples below it."""
+        """Loss curve with the latest samples below it."""
         return self.draw(self.text)
 
 
@@ -63,8 +63,8 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Training:
-    """One training. `result` is the file it makes; state, logs, samples and further checkpoints lie in the folder of
-    the same name beside it, or in `folder`. `on_progress` is called after every step, and may raise to stop."""
+    """One training run. `result` is the output file; state, logs, samples and further checkpoints are stored beside it
+    in a folder of the same name, or in `folder`. `on_progress` is called after every step and may raise to stop."""
 
     family: Family
     dataset: Dataset
@@ -75,10 +75,10 @@ class Training:
     on_progress: Callable[[Progress], None] = lambda progress: None
 
     def run(self) -> None:
-        """Train from the start, or go on (`resume`); returns when `result` is written.
+        """Train from the start or resume (`resume`); returns when `result` is written.
 
-        Raises ValueError for settings that do not fit the data or an earlier run, FloatingPointError for a loss that
-        is NaN or infinite again and again, OSError where the disk is full.
+        Raises ValueError for settings that do not fit the data or an earlier run, FloatingPointError for a loss that is
+        repeatedly NaN or infinite, OSError if the disk is full.
         """
         held = min(self.settings.validation_clips, len(self.dataset) // 10)
         self.train_clips, self.held_clips = range(len(self.dataset) - held), range(len(self.dataset) - held,
@@ -113,7 +113,7 @@ class Training:
             self._export(self.result, net, self.done)
 
     def _check_folder(self) -> None:
-        """Raise ValueError for a folder of another run, or without one to go on with."""
+        """Raise ValueError if the folder belongs to another run, or if there is no run to resume."""
         saved = self.folder / SETTINGS
         if saved.exists() and not self.settings.resume:
             raise ValueError(f"{self.folder} holds a run already: go on with it (resume), or choose another name.")
@@ -121,7 +121,7 @@ class Training:
             raise ValueError(f"There is no run to go on with in {self.folder}: leave resume away, or give its name.")
 
     def _open_folder(self) -> None:
-        """Make the folder, or check that the run in it goes on with its own settings."""
+        """Create the folder, or check that the run in it is resumed with its own settings."""
         saved, given = self.folder / SETTINGS, asdict(self.settings)
         if saved.exists():
             before = self._settings_before(saved)
@@ -136,7 +136,7 @@ class Training:
         self.trackers = open_trackers(self.settings, self.folder)
 
     def _settings_before(self, saved: Path) -> dict:
-        """Of the run that goes on. What an older release did not know yet has its default."""
+        """Settings of the run being resumed. Settings that an older release did not have get their defaults."""
         try:
             found = json.loads(saved.read_text(encoding="utf-8"))
         except ValueError:
@@ -148,7 +148,7 @@ class Training:
         return {**asdict(TrainConfig()), **found}
 
     def _stage(self, number: int, net: nn.Module, size: tuple[int, int], steps: int) -> nn.Module:
-        """Train at one resolution; returns the moving average of the weights."""
+        """Train at one resolution; returns the EMA of the weights."""
         settings, processes = self.settings, self.processes
 
         def encode(item: dict) -> Encoded:
@@ -175,7 +175,7 @@ class Training:
                    on_step=self._on_step)
 
     def _validation(self, encode: Callable[[dict], Encoded]) -> list[Encoded]:
-        """The clips that are kept from training, encoded once."""
+        """The held-out clips, encoded once."""
         if not self.held_clips:
             return []
         size = min(self.settings.batch_size, len(self.held_clips))
@@ -188,7 +188,7 @@ class Training:
             self.loss = losses[-1]
             before = step - len(losses)
             every = max(1, self.steps // LIVE_POINTS)
-            self.live = [point for point in self.live if point[0] <= before]  # the run may have gone back
+            self.live = [point for point in self.live if point[0] <= before]  # the run may have rolled back
             self.live += [(number, loss) for number, loss in enumerate(losses, before + 1)
                           if number % every == 0 or not self.live]
         self.on_progress(Progress(step, self.steps, self.loss, seconds, self._picture))
@@ -203,7 +203,7 @@ class Training:
         return whole
 
     def _on_save(self, step: int, averaged: nn.Module, loss: float) -> None:
-        """Measure the averaged weights, log it, keep the best ones and one set every `checkpoint_every` steps."""
+        """Evaluate the EMA weights, log the results, keep the best weights and a copy each `checkpoint_every` steps."""
         settings, step = self.settings, self.done + step
         entry = {"step": step, "loss": loss}
         if self.validation:
@@ -233,8 +233,8 @@ class Training:
         return sum(losses) / len(losses)
 
     def _sample(self, step: int, net: nn.Module) -> dict[str, float]:
-        """Write a sheet of samples; {"psnr": dB} of their frames that were not given, against the clips as the VAE
-        gives them back, or nothing where all were given."""
+        """Write a sheet of samples. Returns {"psnr": dB} of the generated frames against the clips after a VAE round
+        trip, or {} if all frames were given."""
         batch = to_device(self.shown, self.processes.device)
         truth = self.family.encoders.pixels(self.family.truth(batch))
         rows = []

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard: imported only where they are asked for, and never needing a key."""
+"""Weights & Biases and TensorBoard: imported only on request; no API key required."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Track = Callable[[int, dict[str, float]], None]
 
 
 def open_trackers(settings: TrainConfig, folder: Path) -> list[Track]:
-    """Functions that take a step and its numbers. Raises ImportError, with what to do, for a package not installed."""
+    """Functions that take a step and its metrics. Raises ImportError, with what to do, if a package is missing."""
     found: list[Track] = []
     if settings.wandb:
         wandb = import_extra("wandb", "wandb", "Logging to Weights & Biases")

@@ -1,19 +1,19 @@
-"""Read every record of a shard, in a process of its own: a damaged LMDB file can end the one that reads it.
+"""Read every record of a shard in a separate process: a damaged LMDB file can crash the process that reads it.
 
     python check_shard.py SHARD COUNT VERSION
 
-Ends with 0 where all is well, or says what is wrong. Imports nothing of the pack, so that it starts at once.
+Exits with 0 if the shard is good, otherwise prints what is wrong. Imports nothing from the pack, so it starts fast.
 """
 import sys
 import zlib
 
 import lmdb
 
-CHECKSUM = 4  # bytes at the beginning of a record, since version 2
+CHECKSUM = 4  # bytes at the start of a record, since version 2
 
 
 def keys(number):
-    """Names of a clip's records: its tensors, its text."""
+    """Keys of a clip's records: its tensors and its text."""
     return b"tensors/%08d" % number, b"text/%08d" % number
 
 
@@ -22,7 +22,7 @@ def sealed(record):
 
 
 def opened(record, version):
-    """The record without its checksum; ValueError where that does not fit."""
+    """The record without its checksum; ValueError if the checksum does not match."""
     if version == 1:
         return record
     if sealed(record[CHECKSUM:]) != record:
@@ -31,7 +31,7 @@ def opened(record, version):
 
 
 def read(shard, wanted, version):
-    """Records by their keys. ValueError for one that is missing or damaged, lmdb.Error for a damaged file."""
+    """Records by key. ValueError for a missing or damaged record, lmdb.Error for a damaged file."""
     with lmdb.open(shard, readonly=True, lock=False, readahead=False, create=False) as environment:
         with environment.begin() as transaction:
             found = [transaction.get(key) for key in wanted]

@@ -1,7 +1,7 @@
-"""Clips for training as torch data sets: what every source of them shares, and Moving Shapes.
+"""Clips for training as torch data sets: the base class of all sources, and Moving Shapes.
 
-An item is {"video": float32 [C, T, H, W] in -1..1, "caption": str, "name": str}. What is drawn at random in it depends
-on the seed, its index and the epoch alone, so any number of workers gives the same items.
+An item is {"video": float32 [C, T, H, W] in -1..1, "caption": str, "name": str}. Its random draws depend only on the
+seed, the index and the epoch, so items are the same for any number of workers.
 """
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from . import shapes as data
 
 NORMALISATIONS = ("-1..1", "imagenet")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, of pixels in 0..1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, for pixels in 0..1
 SIDE = re.compile(r"\b(left|right)(?=(?:wards?|most|-hand(?:ed)?)?\b)", re.IGNORECASE)
 
 
 def swap_sides(caption: str) -> str:
-    """What a caption says of the mirrored clip: left and right exchanged."""
+    """The caption of the mirrored clip: left and right swapped."""
     def other(match: re.Match) -> str:
         word = "right" if match[0].lower() == "left" else "left"
         return word.upper() if match[0].isupper() else word.capitalize() if match[0][0].isupper() else word
@@ -30,11 +30,11 @@ def swap_sides(caption: str) -> str:
 
 
 class Clips(Dataset):
-    """Base of the data sets of clips: subclasses give `__len__` and `read`; own augmentations override `augment_*`.
+    """Base class of clip data sets. Subclasses implement `__len__` and `read`, and may override `augment_*`.
 
-    mirror: half of the clips are mirrored, and left and right exchanged in their captions. normalise: "-1..1", or
-    "imagenet" (its mean and standard deviation). Call `set_epoch` before each epoch for other random draws; it reaches
-    running workers too.
+    mirror: mirror half of the clips and swap left and right in their captions. normalise: "-1..1", or "imagenet"
+    (ImageNet mean and standard deviation). Call `set_epoch` before each epoch for new random draws; it also reaches
+    running workers.
     """
 
     def __init__(self, *, seed: int = 0, mirror: bool = False, normalise: str = "-1..1"):
@@ -51,19 +51,19 @@ class Clips(Dataset):
         raise NotImplementedError
 
     def augment_text(self, caption: str, rng: Random) -> str:
-        """To override: another wording of a caption."""
+        """Override to reword a caption."""
         return caption
 
     def augment_frames(self, video_CTHW: Tensor, rng: Random) -> Tensor:
-        """To override: another look of a clip in -1..1, same shape."""
+        """Override to augment a clip in -1..1; the shape stays the same."""
         return video_CTHW
 
     def summary(self) -> str:
-        """What the data set holds, in one line; then what was left out."""
+        """One-line description of the data set, followed by what was skipped."""
         return f"{len(self)} clips"
 
     def contents(self) -> str:
-        """Text that is the same for the same clips only."""
+        """Text that identifies the clips: equal only for the same clips."""
         return self.summary().splitlines()[0]
 
     def __getitem__(self, index: int) -> dict:
@@ -83,7 +83,7 @@ class Clips(Dataset):
 
 
 class MovingShapes(Clips):
-    """`count` drawn clips of one moving shape each; with `held_out`, of combinations and in words kept from training.
+    """`count` drawn clips of one moving shape each; with `held_out`, held-out combinations and caption templates.
 
     size: (height, width) in pixels, square. frames: 1 to 32.
     """
@@ -104,7 +104,7 @@ class MovingShapes(Clips):
         return self.count
 
     def clip(self, index: int) -> tuple[data.ShapeClip, int]:
-        """(the clip, number of its caption form), the same in every epoch."""
+        """(clip, index of its caption template), the same in every epoch."""
         rng = Random(f"shapes/{self.seed}/{index}")
         clip, scale = data.random_clip(rng, held_out=self.held_out), self.size[0] / 64
         form = data.HELD_OUT_FORM if self.held_out else rng.randrange(data.HELD_OUT_FORM)

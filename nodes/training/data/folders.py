@@ -1,4 +1,4 @@
-"""Clips on disk: videos/ and captions/ of the same names, read lazily; and Moving Shapes written as such a folder."""
+"""Clips on disk: videos/ and captions/ with matching names, read lazily; and Moving Shapes written as such a folder."""
 from __future__ import annotations
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PROBLEMS = ("skip", "refuse")
 SIZES = ("any", "same")
-SHOWN = 20  # skipped clips named in a summary
+SHOWN = 20  # skipped clips listed in a summary
 
 
 class Clip(NamedTuple):
@@ -31,16 +31,16 @@ class Clip(NamedTuple):
 
 
 class VideoFolder(Clips):
-    """`folder`/videos and `folder`/captions: a clip and its caption have the same name, the caption's ending in .txt.
+    """`folder`/videos and `folder`/captions: a caption has the same name as its clip, with the suffix .txt.
 
     A clip is any file that PyAV or Pillow reads, or a folder of numbered images; a single image is a clip of one frame.
-    Clips give `frames` frames of `size` (height, width): evenly in time over the clip with stride 0, else `stride`
-    frames apart from a place drawn anew in each epoch; resized and cropped at the middle.
+    Each clip yields `frames` frames of `size` (height, width), resized and center-cropped. With stride 0 they are
+    spread evenly over the clip; otherwise they are `stride` frames apart, from a start drawn anew in each epoch.
 
-    problems: what becomes of a clip that is damaged, too short, without a caption or (sizes "same") of another size
-    than most: "skip" leaves it out and names it in `skipped` and `summary()`, "refuse" raises ValueError with all of
-    them. A clip that turns out damaged only when it is read is replaced by the next one, with a warning, or refused.
-    max_samples: only the first good ones in the order of their names.
+    problems: what to do with a clip that is damaged, too short, has no caption or (sizes "same") differs in size from
+    most others. "skip" leaves it out and lists it in `skipped` and `summary()`; "refuse" raises ValueError that lists
+    them all. A clip that turns out to be damaged only when it is read is replaced by the next one, with a warning, or
+    refused. max_samples: use only the first valid clips, in order of name.
     """
 
     def __init__(self, folder: str | Path, frames: int = 16, size: tuple[int, int] = (64, 64), *, stride: int = 0,
@@ -96,7 +96,7 @@ class VideoFolder(Clips):
                          for name, path in texts.items() if name not in names]
 
     def _texts(self) -> dict[str, Path]:
-        """The captions by the names of their clips; other files are added to `skipped`."""
+        """Captions by clip name; other files are added to `skipped`."""
         if not (self.folder / "captions").is_dir():
             return {}
         paths, others = list_folder(self.folder / "captions")
@@ -140,7 +140,7 @@ class VideoFolder(Clips):
         raise ValueError(f"{self.folder}: not one of {len(self)} clips can be read any more.")
 
     def damaged(self) -> list[LeftOut]:
-        """The clips whose frames cannot all be decoded; takes as long as playing them fast."""
+        """Clips with frames that cannot be decoded. Decodes every clip, so it is slow."""
         found = []
         for clip in self.clips:
             try:
@@ -165,7 +165,7 @@ def _stem(clip: Path) -> str:
 
 
 def _no_pictures(clip: Path) -> list[LeftOut]:
-    """What lies in a folder of pictures beside them."""
+    """Files in a folder of images that are not images."""
     paths, others = list_folder(clip)
     others += [LeftOut(path.name, f"no picture ({', '.join(PICTURES)})") for path in paths
                if path.suffix.lower() not in PICTURES or not path.is_file()]
@@ -175,7 +175,7 @@ def _no_pictures(clip: Path) -> list[LeftOut]:
 def write_shapes(shapes: MovingShapes, folder: str | Path) -> None:
     """Write Moving Shapes as videos/*.mp4 and captions/*.txt into a new folder, all or nothing.
 
-    ValueError if the folder is there already.
+    ValueError if the folder already exists.
     """
     folder = Path(folder)
     if folder.exists():

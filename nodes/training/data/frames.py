@@ -1,6 +1,6 @@
-"""Frames of videos, pictures and folders of pictures for training: their times, chosen ones read, fitted to a size.
+"""Frames of videos, images and image folders for training: timestamps, reading selected frames, fitting to a size.
 
-A file is given to FFmpeg open, not by name, and nothing else may be opened: a playlist leads nowhere.
+FFmpeg gets an open file, not a file name, and may open nothing else: a playlist cannot refer to other files.
 """
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from ...common.pictures import PICTURES, list_folder, open_animation, open_pictu
 from ...common.video import hearing_cancel
 
 NOTHING_ELSE = {"protocol_whitelist": "none"}
-ORIENTATION = 0x0112  # in EXIF
+ORIENTATION = 0x0112  # EXIF tag
 
 
 class Frame(NamedTuple):
     time: float                               # seconds
     pixels: Callable[[], np.ndarray]          # uint8 [H, W, 3], upright
-    pixel_aspect: float = 1.0                 # width of a pixel over its height
+    pixel_aspect: float = 1.0                 # pixel width / height
 
 
 class Look(NamedTuple):
-    """What a clip is, from its index and its first frame."""
+    """Properties of a clip, from its index and its first frame."""
 
-    times: tuple[float, ...]                  # of its frames, ascending
-    size: tuple[int, int]                     # (height, width) as it is shown
+    times: tuple[float, ...]                  # of the frames, ascending
+    size: tuple[int, int]                     # (height, width) as displayed
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The folder's pictures in the order of the numbers in their names (2 before 10)."""
+    """The folder's images in numeric order of their names (2 before 10)."""
     return sorted((path for path in list_folder(folder)[0] if path.suffix.lower() in PICTURES and path.is_file()),
                   key=lambda path: [int(part) if part.isdecimal() else part
                                     for part in re.split(r"(\d+)", path.name)])
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """All frames of a video, picture or folder of pictures, in order; ValueError at what is damaged."""
+    """All frames of a video, image or image folder, in order; ValueError for damaged data."""
     if path.is_dir():
         return (Frame(number, lambda picture=picture: np.asarray(open_picture(picture)))
                 for number, picture in enumerate(pictures_in(path)))
@@ -63,20 +63,20 @@ def _open(path: Path) -> av.container.InputContainer:
         container = av.open(file, options=NOTHING_ELSE)
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"cut off, or no video ({error.strerror})") from error
-    if not container.streams.video or container.format.name == "tty":  # ffmpeg would draw a text file as a terminal
+    if not container.streams.video or container.format.name == "tty":  # ffmpeg would render a text file as a terminal
         container.close()
         raise ValueError("no video, there are no pictures in it")
     return container
 
 
 def _has_times(container: av.container.InputContainer) -> bool:
-    """AVI knows its rate alone: what looks like times are numbers in the order of decoding."""
+    """Whether timestamps are real: AVI only stores a frame rate, and its timestamps are decoding-order numbers."""
     return container.format.name != "avi"
 
 
 def _video(path: Path) -> Iterator[Frame]:
-    """Frames by their time stamps. What cannot be decoded before the first one (a recording that was cut between two
-    key frames) is passed over."""
+    """Frames with their timestamps. Packets that cannot be decoded before the first frame (a recording cut between two
+    key frames) are skipped."""
     with _open(path) as container:
         stream, number = container.streams.video[0], 0
         try:
@@ -102,9 +102,9 @@ def _video(path: Path) -> Iterator[Frame]:
 
 
 def look(path: Path) -> Look:
-    """Times and size of a clip; of a video its first frame alone is decoded.
+    """Timestamps and size of a clip; for a video only the first frame is decoded.
 
-    ValueError says what is wrong with what is no clip, was cut off, or (folders) has pictures of different sizes.
+    ValueError describes the problem if the file is not a clip, is truncated, or (folders) has images of mixed sizes.
     """
     if path.is_dir():
         pictures = pictures_in(path)
@@ -126,17 +126,17 @@ def look(path: Path) -> Look:
 
 
 def _size(picture: Path) -> tuple[int, int]:
-    """(height, width) from the header, upright."""
+    """(height, width) from the header, with the orientation applied."""
     try:
         with Image.open(picture) as opened:
             width, height = opened.size
             return (width, height) if opened.getexif().get(ORIENTATION, 1) > 4 else (height, width)
-    except Exception as error:  # Pillow's readers end in many kinds at damaged files
+    except Exception as error:  # Pillow's readers raise many exception types for damaged files
         raise ValueError(f"{picture.name} is damaged, or no picture ({error})") from error
 
 
 def _packet_times(path: Path) -> tuple[float, ...]:
-    """Times of a video's frames, without decoding them."""
+    """Timestamps of a video's frames, without decoding them."""
     with _open(path) as container:
         stream = container.streams.video[0]
         try:
@@ -154,9 +154,9 @@ def _packet_times(path: Path) -> tuple[float, ...]:
 
 
 def nearest(frames: Iterable[Frame], times: Iterable[float], ends: float) -> Iterator[Frame]:
-    """For each of the ascending `times` the frame that is nearest to it, the earlier one of two.
+    """For each of the ascending `times` the nearest frame; the earlier one if two are equally near.
 
-    ValueError where the frames end before `ends`.
+    ValueError if the frames end before `ends`.
     """
     frames = iter(frames)
     here, after = next(frames), next(frames, None)
@@ -171,9 +171,8 @@ def nearest(frames: Iterable[Frame], times: Iterable[float], ends: float) -> Ite
 def read_frames(path: Path, clip: Look, times: list[float], size: tuple[int, int]) -> Tensor:
     """The frames nearest to `times`, fitted to (height, width): float32 [T, H, W, 3] in 0..255.
 
-    Each is fitted as soon as it is decoded, so that large ones do not fill the memory. A video is decoded from its
-    beginning, so cut long ones into clips. ValueError for what is damaged, and where pictures of a folder differ in
-    size.
+    Each frame is resized as soon as it is decoded, so large ones do not fill the memory. A video is always decoded from
+    its beginning, so split long videos into clips. ValueError for damaged data and for image folders with mixed sizes.
     """
     height, width = size
     fitted, last, shape = [], None, None
@@ -190,26 +189,26 @@ def read_frames(path: Path, clip: Look, times: list[float], size: tuple[int, int
 
 
 def check_frames(path: Path, clip: Look) -> None:
-    """Decode all frames of a clip; ValueError for what is damaged."""
+    """Decode all frames of a clip; ValueError for damaged data."""
     for frame in nearest(frames_of(path), clip.times, _least_end(clip)):
         frame.pixels()
 
 
 def _least_end(clip: Look) -> float:
-    """Time that a whole clip reaches: the last packets may belong to one frame."""
+    """Timestamp that an intact clip reaches at least: the last packets may belong to one frame."""
     return clip.times[-1] - 1.5 * (clip.times[-1] - clip.times[0]) / max(1, len(clip.times) - 1)
 
 
 def frames_needed(frames: int, stride: int) -> int:
-    """Shortest clip that gives `frames` frames (see pick_times)."""
+    """Minimum clip length, in frames, to get `frames` frames (see pick_times)."""
     return (frames - 1) * stride + 1 if stride else frames
 
 
 def pick_times(times: tuple[float, ...], frames: int, stride: int, rng: Random) -> list[float]:
-    """Times of the frames taken from a clip whose frames are shown at `times`.
+    """Timestamps of the frames to take from a clip whose frames are at `times`.
 
-    stride 0: evenly from the first to the last, so that the caption fits whatever the length. Otherwise `stride`
-    frames apart, at the clip's mean rate, from a place drawn by `rng`, which keeps the speed.
+    stride 0: evenly from the first to the last, so that the caption fits at any clip length. Otherwise `stride` frames
+    apart, at the clip's mean frame rate, from a start drawn by `rng`; this preserves the speed.
     """
     last = len(times) - 1
     if stride:

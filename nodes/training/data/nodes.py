@@ -26,7 +26,7 @@ OUTPUTS = [
 ]
 FRAMES = {"default": 16, "min": 1, "max": 1024}
 EDGE = {"default": 64, "min": 16, "max": 4096, "step": 8}
-# the page would draw another seed after each run unless told not to: a data set stays the same until it is changed
+# the frontend would draw a new seed after each run by default: a data set stays the same until it is changed
 SEED = {"default": 0, "min": 0, "max": 0xffffffffffffffff, "control_after_generate": False}
 
 
@@ -44,9 +44,9 @@ def _frames(item: dict) -> torch.Tensor:
 
 
 def _folder(name: str) -> str:
-    """The folder on this machine: inside ComfyUI's input folder, or inside one that the owner lists as DATA_SETS.
+    """The folder on this machine: inside ComfyUI's input folder, or inside one that the owner lists under DATA_SETS.
 
-    All others are refused alike, whether they are there or not: whoever reaches the server would learn it.
+    All others are refused with the same error, whether they exist or not, so that clients cannot probe the disk.
     """
     roots = [folder_paths.get_input_directory()]
     if DATA_SETS in folder_paths.folder_names_and_paths:
@@ -57,13 +57,13 @@ def _folder(name: str) -> str:
         raise ValueError(f"folder = {values.shown(name)} was given. Give the name of a folder inside ComfyUI's input "
                          "folder, or a path inside a folder that the owner of this ComfyUI lists in "
                          f"extra_model_paths.yaml as {DATA_SETS}.")
-    if not os.path.isdir(path):  # False for names that are too long, too
+    if not os.path.isdir(path):  # also False for names that are too long
         raise ValueError(f"folder = {values.shown(name)} was given, and there is no folder {values.shown(path)}.")
     return path
 
 
 def _state(name: str) -> str:
-    """Changes with the folder's files; what is wrong with the folder is told when the node runs."""
+    """Changes when the folder's files change; errors in the folder are reported when the node runs."""
     try:
         path = Path(_folder(name))
         files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size)

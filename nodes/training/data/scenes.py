@@ -1,8 +1,8 @@
-"""Drawn scenes of 96x96: a patterned object that moves over a ground, or a picture that the camera moves over.
+"""Drawn scenes of 96x96: a patterned object that moves over a background, or an image under a moving camera.
 
-A clip is described by an `ObjectScene` or a `CameraScene` and drawn from it alone. One fifth of the shape x colour x
-direction combinations (`is_held_out`) and the last caption form of each kind (`HELD_OUT_FORM`) never occur in training.
-Lengths are pixels; x grows to the right, y downwards; outlines are smoothed over one pixel.
+An `ObjectScene` or a `CameraScene` fully describes a clip. One fifth of the shape x colour x direction combinations
+(`is_held_out`) and the last caption template of each kind (`HELD_OUT_FORM`) are held out from training.
+Lengths are in pixels; x points right, y down; outlines are anti-aliased over one pixel.
 """
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ CAMERA_FORMS = (
 HELD_OUT_FORM = len(OBJECT_FORMS) - 1
 
 FRAMES = 16
-FS_RANGE = (18, 30)        # frames a second
-MOTION = 21.0              # pixels a second: 1.17 a frame at 18, 0.7 at 30
-ZOOM = 0.36                # growth of the logarithm of the picture's scale a second: 1.35 times in 15 frames at 18
+FS_RANGE = (18, 30)        # frames per second
+MOTION = 21.0              # pixels per second: 1.17 per frame at 18 fps, 0.7 at 30
+ZOOM = 0.36                # growth of log(scale) per second: 1.35 times in 15 frames at 18 fps
 RADIUS_RANGE = (10.5, 13.0)
-REACH = 1.54               # the farthest point of any shape (a star's tip), in radii
+REACH = 1.54               # farthest point of any shape (a star's tip) from its centre, in radii
 
 
 @dataclass(frozen=True)
 class ObjectScene:
-    """Positions are the object's centre in the first frame."""
+    """Positions are those of the object's centre in the first frame."""
 
     shape: str
     pattern: str
@@ -61,12 +61,12 @@ class ObjectScene:
     y: float
     radius: float
     fs: int
-    seed: int              # of the ground's texture
-    returns: bool = False  # goes out and comes back, so that the last frame equals the first
+    seed: int              # of the background texture
+    returns: bool = False  # moves out and back, so that the last frame equals the first
 
     @property
     def speed(self) -> float:
-        """Pixels a frame."""
+        """Pixels per frame."""
         return MOTION / self.fs
 
     def caption(self, form: int = 0) -> str:
@@ -78,8 +78,8 @@ class ObjectScene:
 
 @dataclass(frozen=True)
 class CameraScene:
-    """The picture is drawn from its kind and seed; the camera begins `x`, `y` off its middle; `zoom` pixels show one of
-    the picture's, which is drawn for 128 a side."""
+    """The image is drawn from its kind and seed. The camera starts `x`, `y` off the image's centre. `zoom` is the
+    number of screen pixels per image pixel; images are designed for a side of 128."""
 
     picture: str
     move: str
@@ -99,17 +99,17 @@ Scene = ObjectScene | CameraScene
 
 
 def is_held_out(shape: str, colour: str, direction: str) -> bool:
-    """One combination in five is kept for tests."""
+    """One combination in five is held out for tests."""
     index = (SHAPES.index(shape) * 2 + list(COLOURS).index(colour) + list(DIRECTIONS).index(direction) * 3)
     return index % 5 == 0
 
 
 def random_object(rng: Random, held_out: bool | None = False, returns: bool = False, frames: int = FRAMES,
                   fs: int | None = None) -> ObjectScene:
-    """A scene of known (False), held-out (True) or any (None) combination.
+    """A scene with a training (False), held-out (True) or any (None) combination.
 
-    Position, size and speed are drawn without looking at the direction: whichever way the object goes, it stays
-    inside for `frames` frames.
+    Position, size and speed are drawn independently of the direction: the object stays inside for `frames` frames
+    whichever way it moves.
     """
     while True:
         shape, colour, direction = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(DIRECTIONS))
@@ -128,7 +128,7 @@ def random_camera(rng: Random, returns: bool = False) -> CameraScene:
 
 
 def travelled(frames: int, returns: bool) -> Tensor:
-    """Frames of motion until each frame [T]."""
+    """Frames of motion up to each frame [T]."""
     t = torch.arange(frames, dtype=torch.float32)
     return torch.minimum(t, t.flip(0)) if returns else t
 
@@ -139,17 +139,17 @@ def draw(scene: Scene, frames: int = FRAMES) -> Tensor:
     return drawn.clamp(0, 255).round().to(torch.uint8)
 
 
-# ---- an object over a ground ---------------------------------------------------------------------------------------
+# ---- an object over a background ---------------------------------------------------------------------------------
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
-    """Distance in pixels from the outline, negative inside, of a shape with about the area of a circle of `radius`."""
+    """Signed distance to the outline in pixels, negative inside. The area is about that of a circle of `radius`."""
     if shape == "circle":
         return (dx * dx + dy * dy).sqrt() - radius
     if shape == "square":
         return torch.maximum(dx.abs(), dy.abs()) - radius * 0.886
-    if shape == "triangle":  # upright, its tip 1.4 radii above the middle
+    if shape == "triangle":  # upright, with its tip 1.4 radii above the centre
         return torch.maximum(dy, 0.866 * dx.abs() - 0.5 * dy) - radius * 0.7
-    tenth = math.pi / 5      # a star: every half of an arm is the same triangle, turned and mirrored
+    tenth = math.pi / 5      # a star: each half of an arm is the same triangle, rotated and mirrored
     angle = (((torch.atan2(dx, -dy) + tenth) % (2 * tenth)) - tenth).abs()
     length = (dx * dx + dy * dy).sqrt()
     along, across = length * angle.cos() - REACH * radius, length * angle.sin()
@@ -159,18 +159,18 @@ def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor
 
 
 def paint(canvas_HW3: Tensor, cover_HW: Tensor, colour) -> Tensor:
-    """The canvas with a colour laid over it where `cover` is 1."""
+    """The canvas with a colour blended in, opaque where `cover` is 1."""
     return torch.lerp(canvas_HW3, torch.as_tensor(colour, dtype=torch.float32), cover_HW[..., None])
 
 
 def second_tone(scene: ObjectScene) -> Tensor:
-    """The pattern's other colour, of the same hue: lighter, on a white ground darker."""
+    """The pattern's second colour, of the same hue: lighter, or darker on a white background."""
     colour = torch.tensor(COLOURS[scene.colour], dtype=torch.float32)
     return colour * 0.5 if scene.ground == "white" else 255 - (255 - colour) * 0.42
 
 
 def draw_ground(scene: ObjectScene) -> Tensor:
-    """[H, W, 3] float: plain, from dark to light in one direction, in squares of two tones, or in soft waves."""
+    """[H, W, 3] float: plain, a linear gradient, a two-tone checkerboard, or soft waves."""
     rng, axis = Random(scene.seed), torch.arange(SIZE) + 0.5
     y, x = axis[:, None], axis[None, :]
     tone = torch.zeros(SIZE, SIZE)
@@ -201,18 +201,18 @@ def draw_object(scene: ObjectScene, frames: int) -> Tensor:
     if scene.pattern != "plain":
         width = 0.42 * scene.radius
         across = (dx + dy) * math.sqrt(0.5) if scene.pattern == "striped" else distance
-        stripes = ((across / width) % 2 - 1).abs() * width - width / 2  # distance from the nearest change of tone
+        stripes = ((across / width) % 2 - 1).abs() * width - width / 2  # signed distance to the nearest change of tone
         inside = paint(inside, (stripes + 0.5).clamp(0, 1), second_tone(scene))
     return torch.lerp(draw_ground(scene).expand_as(inside), inside, (0.5 - distance).clamp(0, 1)[..., None])
 
 
-# ---- a picture under a moving camera -------------------------------------------------------------------------------
+# ---- an image under a moving camera ----------------------------------------------------------------------------------
 
 def draw_camera(scene: CameraScene, frames: int) -> Tensor:
-    """[T, H, W, 3] float. The world has its origin in the middle of the picture."""
+    """[T, H, W, 3] float. The world's origin is the centre of the image."""
     move_x, move_y, grows = MOVES[scene.move]
     way = travelled(frames, scene.returns) / scene.fs
-    scale_T11 = (scene.zoom * (grows * ZOOM * way).exp())[:, None, None]  # screen pixels of a world pixel
+    scale_T11 = (scene.zoom * (grows * ZOOM * way).exp())[:, None, None]  # screen pixels per world pixel
     axis = torch.arange(SIZE) + 0.5 - SIZE / 2
     x = (axis[None, None, :] + move_x * MOTION * way[:, None, None]) / scale_T11 + scene.x
     y = (axis[None, :, None] + move_y * MOTION * way[:, None, None]) / scale_T11 + scene.y
@@ -226,7 +226,7 @@ def random_colour(rng: Random, low: int = 30, high: int = 235) -> Tensor:
 
 
 def sky(rng: Random, y: Tensor) -> Tensor:
-    """From one colour above to another below, over 160 pixels."""
+    """Vertical gradient between two colours over 160 pixels."""
     upper, lower = random_colour(rng, 40, 200), random_colour(rng, 120, 240)
     return torch.lerp(upper, lower, (y / 160 + 0.5).clamp(0, 1)[..., None])
 
@@ -238,7 +238,7 @@ def sun(rng: Random, canvas: Tensor, x: Tensor, y: Tensor, scale: Tensor) -> Ten
 
 
 def draw_hills(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Sky, sun and three ranges of hills, each darker than the one behind."""
+    """Sky, sun and three ranges of hills, each darker than the one behind it."""
     canvas = sun(rng, sky(rng, y), x, y, scale)
     colour = random_colour(rng, 90, 200)
     for nearness in range(3):
@@ -251,7 +251,7 @@ def draw_hills(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def draw_city(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Sky, sun and two rows of houses with flat roofs; the nearer ones have windows."""
+    """Sky, sun and two rows of flat-roofed houses; the front row has windows."""
     canvas = sun(rng, sky(rng, y), x, y, scale)
     base = random_colour(rng, 60, 170)
     for row, ground in enumerate((34.0, 48.0)):
@@ -271,7 +271,7 @@ def draw_city(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def draw_shapes(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Large plain shapes of any colour over a sky."""
+    """Large plain shapes in any colour in front of a sky."""
     canvas = sky(rng, y)
     for _ in range(9):
         place, radius = (rng.uniform(-110, 110), rng.uniform(-110, 110)), rng.uniform(18, 36)

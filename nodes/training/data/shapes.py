@@ -1,7 +1,7 @@
-"""Moving Shapes: procedurally drawn clips of one shape on a plain ground, with captions.
+"""Moving Shapes: procedurally drawn clips of one shape on a plain background, with captions.
 
-A clip is described by a `ShapeClip` and drawn from it alone. One fifth of the shape x colour x direction
-combinations (`is_held_out`) and the last caption form (`HELD_OUT_FORM`) never occur in training.
+A `ShapeClip` fully describes a clip. One fifth of the shape x colour x direction combinations (`is_held_out`) and the
+last caption template (`HELD_OUT_FORM`) are held out from training.
 """
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CAPTION_FORMS = (
 )
 HELD_OUT_FORM = len(CAPTION_FORMS) - 1
 
-MAX_FRAMES = 32         # a shape stays inside the picture for so long
-FS_RANGE = (18, 30)     # frames per second; the shape moves MOTION / fs pixels a frame
-MOTION = 12.0           # pixels a second in a 64 pixel picture: 0.67 a frame at 18, 0.4 at 30
+MAX_FRAMES = 32         # a shape stays inside the frame for this long
+FS_RANGE = (18, 30)     # frames per second; the shape moves MOTION / fs pixels per frame
+MOTION = 12.0           # pixels per second in a 64 pixel frame: 0.67 per frame at 18 fps, 0.4 at 30
 
 
 @dataclass(frozen=True)
 class ShapeClip:
-    """One clip. Lengths are pixels, positions are the shape's centre in the first frame."""
+    """One clip. Lengths are in pixels, positions are those of the shape's centre in the first frame."""
 
     shape: str
     colour: str
@@ -42,12 +42,12 @@ class ShapeClip:
     y: float
     radius: float
     fs: int               # frames per second
-    returns: bool = False  # goes out and comes back, so that the last frame equals the first
-    size: int = 64         # edge of the square picture
+    returns: bool = False  # moves out and back, so that the last frame equals the first
+    size: int = 64         # side of the square frame
 
     @property
     def speed(self) -> float:
-        """Pixels a frame."""
+        """Pixels per frame."""
         return MOTION / self.fs * self.size / 64
 
     def caption(self, form: int = 0) -> str:
@@ -55,16 +55,16 @@ class ShapeClip:
 
 
 def is_held_out(shape: str, colour: str, direction: str) -> bool:
-    """One combination in five is kept for tests."""
+    """One combination in five is held out for tests."""
     index = (SHAPES.index(shape) * 2 + list(COLOURS).index(colour) + list(DIRECTIONS).index(direction) * 3)
     return index % 5 == 0
 
 
 def random_clip(rng: Random, held_out: bool | None = False, returns: bool = False) -> ShapeClip:
-    """A clip of known (False), held-out (True) or any (None) combination.
+    """A clip with a training (False), held-out (True) or any (None) combination.
 
-    Position, size and speed are drawn without looking at the direction: whichever way the shape goes, it stays
-    inside for `MAX_FRAMES` frames.
+    Position, size and speed are drawn independently of the direction: the shape stays inside for `MAX_FRAMES` frames
+    whichever way it moves.
     """
     while True:
         shape, colour, direction = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(list(DIRECTIONS))
@@ -77,17 +77,17 @@ def random_clip(rng: Random, held_out: bool | None = False, returns: bool = Fals
 
 
 def signed_distance(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
-    """Distance in pixels from the outline, negative inside, of a shape with about the area of a circle of `radius`."""
+    """Signed distance to the outline in pixels, negative inside. The area is about that of a circle of `radius`."""
     if shape == "circle":
         return (dx * dx + dy * dy).sqrt() - radius
     if shape == "square":
         return torch.maximum(dx.abs(), dy.abs()) - radius * 0.886
-    inner = radius * 0.7  # inscribed radius of an equilateral triangle that points up, its tip 1.4 radius away
+    inner = radius * 0.7  # inscribed radius of an upright equilateral triangle with its tip 1.4 radii from the centre
     return torch.maximum(dy, 0.866 * dx.abs() - 0.5 * dy) - inner
 
 
 def draw_clip(clip: ShapeClip, frames: int = 16) -> Tensor:
-    """Draw a clip as uint8 RGB frames [T, H, W, 3], edges smoothed over one pixel."""
+    """Draw a clip as uint8 RGB frames [T, H, W, 3], edges anti-aliased over one pixel."""
     t = torch.arange(frames, dtype=torch.float32)
     travelled = t * clip.speed
     if clip.returns:

@@ -1,9 +1,9 @@
 """Encoded clips in LMDB shards: prompt, latent and reference image, packed once and read lazily.
 
 A packed folder holds shard_00000, shard_00001, ... (one LMDB environment each) and index.json, which is written last:
-packing that was stopped goes on with the first shard that is missing, and is not taken for complete before. Every
-record begins with its checksum, and a shard is read in a process of its own before it is read here.
-An item is {"latent": float32 [C, T, h, w] as the VAE gives it, "reference": float32 [3, H, W] in -1..1, the first
+interrupted packing resumes at the first missing shard, and a partial folder never counts as complete. Every record
+starts with its checksum, and a shard is first verified in a separate process before it is read here.
+An item is {"latent": float32 [C, T, h, w] as the VAE returns it, "reference": float32 [3, H, W] in -1..1, the first
 frame, "caption": str, "name": str}.
 """
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .clips import Clips
 
 INDEX = "index.json"
 VERSION = 2
-READ = (1, 2)  # versions; 1 has no checksums
+READ = (1, 2)  # versions; version 1 has no checksums
 NAME = re.compile(r"shard_\d{5,9}")
 MOST_CLIPS = 10 ** 9
-CHECK_SECONDS = 1800  # a shard of many gigabytes on a slow disk
+CHECK_SECONDS = 1800  # enough for a shard of many gigabytes on a slow disk
 AGAIN = "copy the folder again, or pack the clips again"
 _reading = Lock()
 
@@ -46,11 +46,10 @@ def import_lmdb():
 
 def pack(clips: Clips, folder: str | Path, encode: Callable[[Tensor], Tensor], vae: str, *, per_shard: int = 256,
          progress: Callable[[int, int], None] = lambda done, count: None) -> None:
-    """Encode `clips` into `folder`, or go on where that was stopped.
+    """Encode `clips` into `folder`, or resume an interrupted run.
 
-    `encode` takes a clip [3, T, H, W] in -1..1 and gives its latent [C, T, h, w]; `vae` is the name of the encoder in
-    the index. progress(done, count) is called after every clip. ValueError where the folder holds
-    something else.
+    `encode` takes a clip [3, T, H, W] in -1..1 and returns its latent [C, T, h, w]; `vae` is the encoder's name in the
+    index. progress(done, count) is called after every clip. ValueError if the folder holds something else.
     """
     folder, lmdb = Path(folder), import_lmdb()
     if per_shard < 1:
@@ -77,7 +76,7 @@ def pack(clips: Clips, folder: str | Path, encode: Callable[[Tensor], Tensor], v
 
 
 def _check_same(folder: Path, plan: dict) -> None:
-    """What lies in the folder was packed from the same clips by the same VAE."""
+    """Check that the folder's contents were packed from the same clips by the same VAE."""
     found = next((folder / name for name in (INDEX, "plan.json") if (folder / name).is_file()), None)
     if found is None:
         raise ValueError(f"{folder} holds other files; give the name of a new folder for the shards.")
@@ -88,7 +87,7 @@ def _check_same(folder: Path, plan: dict) -> None:
 
 
 def _rows(number: int, item: dict, encode: Callable[[Tensor], Tensor]) -> dict[bytes, bytes]:
-    """The rows of one clip: what is text as JSON, what is numbers as .safetensors."""
+    """The rows of one clip: text as JSON, tensors as .safetensors."""
     video_CTHW = item["video"]
     latent = encode(video_CTHW).float()
     if not torch.isfinite(latent).all() or latent.abs().max() > torch.finfo(torch.float16).max:
@@ -104,7 +103,7 @@ def _rows(number: int, item: dict, encode: Callable[[Tensor], Tensor]) -> dict[b
 def _write_shard(lmdb, path: Path, rows: dict[bytes, bytes]) -> None:
     part = path.with_name(f"{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    # the size is the most a shard may take: rows fill whole pages of 4 KiB
+    # the map size is the maximum a shard may use: rows occupy whole pages of 4 KiB
     size = sum(len(value) + 8192 for value in rows.values()) + 2 ** 20
     with lmdb.open(str(part), map_size=size, subdir=True) as shard, shard.begin(write=True) as transaction:
         for key, value in rows.items():
@@ -114,8 +113,8 @@ def _write_shard(lmdb, path: Path, rows: dict[bytes, bytes]) -> None:
 
 
 def _read_rows(shard: Path, number: int, version: int) -> list[bytes]:
-    # Opened for one clip at a time (half a millisecond): an open environment can neither be opened a second time in
-    # the same process, by another data set of the same folder, nor live on in the workers that are forked from it.
+    # Opened for one clip at a time (half a millisecond). An open environment can neither be opened again in the same
+    # process (by another data set of the same folder) nor survive in workers forked from it.
     lmdb = import_lmdb()
     from .check_shard import keys, read
     try:
@@ -126,7 +125,7 @@ def _read_rows(shard: Path, number: int, version: int) -> list[bytes]:
 
 
 def _check_shard(shard: Path, count: int, version: int) -> None:
-    """Raise ValueError for a damaged shard, whose reading might end this process."""
+    """Raise ValueError for a damaged shard, which could crash this process when read."""
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("check_shard.py")), str(shard), str(count),
                            str(version)], capture_output=True, text=True, errors="replace", timeout=CHECK_SECONDS)
     if done.returncode:
@@ -135,9 +134,9 @@ def _check_shard(shard: Path, count: int, version: int) -> None:
 
 
 class LatentShards(Dataset):
-    """Clips packed by `pack`; a shard is opened when a clip of it is read.
+    """Clips packed by `pack`; a shard is opened when one of its clips is read.
 
-    ValueError for a folder that was not packed to its end or is damaged.
+    ValueError for a folder that is damaged or was not packed completely.
     """
 
     def __init__(self, folder: str | Path, *, max_samples: int | None = None):
@@ -153,7 +152,7 @@ class LatentShards(Dataset):
             data = self.folder / name / "data.mdb"
             if not data.is_file() or data.stat().st_size != size:
                 raise ValueError(f"{data} is {'cut off or changed' if data.is_file() else 'missing'}; {AGAIN}.")
-        self._checked: dict[str, int] = {}  # shards that were read in a process of their own, and when they changed
+        self._checked: dict[str, int] = {}  # shards verified in a separate process, with their modification time
         self.count = min(self._ends[-1], max_samples or self._ends[-1])
 
     def _read_index(self) -> None:
@@ -178,7 +177,7 @@ class LatentShards(Dataset):
 
     @staticmethod
     def _name(name) -> str:
-        """Inside the folder: a name as `pack` gives it."""
+        """Validate a shard name, so that it stays inside the folder: only names that `pack` creates are valid."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(f"The name of a shard is {values.shown(name)}. It must be as shard_00000.")
         return name

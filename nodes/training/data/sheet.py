@@ -1,4 +1,4 @@
-"""Sheets of clips: a row of frames for each, under its name."""
+"""Contact sheets of clips: one labelled row of frames per clip."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ FRAMES, EDGE, GAP = 6, 96, 4
 
 
 def draw_sheet(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """RGB picture with a row of frames for every (name, clip [T, H, W, 3] in 0..1)."""
+    """RGB image with a row of frames for every (name, clip [T, H, W, 3] in 0..1)."""
     edge = EDGE
     width, height = GAP + FRAMES * (edge + GAP), GAP + len(rows) * (edge + GAP + 16)
     sheet = blank(width, height)

@@ -1,4 +1,4 @@
-"""One module a family of networks. A new one: its module here, with what `registry` asks of it, and a line here."""
+"""One module per model family. To add a family, add a module with what `registry` requires, and an entry here."""
 
 # module: class of its MODEL
 FAMILIES = {

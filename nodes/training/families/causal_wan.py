@@ -1,4 +1,4 @@
-"""Causal Wan in training: flow matching, every block behind the clean blocks before it (arXiv 2412.07772)."""
+"""Training Causal Wan: flow matching, every block conditioned on the clean blocks before it (arXiv 2412.07772)."""
 from __future__ import annotations
 
 import json
@@ -25,8 +25,8 @@ from ..encoding import Encoded, Encoders, as_node
 from .base import Family, chosen, clip_latent, first_image, plain_weights
 
 DEMO = CAUSAL_WAN
-SHIFT = 5.0                     # of Self-Forcing and LongLive, in training and sampling
-STEPS = (1000, 750, 500, 250)   # of a sample
+SHIFT = 5.0                     # as in Self-Forcing and LongLive, in training and sampling
+STEPS = (1000, 750, 500, 250)   # timesteps of a sample
 
 
 class CausalWanTraining(Family):
@@ -46,11 +46,11 @@ class CausalWanTraining(Family):
 
     @property
     def side_multiple(self) -> int:
-        """The network takes 2x2 latent pixels at once."""
+        """The network uses patches of 2x2 latent pixels."""
         return 2 * super().side_multiple
 
     def encode(self, item: dict) -> Encoded:
-        """With y and image tokens of the first frame for image-to-video models."""
+        """Tensors of one clip; for image-to-video models also y and the image tokens of the first frame."""
         latent_CTHW = clip_latent(item, self.encoders)
         split_frames(latent_CTHW.shape[1], self.block, independent_first=False, short_last=False)
         encoded = {"z": self._scaled(latent_CTHW), "text": self.encoders.text(item["caption"])}
@@ -66,7 +66,7 @@ class CausalWanTraining(Family):
         return self.latent_format.process_in(latent_CTHW[None])[0]
 
     def _image_condition(self, image_CHW: Tensor, latent_frames: int) -> Tensor:
-        """y [4 + C, T, h, w] as Causal Wan Image to Video makes it: the image, then grey frames; mask 1 where given."""
+        """y [4 + C, T, h, w] as in Causal Wan Image to Video: the image, then grey frames; mask 1 where given."""
         frames = (latent_frames - 1) * (self.encoders.vae.temporal_compression_decode() or 1) + 1
         clip_CTHW = torch.zeros(3, frames, *image_CHW.shape[1:])  # 0 is grey in -1..1
         clip_CTHW[:, 0] = image_CHW
@@ -85,7 +85,7 @@ class CausalWanTraining(Family):
         return objectives.causal_flow_loss(net, z, z, self._y(batch), keys, blocks, 0, sigma, noise, self.emphasis)
 
     def _y(self, batch: Encoded) -> Tensor:
-        """The image condition, without channels for text-to-video models."""
+        """The image condition; zero channels for text-to-video models."""
         return batch["y"] if "y" in batch else batch["z"][:, :0]
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class CausalWanTraining(Family):
         return self.latent_format.process_out(batch["z"])
 
     def export(self, path: Path, net: CausalWan, metadata: dict[str, str]) -> None:
-        """Native Wan keys as fp16; the header's `config` tells what shapes cannot."""
+        """Native Wan keys in fp16; the header's `config` holds what cannot be inferred from shapes."""
         config = {"num_heads": net.params.num_heads, "scale_factor": getattr(self.latent_format, "scale_factor", 1.0),
                   "transformer": {"causal_ar": True}}
         weights = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in net.state_dict().items()}
@@ -123,7 +123,7 @@ def load_model(found: Checkpoint):
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> CausalWanTraining:
-    """The network of a MODEL, to be trained further, or (from_scratch) one of its sizes."""
+    """The network of a MODEL to fine-tune or, with from_scratch, a new one of the same size."""
     net = fresh_network(model.model.wan_params, settings.seed)
     if not settings.from_scratch:
         net.load_state_dict(plain_weights(model))
@@ -131,7 +131,7 @@ def from_model(model, encoders: Encoders, settings: TrainConfig) -> CausalWanTra
 
 
 def fresh_network(params: WanParams, seed: int) -> CausalWan:
-    """An untrained network that begins by predicting nothing."""
+    """An untrained network whose initial output is near zero."""
     torch.manual_seed(seed)
     net = CausalWan(params, nn, torch_attention)
     nn.init.normal_(net.head.head.weight, std=1e-3)

@@ -1,4 +1,4 @@
-"""DynamiCrafter in training (arXiv 2310.12190): fine-tuned whole, or its image projector and temporal layers."""
+"""Training DynamiCrafter (arXiv 2310.12190): full fine-tuning, or only its image projector and temporal layers."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from .base import NO_CLIP, Family, chosen, clip_latent, ddim, first_image, plain
 DEMO = DYNAMICRAFTER
 LAST_LAYERS = ("proj_out.", "conv4.3.", "out_layers.3.", "fps_embedding.2.")  # of branches, and of the network:
 OUT = "out.2."
-BOTH_ENDS = 1 / 3  # share of clips that are given their last frame too
+BOTH_ENDS = 1 / 3  # fraction of clips conditioned on their last frame too
 
 
 class DynamiCrafterTraining(Family):
@@ -38,7 +38,7 @@ class DynamiCrafterTraining(Family):
             raise ValueError("DynamiCrafter learns from latents and image tokens: connect vae and clip_vision of Load "
                              "DynamiCrafter.")
         self.empty_1LC = self.empty_text()
-        self.grey_1NW = encoders.image_tokens(torch.zeros(3, 64, 64))[None]  # mid-grey of -1..1, as when sampling
+        self.grey_1NW = encoders.image_tokens(torch.zeros(3, 64, 64))[None]  # mid-grey in -1..1, as in sampling
         for name, tokens, width in (("text encoder", self.empty_1LC, net.params.context_dim),
                                     ("vision tower", self.grey_1NW, net.params.resampler.embedding_dim)):
             if tokens.shape[-1] != width:
@@ -55,7 +55,7 @@ class DynamiCrafterTraining(Family):
                 "tokens": self.encoders.image_tokens(first_image(item))}
 
     def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
-        """Text and image are dropped independently."""
+        """Loss of a batch. Text and image are dropped independently."""
         z, count = batch["z"], len(batch["z"])
         text, tokens = (torch.where(chosen(count, dropout, generator, z.device)[:, None, None], empty.to(z), given)
                         for empty, given in ((self.empty_1LC, batch["text"]), (self.grey_1NW, batch["tokens"])))
@@ -65,7 +65,7 @@ class DynamiCrafterTraining(Family):
                                        generator, self.emphasis, self.diffusion.parameterization)
 
     def stride(self, z: Tensor) -> Tensor:
-        """The model's own speed for every clip [B]: a data set does not tell another."""
+        """The model's default speed (`fs`) for every clip [B]: data sets do not specify one."""
         return torch.full((len(z),), self.net.params.default_fs, device=z.device)
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
@@ -82,7 +82,7 @@ class DynamiCrafterTraining(Family):
         return batch["z"] / self.scale_factor
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
-        """The checkpoint that the model was loaded from, with the new weights in it, in the file's own type."""
+        """The checkpoint that the model was loaded from, with the new weights, in the file's original dtype."""
         source = read_checkpoint(self.source.path)
         file_key = checkpoint.checkpoint_keys(source.tensors)
         tensors = {key: value for key, value in source.tensors.items() if not key.startswith("model_ema.")}
@@ -101,7 +101,7 @@ def load_model(found: Checkpoint):
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> DynamiCrafterTraining:
-    """The network of a MODEL, to be trained further, or (from_scratch) one of its sizes."""
+    """The network of a MODEL to fine-tune or, with from_scratch, a new one of the same size."""
     net = fresh_network(model.model.params, settings.seed)
     if not settings.from_scratch:
         net.load_state_dict(plain_weights(model))
@@ -109,7 +109,7 @@ def from_model(model, encoders: Encoders, settings: TrainConfig) -> DynamiCrafte
 
 
 def fresh_network(params: UNetParams, seed: int) -> VideoUNet:
-    """An untrained network whose every branch begins as the identity, and the whole by predicting nothing."""
+    """An untrained network with every branch initialised as the identity and a zero output."""
     torch.manual_seed(seed)
     net = VideoUNet(params, nn, torch_attention)
     nn.init.normal_(net.image_proj_model.latents, std=params.resampler.dim ** -0.5)

@@ -1,4 +1,4 @@
-"""2-D weights as the beginning of a video network: spatial layers are copied, temporal ones begin as the identity."""
+"""Initialise a video network from 2-D weights: spatial layers are copied, temporal layers start as the identity."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from ...video_unet.unet import VideoUNet
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.")
 RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
        "skip": "skip_connection"}
-IMAGE_VALUES = ".to_v_ip.weight"  # the image's share in DynamiCrafter's attention to the text: begins at nothing
+IMAGE_VALUES = ".to_v_ip.weight"  # image branch of DynamiCrafter's text attention: initialised to zero
 
 
 class Inflated(NamedTuple):
     copied: int     # tensors
-    fresh: int      # tensors that stay as they were: temporal layers, and what the 2-D network has not
+    fresh: int      # tensors left unchanged: temporal layers, and layers that the 2-D network lacks
 
 
 @torch.no_grad()
 def inflate(net: nn.Module, tensors: dict[str, Tensor]) -> Inflated:
     """Copy 2-D weights (keys of Stable Diffusion's U-Net, or of `net` itself) into `net` where names and shapes match.
 
-    Further input channels (given frames, mask) begin with zeros. Raises ValueError where nothing matches.
+    Weights of additional input channels (given frames, mask) are set to zero. Raises ValueError if nothing matches.
     """
     found = {_plain(key): value for key, value in tensors.items()}
     names = dict(sd_names(net)) if isinstance(net, VideoUNet) else {}
@@ -53,7 +53,7 @@ def _plain(key: str) -> str:
 
 
 def _fits(source: Tensor, target: Tensor) -> bool:
-    """The same shape, or an input convolution that takes more channels than the 2-D one."""
+    """Whether the shapes match, or the target is an input convolution with more channels than the 2-D one."""
     if source.shape == target.shape:
         return True
     wider = source.ndim == target.ndim == 4 and source.shape[1] < target.shape[1]
@@ -62,11 +62,11 @@ def _fits(source: Tensor, target: Tensor) -> bool:
 
 
 def sd_names(net: VideoUNet) -> Iterator[tuple[str, str]]:
-    """(layer of the video U-Net, layer of Stable Diffusion's U-Net) for all that both have: convolutions and norms.
-    The attentions stand at the same places, but Stable Diffusion's work on projections of their own."""
+    """(layer of the video U-Net, layer of Stable Diffusion's U-Net) for all layers that both have: convolutions and
+    norms. The attention layers are in the same places, but Stable Diffusion's have their own projections."""
     yield from (("input", "input_blocks.0.0"), ("norm", "out.0"), ("output", "out.2"),
                 ("time_embed.0", "time_embed.0"), ("time_embed.2", "time_embed.2"))
-    # In Stable Diffusion a level down ends in its convolution, and a level up has one block more.
+    # In Stable Diffusion a down level ends with its convolution, and an up level has one more block.
     size, deepest = net.params.num_res_blocks + 1, len(net.params.channel_mult) - 1
     places = {f"middle.{i}": f"middle_block.{2 * i}" for i in (0, 1)}
     for level in range(deepest + 1):

@@ -1,6 +1,6 @@
-"""From the host's parts to what the trainer trains.
+"""Select the model family and build what the trainer needs from the host's objects.
 
-The module of a family has DEMO (its file in the pack), `load_model(checkpoint)` (MODEL in float32) and
+A family's module defines DEMO (its file in the pack), `load_model(checkpoint)` (MODEL in float32) and
 `from_model(model, encoders, settings)` (its Family).
 """
 from __future__ import annotations
@@ -26,7 +26,7 @@ def module_of(family: str) -> ModuleType:
 
 
 def family_of(model) -> str:
-    """Name of a MODEL's family; a new model is a video U-Net. ValueError for a MODEL of another pack."""
+    """Name of a MODEL's family; a new model is a video U-Net. ValueError for a MODEL of another node pack."""
     if model is None:
         return "video_unet"
     kind = type(model.model).__name__
@@ -46,9 +46,9 @@ def load_model(settings: TrainConfig) -> Any:
 
 
 def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> Family:
-    """What is trained: the network of a MODEL, or a new video U-Net where it is None.
+    """The family to train: with the network of a MODEL, or a new video U-Net if the MODEL is None.
 
-    Raises ValueError for a MODEL of another pack, and for encoders that do not belong to it.
+    Raises ValueError for a MODEL of another node pack, and for encoders that do not match it.
     """
     if model is None:
         return video_unet.new(encoders, settings, dataset)
@@ -59,9 +59,9 @@ def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Datas
 
 
 def checkpoint_blocks(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Let every block of these classes compute its activations again in the backward pass instead of keeping them.
+    """Gradient checkpointing: every block of these classes recomputes its activations in the backward pass.
 
-    The modules change their class, not their contents, so copies of the network (its moving average) stay whole.
+    Only the modules' classes change, not their contents, so copies of the network (its EMA) still work.
     """
     classes = {kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in kinds}
     for module in net.modules():
@@ -70,7 +70,7 @@ def checkpoint_blocks(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Non
 
 
 class _Recomputed:
-    """Put before a block's class."""
+    """Mixin placed before a block's class."""
 
     def forward(self, *inputs):
         if not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The video U-Net in training: clips that are made from a text, or go on from given frames."""
+"""Training the video U-Net: clips generated from text, or continued from given frames."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,8 +19,8 @@ from ..encoding import Encoded, Encoders
 from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 
 DEMO = VIDEO_UNET
-MEASURED = 16  # clips from which the scale of new latents is taken
-TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # share of samples
+MEASURED = 16  # clips used to measure the scale of new latents
+TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # fraction of samples
 
 
 class VideoUNetTraining(Family):
@@ -53,7 +53,7 @@ class VideoUNetTraining(Family):
                                           self.alphas.float(), self.config.prediction, generator, self.emphasis)
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
-        """From the text alone, and with the first quarter of the frames given (of clips that have more than one)."""
+        """From the text alone, and with the first quarter of the frames given (for clips of more than one frame)."""
         z, given = batch["z"], max(1, batch["z"].shape[2] // 4)
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
@@ -80,8 +80,8 @@ class VideoUNetTraining(Family):
 
 
 def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
-    """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Of clips that return
-    both ends, since neither text nor past tells that they will."""
+    """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Clips that return
+    are always given both ends, since neither the text nor the past frames say that they will return."""
     batch, (names, shares) = len(ends_B), zip(*TASKS)
     task = torch.multinomial(torch.tensor(shares), batch, replacement=True, generator=generator)
     task[ends_B] = names.index("ends")
@@ -97,7 +97,7 @@ def load_model(found: Checkpoint):
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTraining:
-    """The network of a MODEL, to be trained further, or (from_scratch) one of its sizes."""
+    """The network of a MODEL to fine-tune or, with from_scratch, a new one of the same size."""
     config = model.model.video_unet
     net = new_network(config.params, settings.seed)
     if not settings.from_scratch:
@@ -106,7 +106,7 @@ def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTra
 
 
 def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNetTraining:
-    """A new network for the clips of a data set."""
+    """A new network sized for the clips of a data set."""
     items = [dataset[i] for i in range(min(len(dataset), MEASURED))]
     latents = [clip_latent(item, encoders) for item in items]
     width, vae = encoders.text("").shape[-1], encoders.vae
@@ -135,8 +135,8 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
 
 
 def measured_scale(latents: list[Tensor]) -> float:
-    """Factor that gives latents a standard deviation of 1, or less, so that 999 of 1000 values lie within +-3: x0 is
-    clipped there."""
+    """Factor that scales latents to a standard deviation of 1, or less if needed to keep 99.9 % of the values within
+    +-3, where x0 is clipped."""
     values = torch.cat([latent.flatten() for latent in latents]).abs()
     reach = values.sort().values[int(0.999 * (len(values) - 1))]
     return min(1 / values.square().mean().sqrt().item(), 3 / reach.item())

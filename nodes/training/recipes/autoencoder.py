@@ -1,4 +1,4 @@
-"""The autoencoder of all demo models: AutoencoderKL for whole pictures of 96x96, eight times smaller each way."""
+"""The autoencoder of the 96x96 demo models: AutoencoderKL trained on full frames, downsampling 8x in each dimension."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -17,14 +17,14 @@ from .fast import channels_last, fit_compiled, make_compilable
 
 DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": scenes.SIZE, "in_channels": 3, "out_ch": 3, "ch": 64,
             "ch_mult": [1, 1, 1, 2], "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}
-CAMERA = 0.4        # share of pictures without a single object
+CAMERA = 0.4        # fraction of images without a single object
 KL_WEIGHT = 1e-4
-EDGES = 3.0         # how often an outline counts, its surroundings of 2 pixels included
+EDGES = 3.0         # loss weight of an outline, including 2 pixels around it
 NARROW_STEPS, STEPS, BATCH = 1000, 6000, 8
 
 
 def random_still(rng: Random) -> Tensor:
-    """A frame [3, H, W] in [-1, 1] of an object anywhere in the picture, or of one that a camera sees."""
+    """A frame [3, H, W] in [-1, 1] with an object anywhere in it, or from a camera scene."""
     if rng.random() < CAMERA:
         scene = replace(scenes.random_camera(rng), x=rng.uniform(-36, 36), y=rng.uniform(-36, 36),
                         zoom=rng.uniform(0.6, 1.2))
@@ -36,24 +36,24 @@ def random_still(rng: Random) -> Tensor:
 
 
 def stills(count: int, seed: int) -> Tensor:
-    """[count, 3, H, W], the same for one seed."""
+    """[count, 3, H, W], deterministic for a given seed."""
     rng = Random(seed)
     return torch.stack([random_still(rng) for _ in range(count)])
 
 
 def first_autoencoder() -> nn.Module:
-    """Of 32 channels, as it was for pictures of 64x64: it knows shapes and colours, which take long to learn from
-    nothing."""
+    """The 32-channel autoencoder of the 64x64 demo. It already knows shapes and colours, which take long to learn from
+    scratch."""
     return stages.load("autoencoder_64", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}))
 
 
 @torch.no_grad()
 def widened(narrow: nn.Module, seed: int = 1) -> nn.Module:
-    """The same function with twice the channels: every channel stands there twice, side by side, and what reads it
-    halves it unevenly, so that the two learn different things (Net2WiderNet, arXiv 1511.05641).
+    """The same function with twice the channels (Net2WiderNet, arXiv 1511.05641): every channel is duplicated next to
+    itself, and its outgoing weights are split unevenly between the two copies, so that they learn different things.
 
-    GroupNorm's 32 groups over 32 channels wipe out every channel's mean, and with it a picture's colour; over 64 they
-    keep how the two of a group differ.
+    GroupNorm's 32 groups over 32 channels remove every channel's mean, and with it the image's colour; over 64 channels
+    the difference between the two channels of a group survives.
     """
     wide, generator = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG), torch.Generator().manual_seed(seed)
     old, new = narrow.state_dict(), wide.state_dict()
@@ -62,14 +62,14 @@ def widened(narrow: nn.Module, seed: int = 1) -> nn.Module:
         if value.dim() > 1 and value.shape[1] > weight.shape[1]:
             share = 0.2 + 0.6 * torch.rand(*weight.shape[:2], 1, 1, generator=generator)
             weight = torch.stack((weight * share, weight * (1 - share)), dim=2).flatten(1, 2)
-        if ".attn_1.q." in key:  # products of twice as many channels are scaled by less
+        if ".attn_1.q." in key:  # dot products over twice as many channels get a smaller scale
             weight = weight * 0.5 ** 0.5
         value.copy_(weight)
     return wide
 
 
 def edge_weight(images_BCHW: Tensor) -> Tensor:
-    """[B, 1, H, W]: `EDGES` near steps of brightness or colour, else 1."""
+    """Loss weights [B, 1, H, W]: `EDGES` near edges in brightness or colour, else 1."""
     highest, lowest = (sign * F.max_pool2d(sign * images_BCHW, 3, stride=1, padding=1) for sign in (1, -1))
     edges = ((highest - lowest).amax(1, keepdim=True) > 0.2).float()
     return 1 + (EDGES - 1) * F.max_pool2d(edges, 3, stride=1, padding=1)
@@ -78,8 +78,8 @@ def edge_weight(images_BCHW: Tensor) -> Tensor:
 def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Module:
     """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215.
 
-    It sees whole pictures all the time: GroupNorm's statistics differ between a cut-out and a picture. It begins with
-    the kept weights, or with the widened ones of the smaller demo.
+    It is trained on full frames only, since GroupNorm's statistics differ between a crop and a full frame. It starts
+    from the stored weights, or from the widened weights of the smaller demo.
     """
     def stage(vae: nn.Module, name: str, steps: int) -> nn.Module:
         vae, rng = channels_last(make_compilable(vae)), Random()
@@ -113,7 +113,7 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
 
 
 def refine_decoder(folder: Path, vae: nn.Module, steps: int, on_save=None) -> nn.Module:
-    """The same latents, decoded better: networks that learn from these latents are not disturbed by it."""
+    """Fine-tune the decoder only: the latents stay the same, so networks trained on them remain valid."""
     vae, rng = channels_last(make_compilable(vae)), Random()
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
@@ -140,6 +140,6 @@ def encode_frames(vae: nn.Module, frames_TCHW: Tensor) -> Tensor:
 
 
 def make_stage(folder: Path, _) -> None:
-    """Train, or go on, and keep the result with the pack."""
+    """Train or resume, and store the result in the pack."""
     folder.mkdir(parents=True, exist_ok=True)
     stages.save("autoencoder", train_autoencoder(folder), STEPS)

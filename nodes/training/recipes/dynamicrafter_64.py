@@ -1,7 +1,7 @@
-"""The recipe of the built-in demo model: DynamiCrafter in miniature, trained on Moving Shapes.
+"""Recipe of the built-in demo model: a miniature DynamiCrafter, trained on Moving Shapes.
 
-Four stages, each resumable: the autoencoder, the two CLIP towers, the cached encodings, the denoising network.
-`export` writes them into one file in the official key layout, with the configuration in its header.
+Four stages, each resumable: the autoencoder, the two CLIP towers, the cached encodings, the denoiser.
+`export` writes them to one file in the official key layout, with the configuration in its header.
 """
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from ..families.dynamicrafter import fresh_network
 from ..loop import fit
 
 FRAMES = 16
-FIXED_CLIPS = 4800          # clips whose encodings are cached
-RETURNING = 0.1             # share of clips that go out and come back, for loops
-SCALE_FACTOR = 0.18215      # of Stable Diffusion's latents; the demo's latents are scaled to fit it
+FIXED_CLIPS = 4800          # clips with cached encodings
+RETURNING = 0.1             # fraction of clips that move out and back, for loops
+SCALE_FACTOR = 0.18215      # as in Stable Diffusion; the demo's latents are standardised to fit it
 
 OPEN_CLIP = {
     "embed_dim": 32,
@@ -66,7 +66,7 @@ CONFIG = {"model": {"target": "lvdm.models.ddpm3d.LatentVisualDiffusion", "param
 
 
 def random_still(rng: Random, edge: int = 64) -> Tensor:
-    """A frame [3, 64, 64] in [-1, 1] with the shape anywhere that training or sampling may put it, or a cut-out of
+    """A frame [3, 64, 64] in [-1, 1] with the shape anywhere that training or sampling may place it, or a crop of
     `edge` pixels around the shape."""
     clip = data.random_clip(rng, held_out=None)
     reach = edge / 2 - 2 - clip.radius * 1.4
@@ -76,7 +76,7 @@ def random_still(rng: Random, edge: int = 64) -> Tensor:
 
 
 def stills(count: int) -> Tensor:
-    """[count, 3, 64, 64], always the same."""
+    """[count, 3, 64, 64], deterministic."""
     rng = Random(7)
     return torch.stack([random_still(rng) for _ in range(count)])
 
@@ -84,11 +84,11 @@ def stills(count: int) -> Tensor:
 def train_autoencoder(folder: Path, cutout_steps: int = 4000, steps: int = 400, batch: int = 16) -> nn.Module:
     """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215.
 
-    Cut-outs around the shape first: a quarter of the work, and nearly all of what there is to learn.
+    Crops around the shape come first: a quarter of the compute, and nearly all there is to learn.
     """
     torch.manual_seed(0)
     vae = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)
-    for module in vae.modules():  # ComfyUI's layers override this method and leave their weights unset
+    for module in vae.modules():  # ComfyUI's layers override this method and leave their weights uninitialised
         for layer in (nn.Conv2d, nn.GroupNorm):
             if isinstance(module, layer):
                 layer.reset_parameters(module)
@@ -111,7 +111,7 @@ def train_autoencoder(folder: Path, cutout_steps: int = 4000, steps: int = 400, 
 
 @torch.no_grad()
 def standardise_latents(vae: nn.Module, images_BCHW: Tensor) -> None:
-    """Fold the latents' scale and offset into the two 1x1 convolutions around them, which leaves decoding as it is."""
+    """Fold the latents' scale and offset into the two 1x1 convolutions around them; decoded images do not change."""
     mean = vae.quant_conv(vae.encoder(images_BCHW))[:, :4]
     offset, scale = mean.mean(dim=(0, 2, 3)), 1 / (SCALE_FACTOR * mean.std(dim=(0, 2, 3)))
     inner, outer = vae.post_quant_conv, vae.quant_conv
@@ -123,7 +123,7 @@ def standardise_latents(vae: nn.Module, images_BCHW: Tensor) -> None:
 
 
 def all_captions() -> list[str]:
-    """Every caption of training, with the empty one of unconditional guidance first."""
+    """Every training caption, with the empty caption of unconditional guidance first."""
     return [""] + [form.format(shape=shape, colour=colour, background=ground, direction=direction)
                    for form in data.CAPTION_FORMS[:data.HELD_OUT_FORM] for shape in data.SHAPES
                    for colour in data.COLOURS for ground in data.BACKGROUNDS for direction in data.DIRECTIONS
@@ -131,7 +131,7 @@ def all_captions() -> list[str]:
 
 
 def exposure(clip: data.ShapeClip, rng: Random) -> Tensor:
-    """A still [3, 64, 64] in [-1, 1] that shows the motion: frames blended, later ones stronger, as a fading trail.
+    """A still [3, 64, 64] in [-1, 1] that shows the motion: frames blended with increasing weight, as a fading trail.
     Stills alone would teach the text tower nothing about directions."""
     frames_THWC = data.draw_clip(clip, FRAMES * 2).float()
     weights = torch.linspace(0, 1, len(frames_THWC)) ** rng.uniform(0.5, 4)
@@ -140,23 +140,23 @@ def exposure(clip: data.ShapeClip, rng: Random) -> Tensor:
 
 
 def tower_pixels(images_BCHW: Tensor) -> Tensor:
-    """Images in [-1, 1] as the vision tower is given them when sampling."""
+    """Images in [-1, 1], preprocessed for the vision tower as in sampling."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     return ((squash(images_BCHW, OPEN_CLIP["vision_cfg"]["image_size"]) + 1) / 2 - mean) / std
 
 
 def training_caption(clip: data.ShapeClip, rng: Random) -> str:
-    """A known form, in one case of four with its words in any order: what they say counts, not where they stand."""
+    """A training template, with its words shuffled in one case in four: the words matter, not their positions."""
     caption = clip.caption(rng.randrange(data.HELD_OUT_FORM))
     words = caption.split()
     return " ".join(rng.sample(words, len(words))) if rng.random() < 0.25 else caption
 
 
 def train_towers(folder: Path, steps: int = 500, batch: int = 96) -> nn.Module:
-    """The two CLIP towers, contrastively, while the text tower also learns to say what a caption names.
+    """The two CLIP towers, trained contrastively, while the text tower also classifies the attributes in a caption.
 
-    Pictures of so small shapes teach little about direction and shape; without the second loss the text tower keeps
-    both to the word itself, where the denoising network finds them late or never.
+    Images of such small shapes teach little about direction and shape. Without the second loss the text tower encodes
+    both only in the word's own token, where the denoiser learns to use them late or never.
     """
     torch.manual_seed(1)
     tokenize = SimpleTokenizer(context_length=77)
@@ -180,12 +180,12 @@ def train_towers(folder: Path, steps: int = 500, batch: int = 96) -> nn.Module:
                save_every=50)["clip"]
     seen = torch.zeros(len(clip.token_embedding.weight), 1)
     seen[tokenize(all_captions()).unique()] = 1
-    clip.token_embedding.weight.data.mul_(seen)  # untrained rows say nothing, and zeros compress
+    clip.token_embedding.weight.data.mul_(seen)  # untrained rows carry no information, and zeros compress
     return clip.eval()
 
 
 def text_features(clip: nn.Module, tokens_BL: Tensor) -> Tensor:
-    """[B, 77, width]: the last block but one, then ln_final, as DynamiCrafter reads its text tower."""
+    """[B, 77, width]: the penultimate block, then ln_final, as DynamiCrafter uses its text tower."""
     x_BLC = clip.token_embedding(tokens_BL) + clip.positional_embedding
     for block in clip.transformer.resblocks[:-1]:
         x_BLC = block(x_BLC, attn_mask=clip.attn_mask)
@@ -203,7 +203,7 @@ def image_features(clip: nn.Module, images_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, count: int = FIXED_CLIPS) -> dict[str, Tensor]:
-    """Encodings of `count` clips: they do not change while the denoising network learns, so they are made once.
+    """Encode `count` clips once: the encodings stay fixed while the denoiser is trained.
 
     latents [K, 4, T, h, w] (scaled), tokens [K, N, W], fs [K], ends [K] (1: a clip that returns, for both-ends
     conditioning only), caption [K, forms] (index into text), text [captions, 77, C], grey [1, N, W].
@@ -233,7 +233,7 @@ def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, count: int = FIX
 
 
 def demo_unet() -> VideoUNet:
-    """The untrained network, its last layers zero so that every block begins as the identity."""
+    """The untrained network, with zero-initialised last layers so that every block starts as the identity."""
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in UNET.items()
              if name in UNetParams.__dataclass_fields__}
     return fresh_network(UNetParams(**sizes, resampler=ResamplerParams(**RESAMPLER)), seed=3)
@@ -241,10 +241,10 @@ def demo_unet() -> VideoUNet:
 
 def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, batch: int = 8, lr: float = 1e-3,
                on_save=None) -> nn.Module:
-    """The denoising network with its image projector, from cached encodings.
+    """The denoiser with its image projector, trained on cached encodings.
 
-    Text and image are dropped in one sample of ten each, independently; a third of the clips, and all that
-    return, are conditioned on both ends, the others on the first frame.
+    Text and image are each dropped in one sample in ten, independently; a third of the clips, and all that return, are
+    conditioned on both ends, the rest on the first frame.
     """
     schedule = DiffusionParams(parameterization="v", linear_start=0.00085, linear_end=0.012, zero_snr=True,
                                base_scale=0.7, spacing="uniform_trailing", guidance_rescale=0.7)
@@ -268,7 +268,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, ba
 
 
 def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
-    """Write everything as fp16 in the official key layout; the vision file's own copy of the text tower is left out."""
+    """Write everything in fp16 in the official key layout, without the vision file's own copy of the text tower."""
     weights = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
     for key, value in clip.state_dict().items():
         prefix = "embedder.model." if key.startswith("visual.") else "cond_stage_model.model."
@@ -281,7 +281,7 @@ def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None
 
 
 def make_demo(folder: Path, target: Path) -> None:
-    """All stages in `folder` (what is there is gone on with), then the file."""
+    """Run all stages in `folder`, resuming what is there, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = train_autoencoder(folder), train_towers(folder)
     export(target, vae, clip, train_unet(folder, encode_clips(folder, vae, clip)))

@@ -1,4 +1,4 @@
-"""The recipe of the DynamiCrafter demo at 96x96: four stages, each resumable, then one file in the official keys."""
+"""Recipe of the 96x96 DynamiCrafter demo: four stages, each resumable, then one file in the official key layout."""
 from __future__ import annotations
 
 import json
@@ -21,12 +21,12 @@ from .encodings import encode_clips, encoders
 from .fast import channels_last, fit_compiled, make_compilable
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
-PARTS = 10            # of 400 clips
+PARTS = 10            # of 400 clips each
 STEPS, BATCH = 6000, 8
 
 
 def config() -> dict:
-    """As the demo of 64x64, with the sizes of this one."""
+    """The configuration of the 64x64 demo, with this demo's sizes."""
     params = demo.CONFIG["model"]["params"]
     return {"model": {**demo.CONFIG["model"], "params": {
         **params, "image_size": [scenes.SIZE // 8, scenes.SIZE // 8],
@@ -35,23 +35,23 @@ def config() -> dict:
 
 
 def new_unet() -> VideoUNet:
-    """The untrained network, its last layers zero so that every block begins as the identity."""
+    """The untrained network, with zero-initialised last layers so that every block starts as the identity."""
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in UNET.items()
              if name in UNetParams.__dataclass_fields__}
     return fresh_network(UNetParams(**sizes, resampler=ResamplerParams(**demo.RESAMPLER)), seed=3)
 
 
 def first_unet() -> VideoUNet:
-    """As far as the pack's own training got, if not finished yet."""
+    """The stored weights of the pack's own, possibly unfinished training, or an untrained network."""
     return stages.load("unet", new_unet()) if stages.has("unet") else new_unet()
 
 
 def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, lr: float = 1.2e-3,
                on_save=None) -> nn.Module:
-    """The denoising network with its image projector, from cached encodings.
+    """The denoiser with its image projector, trained on cached encodings.
 
-    Text and image are dropped in one sample of ten each, independently; a quarter of the clips, and all that
-    return, are conditioned on both ends, the others on the first frame.
+    Text and image are each dropped in one sample in ten, independently; a quarter of the clips, and all that return,
+    are conditioned on both ends, the rest on the first frame.
     """
     schedule = DiffusionParams(parameterization="v", linear_start=0.00085, linear_end=0.012, zero_snr=True,
                                base_scale=0.7, spacing="uniform_trailing", guidance_rescale=0.7)
@@ -75,7 +75,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
 
 
 def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
-    """Write everything as fp16 in the official key layout; the vision file's own copy of the text tower is left out."""
+    """Write everything in fp16 in the official key layout, without the vision file's own copy of the text tower."""
     weights = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
     for key, value in clip.state_dict().items():
         weights[("embedder.model." if key.startswith("visual.") else "cond_stage_model.model.") + key] = value
@@ -87,7 +87,7 @@ def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None
 
 
 def make_demo(folder: Path, target: Path) -> None:
-    """All stages in `folder` (what is there, or kept with the pack, is gone on with), then the file."""
+    """Run all stages in `folder`, resuming what is there or stored in the pack, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = encoders(folder)
     export(target, vae, clip, train_unet(folder, encode_clips(folder, vae, clip, PARTS)))

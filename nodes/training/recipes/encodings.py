@@ -1,4 +1,4 @@
-"""Drawn clips, encoded once by autoencoder and towers: what does not change while a denoising network learns."""
+"""Drawn clips, encoded once by the autoencoder and the towers, as they stay fixed while the denoiser is trained."""
 from __future__ import annotations
 
 import logging
@@ -17,13 +17,13 @@ from .autoencoder import DDCONFIG, encode_frames, train_autoencoder
 from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
 from .towers import train_towers
 
-PART = 400          # clips in a file
-CAMERA = 0.25       # share of clips without a single object
-RETURNING = 0.1     # share of clips that go out and come back, for loops
+PART = 400          # clips per file
+CAMERA = 0.25       # fraction of clips without a single object
+RETURNING = 0.1     # fraction of clips that move out and back, for loops
 
 
 def encoders(folder: Path) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and towers, as they are kept with the pack; trained in `folder` where they are not."""
+    """Autoencoder and towers as stored in the pack; trained in `folder` if they are not."""
     vae = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has("autoencoder")
            else train_autoencoder(folder))
     clip = stages.load("towers", CLIP(**OPEN_CLIP)) if stages.has("towers") else train_towers(folder)
@@ -37,7 +37,7 @@ def random_scene(rng: Random) -> scenes.Scene:
 
 @torch.no_grad()
 def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tensor]:
-    """Part `number` of all clips, always the same.
+    """Encode part `number` of all clips; deterministic.
 
     latents [K, 4, T, h, w] (scaled), image [K, N, W] vision tokens of the first frame, fs [K], ends [K] (1: a clip
     that returns, for both-ends conditioning only), tokens [K, forms, L] of the captions, camera [K] (1: no object).
@@ -58,8 +58,8 @@ def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tenso
 
 @torch.no_grad()
 def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, parts: int) -> dict[str, Tensor]:
-    """Parts 0 to `parts` - 1 together, made where a file is not there yet; beside them text [captions, L, C], the empty
-    one first, caption [K, forms] (index into text) and grey [1, N, W], the vision tokens of a grey picture."""
+    """Parts 0 to `parts` - 1 concatenated; missing files are created. Also text [captions, L, C], with the empty
+    caption first, caption [K, forms] (index into text) and grey [1, N, W], the vision tokens of a grey image."""
     vae, made = vae.to(memory_format=torch.channels_last), []
     for number in range(parts):
         path = folder / f"encodings_{number:02}.pt"
@@ -73,6 +73,6 @@ def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, parts: int) -> d
     captions, index = torch.cat((empty, tokens.flatten(0, 1))).unique(dim=0, return_inverse=True)
     text = torch.cat([text_features(clip, chunk) for chunk in captions.split(500)])
     order = torch.arange(len(text))
-    order[0], order[index[0]] = index[0], 0  # the empty caption changes places with the first
+    order[0], order[index[0]] = index[0], 0  # swap the empty caption with the first
     grey = image_features(clip, torch.zeros(1, 3, scenes.SIZE, scenes.SIZE))
     return encodings | {"text": text[order], "caption": order[index[1:]].view(tokens.shape[:2]), "grey": grey}

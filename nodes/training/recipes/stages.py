@@ -1,4 +1,4 @@
-"""Finished (or furthest) weights of the stages, kept with the pack in fp16: training goes on from them anywhere."""
+"""Weights of finished (or the latest) stages, stored in the pack in fp16, so that training can resume anywhere."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,7 +12,7 @@ TABLE, ROWS = "token_embedding.weight", ".rows"
 
 
 def save(name: str, net: nn.Module, step: int) -> None:
-    """`step`: how many steps the weights have learned. Of a table of words only the rows that are not zero."""
+    """Save weights trained for `step` steps. Of an embedding table only the nonzero rows are stored."""
     FOLDER.mkdir(exist_ok=True)
     weights = {}
     for key, value in net.state_dict().items():
@@ -28,7 +28,7 @@ def has(name: str) -> bool:
 
 
 def load(name: str, net: nn.Module) -> nn.Module:
-    """The network with the kept weights in it. Raises FileNotFoundError where none are kept."""
+    """Load the stored weights into the network. Raises FileNotFoundError if there are none."""
     kept, weights = load_file(FOLDER / f"{name}.safetensors"), {}
     for key, value in net.state_dict().items():
         weights[key] = kept[key].float()

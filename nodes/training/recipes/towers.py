@@ -1,4 +1,4 @@
-"""The CLIP towers of all demo models: small open_clip towers that know the words and looks of drawn scenes."""
+"""The CLIP towers of the 96x96 demo models: small open_clip towers trained on captions and images of drawn scenes."""
 from __future__ import annotations
 
 import logging
@@ -15,17 +15,17 @@ from ..data import scenes
 from ..loop import fit
 from .dynamicrafter_64 import OPEN_CLIP, text_features, tower_pixels
 
-POOL = 4000                 # pictures drawn once; captions are drawn anew for every batch
-CAMERA = 0.3                # share of them without a single object
+POOL = 4000                 # images drawn once; captions are drawn anew for every batch
+CAMERA = 0.3                # fraction of images without a single object
 STEPS, BATCH = 500, 96
 MOTIONS = (*scenes.DIRECTIONS, *scenes.MOVES)
 NAMED = (scenes.SHAPES, scenes.PATTERNS, tuple(scenes.COLOURS), tuple(scenes.GROUNDS), scenes.STYLES, scenes.PICTURES,
-         MOTIONS)           # what a caption may name
-UNNAMED = -100              # the class that cross-entropy leaves out
+         MOTIONS)           # attributes that a caption may name
+UNNAMED = -100              # the class that cross-entropy ignores
 
 
 def exposure(scene: scenes.Scene, rng: Random) -> Tensor:
-    """A still [3, H, W] in [-1, 1] that shows the motion: frames blended, later ones stronger, as a fading trail.
+    """A still [3, H, W] in [-1, 1] that shows the motion: frames blended with increasing weight, as a fading trail.
     Stills alone would teach the text tower nothing about directions."""
     frames_THWC = scenes.draw(scene, scenes.FRAMES)[::3].float()
     weights = torch.linspace(0.05, 1, len(frames_THWC)) ** rng.uniform(0.5, 4)
@@ -34,7 +34,7 @@ def exposure(scene: scenes.Scene, rng: Random) -> Tensor:
 
 
 def said(scene: scenes.Scene, form: int) -> list[int]:
-    """The class of every attribute in `NAMED` that the caption of this form names."""
+    """The class of every attribute in `NAMED`; `UNNAMED` for those that captions of this form do not name."""
     if isinstance(scene, scenes.ObjectScene):
         values = (scene.shape, scene.pattern, scene.colour, scene.ground, scene.style, None, scene.direction)
     else:
@@ -43,13 +43,13 @@ def said(scene: scenes.Scene, form: int) -> list[int]:
 
 
 def shuffled(caption: str, rng: Random) -> str:
-    """In one case of four its words in any order: what they say counts, not where they stand."""
+    """The words shuffled in one case in four: the words matter, not their positions."""
     words = caption.split()
     return " ".join(rng.sample(words, len(words))) if rng.random() < 0.25 else caption
 
 
 def draw_pool(folder: Path, count: int = POOL) -> tuple[list[scenes.Scene], Tensor]:
-    """Scenes, and what the vision tower sees of them [count, 3, size, size]; drawn once."""
+    """Scenes, and the vision tower's inputs for them [count, 3, size, size]; drawn once."""
     rng = Random(5)
     pool = [scenes.random_camera(rng) if rng.random() < CAMERA else scenes.random_object(rng) for _ in range(count)]
     path = folder / "exposures.pt"
@@ -60,10 +60,10 @@ def draw_pool(folder: Path, count: int = POOL) -> tuple[list[scenes.Scene], Tens
 
 
 def train_towers(folder: Path, steps: int = STEPS) -> nn.Module:
-    """The two CLIP towers, contrastively, while the text tower also learns to say what a caption names.
+    """The two CLIP towers, trained contrastively, while the text tower also classifies the attributes in a caption.
 
-    Pictures teach little about direction and pattern; without the second loss the text tower keeps both to the word
-    itself, where the denoising network finds them late or never.
+    Images teach little about direction and pattern. Without the second loss the text tower encodes both only in the
+    word's own token, where the denoiser learns to use them late or never.
     """
     torch.manual_seed(1)
     tokenize, sizes = SimpleTokenizer(context_length=77), [len(names) for names in NAMED]
@@ -86,5 +86,5 @@ def train_towers(folder: Path, steps: int = STEPS) -> nn.Module:
     rng, forms = Random(6), range(scenes.HELD_OUT_FORM + 1)
     drawn = [make(rng) for make in (scenes.random_object, scenes.random_camera) for _ in range(1000)]
     seen[tokenize(["", *(scene.caption(form) for scene in drawn for form in forms)]).unique()] = 1
-    clip.token_embedding.weight.data.mul_(seen)  # untrained rows say nothing, and zeros compress
+    clip.token_embedding.weight.data.mul_(seen)  # untrained rows carry no information, and zeros compress
     return clip.eval()

@@ -1,6 +1,6 @@
-"""The recipe of the small video U-Net: text to video, image to video, prediction and interpolation in one network.
+"""Recipe of the small video U-Net: text to video, image to video, prediction and interpolation in one network.
 
-Clips and captions are encoded once by the DynamiCrafter demo, whose VAE and text encoder it is used with.
+Clips and captions are encoded once by the DynamiCrafter demo, whose VAE and text encoder the network uses.
 """
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..data import shapes as data
 from ..families.video_unet import draw_masks
 from ..loop import fit
 
-SCALE_FACTOR = 0.18215 * 0.4  # the latents of small bright shapes reach 10 standard deviations: 999 of 1000 now lie
+SCALE_FACTOR = 0.18215 * 0.4  # latents of small bright shapes reach 10 standard deviations: with this, 99.9 % lie
                               # within +-3, the range that x0 is clipped to
 FRAMES = 16
 CLIPS = 4800
-RETURNING = 0.1               # share of clips that go out and come back; they are learned from both ends only
+RETURNING = 0.1               # fraction of clips that move out and back; they are trained with both ends given only
 PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num_res_blocks=1, spatial_attention=(1,),
                          head_channels=16, context_dim=32, additional_condition_dim=0)
 CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frames=FRAMES, height=64, width=64,
@@ -37,10 +37,10 @@ CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frame
 
 @torch.no_grad()
 def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
-    """Encodings by the nodes that a user has: they do not change while the network learns, so they are made once.
+    """Encode the clips once, with the nodes that users have: the encodings stay fixed during training.
 
     latents [K, 4, T, h, w] (unscaled), ends [K] (1: a clip that returns), caption [K, forms] (index into text), text
-    [captions, 77, C], the empty one first.
+    [captions, 77, C], the empty caption first.
     """
     path = folder / "video_unet_encodings.pt"
     if path.exists():
@@ -63,10 +63,9 @@ def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
 
 def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
           on_save=None) -> nn.Module:
-    """The network's moving average after `steps` steps.
+    """The network's EMA after `steps` steps.
 
-    One text in ten is dropped, for guidance; every second one where several frames are given, which tell all by
-    themselves.
+    One text in ten is dropped, for guidance; one in two if several frames are given, which carry all the information.
     """
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
 
@@ -89,7 +88,7 @@ def demo_network() -> VideoUNet:
 
 
 def make_video_unet_demo(folder: Path, target: Path, steps: int = 3500) -> None:
-    """The training in `folder` (what is there is gone on with), then the file."""
+    """Train in `folder`, resuming what is there, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     net = train(demo_network(), encode_clips(folder), folder / "video_unet.pt", steps)
     save(target, net, CONFIG)

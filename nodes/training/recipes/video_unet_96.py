@@ -1,4 +1,4 @@
-"""The recipe of the video U-Net demo at 96x96, in the latents and with the towers of the DynamiCrafter demo."""
+"""Recipe of the 96x96 video U-Net demo, with the latents and the towers of the DynamiCrafter demo."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -19,17 +19,17 @@ from .dynamicrafter_96 import PARTS
 from .encodings import encode_clips, encoders
 from .fast import HalfPrecision, channels_last, make_compilable
 
-LATENT_SCALE = 0.6   # of the standardised latents: nearly all values lie within +-3 then, the range x0 is clipped to
+LATENT_SCALE = 0.6   # of the standardised latents: nearly all values then lie within +-3, the range x0 is clipped to
 PARAMS = replace(small.PARAMS, model_channels=32, channel_mult=(2, 3))
 CONFIG = replace(small.CONFIG, params=PARAMS, height=scenes.SIZE, width=scenes.SIZE,
                  scale_factor=SCALE_FACTOR * LATENT_SCALE)
-TASKS = (("text", 0.35), ("first", 0.1), ("past", 0.45), ("ends", 0.1))  # share of samples
+TASKS = (("text", 0.35), ("first", 0.1), ("past", 0.45), ("ends", 0.1))  # fraction of samples
 STEPS, BATCH = 6000, 8
 
 
 def draw_masks(ends_B: Tensor, generator: torch.Generator) -> Tensor:
     """Which frames are given [B, T]: none, the first, the first 2 to 8 (two show the motion), or the first and the
-    last. Of clips that return both ends, since neither text nor past tells that they will."""
+    last. Clips that return are always given both ends, since neither text nor past frames say that they will return."""
     names, shares = zip(*TASKS)
     task = torch.multinomial(torch.tensor(shares), len(ends_B), replacement=True, generator=generator)
     task[ends_B] = names.index("ends")
@@ -41,8 +41,8 @@ def draw_masks(ends_B: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_save=None) -> nn.Module:
-    """The network's moving average. One text in ten is dropped, for guidance; four in five where several frames are
-    given, which tell all by themselves."""
+    """The network's EMA. One text in ten is dropped, for guidance; four in five if several frames are given, which
+    carry all the information."""
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
     net = channels_last(make_compilable(new_network(PARAMS, seed=30)))
 
@@ -64,6 +64,6 @@ def export(path: Path, net: nn.Module) -> None:
 
 
 def make_demo(folder: Path, target: Path) -> None:
-    """The training in `folder` (what is there is gone on with), then the file."""
+    """Train in `folder`, resuming what is there, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     export(target, train(folder, encode_clips(folder, *encoders(folder), PARTS)))

@@ -1,7 +1,7 @@
-"""The recipe of an unfinished video U-Net: 1200 steps, eps prediction, cosine schedule.
+"""Recipe of an undertrained video U-Net: 1200 steps, eps prediction, cosine schedule.
 
-At the first step alpha_bar is 2e-9, so that predicted x0 is the network's small error times 20000. Without clipping
-the result is colour noise, with it a poor video: the shipped file shows that difference.
+At the first sampling step alpha_bar is 2e-9, so the predicted x0 is the network's small error times 20000. Without
+clipping the result is colour noise, with clipping a poor video: the shipped file demonstrates the difference.
 """
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from . import video_unet as video_unet_demo
 CONFIG = replace(video_unet_demo.CONFIG, prediction="eps",
                  params=replace(video_unet_demo.PARAMS, model_channels=16, channel_mult=(1, 2)))
 STEPS, BATCH = 1200, 8
-MOST_GIVEN = 8  # frames; 0 to so many of the first ones are given
+MOST_GIVEN = 8  # maximum number of given first frames; the minimum is 0
 
 
 def make_early_demo(folder: Path, target: Path) -> None:
-    """The training in `folder` (what is there is gone on with), then the file."""
+    """Train in `folder`, resuming what is there, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     encodings = video_unet_demo.encode_clips(folder)
     net = new_network(CONFIG.params, seed=40)
