@@ -1,6 +1,6 @@
-"""The extension: node classes in menu order.
+"""The ComfyUI extension: node classes in menu order.
 
-The node modules are imported when ComfyUI asks for them, so the other modules of this package can be used with torch
+Node modules are imported when ComfyUI requests them, so the other modules of this package can be used with torch
 alone. If one fails to import, only its own nodes are missing.
 """
 
@@ -37,13 +37,13 @@ NODES = [
 
 
 def load_nodes(listed):
-    """The node classes of `listed`, a list like NODES; those that do not load are left out and logged."""
+    """The node classes of `listed`, a list like NODES; those that fail to load are skipped and logged."""
     loaded, lost = [], {}
     for module, name in listed:
         try:
             node = getattr(import_module(f".{module}", __name__), name)
             node.GET_SCHEMA()  # ComfyUI reads it next, and would drop the whole pack if one schema fails
-        except Exception as error:  # whatever it is, the other nodes work without it
+        except Exception as error:  # whatever the error, the other nodes work without this one
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             lost.setdefault(cause, []).append(f"Stillmotion_{name.removesuffix('Node')}")
         else:
@@ -62,7 +62,7 @@ def _release():
 
 
 async def comfy_entrypoint():
-    """What ComfyUI calls to get the pack's nodes."""
+    """Entry point that ComfyUI calls to get the pack's nodes."""
     import folder_paths
     from comfy_api.latest import ComfyExtension
 

@@ -18,7 +18,7 @@ EPS = 1e-6
 
 
 class ContextKeys(NamedTuple):
-    """Keys and values [B, N, C] of one cross-attention layer; they change with the prompt only."""
+    """Keys and values [B, N, C] of one cross-attention layer; they depend only on the prompt."""
 
     text_k: Tensor
     text_v: Tensor
@@ -28,7 +28,7 @@ class ContextKeys(NamedTuple):
 
 @dataclass
 class Step:
-    """What the layers may read during one forward pass."""
+    """What the layers read during one forward pass."""
 
     modulation_BF6C: Tensor                 # from the timestep of each frame
     rotation: Rotation
@@ -51,7 +51,7 @@ def gate(x_BLC: Tensor, gate_BFC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The common part of both attentions. `index`: number of the layer, which selects its keys."""
+    """Common base of both attention types. `index`: layer number, which selects its keys."""
 
     def __init__(self, index: int, dim: int, heads: int, operations, attention, **factory):
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Among the frames of this evaluation and, with a cache, those before it."""
+    """Self-attention over the frames of this forward pass and, with a cache, the frames before it."""
 
     def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
         query = rotate(self.norm_q(self.q(x_BLC)), step.rotation, self.heads)
@@ -108,7 +108,7 @@ class CrossAttention(Attention):
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the first and the last modulated by the frame's timestep."""
+    """Self-attention, cross-attention, feed-forward; the first and last are modulated by the frame's timestep."""
 
     def __init__(self, index: int, dim: int, ffn_dim: int, heads: int, i2v: bool, operations, attention, **factory):
         super().__init__()
@@ -130,7 +130,7 @@ class WanBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to patches of the flow."""
+    """Projects tokens to patches of the flow."""
 
     def __init__(self, dim: int, out_features: int, operations, **factory):
         super().__init__()
@@ -144,7 +144,7 @@ class Head(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Vision-tower tokens [B, N, image_dim] to the width of the transformer."""
+    """Projects vision-tower tokens [B, N, image_dim] to the width of the transformer."""
 
     def __init__(self, image_dim: int, dim: int, operations, **factory):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Causal Wan as one of ComfyUI's models: configuration, conditioning and memory."""
+"""Causal Wan as a ComfyUI model: configuration, conditioning and memory estimates."""
 from __future__ import annotations
 
 import comfy.conds
@@ -12,20 +12,20 @@ from ..common.quantized import Quantized
 from .model import CausalWan, WanParams
 
 TOWERS = "Connect the {} of this model: UMT5-XXL and CLIP ViT-H of Wan 2.1 for published models."
-MASK_CHANNELS = 4  # one for each video frame of a latent frame of Wan's VAE
+MASK_CHANNELS = 4  # one per video frame in a latent frame of Wan's VAE
 
 
 class ManagedCausalWan(HostNetwork, CausalWan):
-    """The network with ComfyUI's attention and interface and the wrappers that other packs add."""
+    """The network with ComfyUI's attention and interface, called through the wrappers added by other packs."""
 
     def __init__(self, params: WanParams, operations, dtype=None, device=None):
         super().__init__(params, operations, optimized_attention, dtype, device)
 
     def forward(self, x, timestep, context, clip_fea=None, transformer_options={}, **block):
-        """Flow [B, out_dim, F, H, W] of frames x [B, in_dim, F, H, W] at `timestep` [B], or [B, F] with one a frame.
+        """Flow [B, out_dim, F, H, W] of frames x [B, in_dim, F, H, W] at `timestep` [B], or per frame [B, F].
 
         `context` is text tokens [B, N, text_dim], with `clip_fea` for image to video, or the result of
-        `project_context`. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without these, as in
+        `project_context`. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without them, as with
         core's own samplers, all frames attend to each other.
         """
         return call_wrapped(self._forward, self, x, timestep, context, clip_fea,
@@ -45,7 +45,7 @@ class CausalWanConfig(ModelConfig):
     sampling_settings = {"shift": 5.0}  # of Self-Forcing and LongLive, for core's schedulers; our sampler has its own
 
     def __init__(self, params: WanParams, scale_factor: float):
-        # Wan's 16 channels have a mean and deviation each, the 4 channels of small models one factor
+        # Wan's 16 channels each have a mean and standard deviation, the 4 channels of small models share one factor
         self.latent_format = comfy.latent_formats.Wan21 if params.out_dim == 16 else lambda: ClipLatent(scale_factor)
         self.model_class = CausalWanModel
         super().__init__(params)
@@ -56,7 +56,7 @@ class CausalWanConfig(ModelConfig):
 
 
 def wan_params(patcher) -> WanParams:
-    """Sizes of the network of a MODEL; raises ValueError unless it is a causal Wan."""
+    """Network sizes of a MODEL; raises ValueError unless it is a causal Wan."""
     if not isinstance(patcher.model, CausalWanModel):
         raise ValueError(f"The model is {type(patcher.model).__name__}, not a causal Wan. Use Load Causal Wan; for "
                          "other models use KSampler.")
@@ -75,7 +75,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
 
         Entries of the conditioning, as in core's Wan nodes: "concat_latent_image" [B, C, T, h, w],
         "concat_mask" [B, 1 or 4, T, h, w] with 0 where a frame is given, "clip_vision_output". Raises ValueError
-        if an image-to-video model lacks one, or if they have another size than the latent.
+        if one is missing for an image-to-video model, or if their size differs from the latent's.
         """
         out = super().extra_conds(**kwargs)
         text_BLC = kwargs["cross_attn"]
@@ -96,19 +96,19 @@ class CausalWanModel(comfy.model_base.BaseModel):
         return out
 
     def extra_conds_shapes(self, **kwargs):
-        """The entry "block_memory" that our sampler adds to the conditioning: bytes of the caches, latent frames of the
-        longest forward pass, bytes for decoding a block."""
+        """The entry "block_memory" that our sampler adds to the conditioning: bytes of the caches, latent frames in the
+        longest forward pass, bytes to decode a block."""
         return {"block_memory": kwargs["block_memory"]} if "block_memory" in kwargs else {}
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes for core's memory management: a forward pass takes a part of the video; caches are added."""
+        """Bytes for core's memory management: a forward pass over part of the video, plus the caches."""
         if "block_memory" not in cond_shapes:
             return super().memory_required(input_shape, cond_shapes)
         nbytes, frames, decoding = cond_shapes["block_memory"][0]
         return max(decoding, super().memory_required([*input_shape[:2], frames, *input_shape[3:]])) + nbytes
 
     def _image_condition(self, noise_BCTHW, latent_BCTHW, mask_BMTHW):
-        """y [B, 4 + C, T, h, w]: 1 where a frame is given, then the latent of the frames."""
+        """y [B, 4 + C, T, h, w]: mask, 1 where a frame is given, then the latent of the frames."""
         if latent_BCTHW is None or mask_BMTHW is None:
             raise ValueError("This image-to-video model needs a masked image latent (y), but the conditioning has "
                              "none. Pass positive and negative through Causal Wan Image to Video.")
@@ -131,6 +131,6 @@ def make_model(params: WanParams, scale_factor: float, weight_dtype: torch.dtype
                quantized: Quantized | None = None) -> CausalWanModel:
     """The model without weights (on the meta device), to be loaded with `assign=True`.
 
-    `scale_factor` is for 4-channel latents. `quantized`: the layers that are stored in 8 or 4 bits.
+    `scale_factor` is for 4-channel latents. `quantized`: the layers stored in 8 or 4 bits.
     """
     return build_model(CausalWanConfig(params, scale_factor), weight_dtype, quantized=quantized)

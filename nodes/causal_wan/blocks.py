@@ -1,8 +1,8 @@
 """Block-autoregressive sampling (Self-Forcing, arXiv 2506.08009; LongLive, arXiv 2509.22622).
 
-A video is a row of blocks of latent frames. Each block is denoised in a few steps while it attends to the cache of
-those before it; a pass over the finished block then leaves its clean keys there. Layouts: B videos, C channels,
-F latent frames, H, W latent height and width.
+A video is a sequence of blocks of latent frames. Each block is denoised in a few steps while attending to the cache of
+the preceding blocks; a forward pass over the finished block then stores its clean keys there. Layouts: B videos,
+C channels, F latent frames, H, W latent height and width.
 """
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def split_frames(frames: int, block: int, independent_first: bool, short_last: b
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything about a run but the model, the prompts and the noise."""
+    """Everything that defines a run except the model, the prompts and the noise."""
 
-    blocks: tuple[int, ...]             # latent frames of every block, given ones included; see `split_frames`
+    blocks: tuple[int, ...]             # latent frames per block, including given ones; see `split_frames`
     steps: tuple[FlowStep, ...]
-    first_steps: tuple[FlowStep, ...]   # of the first block that is generated
+    first_steps: tuple[FlowStep, ...]   # for the first generated block
     context_noise: float                # timestep label of the pass over a finished block; no noise is added
-    window: int                         # latent frames that a block can see, sink and itself included; -1: all
-    sink: int                           # first latent frames that never leave the window
-    endless: bool                       # keep the sink's rotary distance within the window
-    switches: tuple[int, ...]           # latent frames from which prompts 1, 2, ... hold
-    global_sink: bool                   # at a switch the sink keeps the old prompt's keys
-    cfg: float                          # guidance scale, 1: one branch
+    window: int                         # latent frames visible to a block, including the sink and itself; -1: all
+    sink: int                           # number of leading latent frames that are never evicted
+    endless: bool                       # keep the sink's rotary distance within the window length
+    switches: tuple[int, ...]           # latent frames from which prompts 1, 2, ... apply
+    global_sink: bool                   # the sink keeps the old prompt's keys at a switch
+    cfg: float                          # guidance scale; 1: a single branch
 
     def __post_init__(self):
         longest = max(self.blocks)
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """Latent frames that the cache holds."""
+        """Number of latent frames that the cache holds."""
         return self.frames if self.window == -1 else min(self.window, self.frames)
 
     @property
@@ -87,7 +87,7 @@ class Plan:
                                    width=width, relative_sink=self.endless)
 
     def cache_bytes(self, params: WanParams, height: int, width: int, batch: int, itemsize: int) -> int:
-        """Bytes of the caches of all guidance branches, before anything is allocated."""
+        """Bytes of the caches of all guidance branches, computed before anything is allocated."""
         return self.branches * self.layout(params, height, width).nbytes(batch, itemsize)
 
     def leading_blocks(self, frames: int) -> int:
@@ -100,7 +100,7 @@ class Plan:
 
 
 def guided_x0(x: Tensor, sigma: float, flows: Sequence[Tensor], cfg: float) -> Tensor:
-    """x0 by classifier-free guidance (arXiv 2207.12598) of a positive and a negative flow, or by the only one."""
+    """x0 by classifier-free guidance (arXiv 2207.12598) from a positive and a negative flow, or from a single flow."""
     if len(flows) == 1:
         return predict_x0(x, flows[0], sigma)
     positive, negative = flows
@@ -108,7 +108,7 @@ def guided_x0(x: Tensor, sigma: float, flows: Sequence[Tensor], cfg: float) -> T
 
 
 def last_blocks(blocks: list[Tensor], frames: int) -> list[Tensor]:
-    """The last of the blocks [B, C, F, H, W] that hold `frames` frames between them, or all where these are fewer."""
+    """The fewest last blocks [B, C, F, H, W] that together hold `frames` frames, or all blocks if they hold fewer."""
     count, held = 0, 0
     while held < frames and count < len(blocks):
         count += 1
@@ -126,21 +126,21 @@ class Block(NamedTuple):
 class BlockLoop:
     """One run. `evaluate(x, t_BF, prompt, frame_ids, cache, sink_mode)` returns the flow, as `CausalWan.forward` does.
 
-    `project(number)` gives what `evaluate` takes as the prompt (such as its cross-attention keys) in every guidance
+    `project(number)` returns the prompt as `evaluate` takes it (such as its cross-attention keys) for each guidance
     branch, positive first; it is called when a prompt begins.
-    `noise(start, count, step)` gives the start noise of a block at step 0 and the noise added before each later step.
+    `noise(start, count, step)` returns a block's initial noise at step 0 and the noise added before each later step.
     `on_step(block, step, x0)` is called after every denoising step and may raise to end the run.
-    `guide(x, sigma, flows, prompts)` gives the x0 of a noisy block from its flow in every branch.
+    `guide(x, sigma, flows, prompts)` returns the x0 of a noisy block from its flow in each branch.
     """
 
     plan: Plan
     evaluate: Evaluate
-    caches: Sequence[KVCache]                 # one a branch
+    caches: Sequence[KVCache]                 # one per branch
     project: Callable[[int], Sequence[Any]]
     noise: Callable[[int, int, int], Tensor]
-    y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models
+    y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models only
     on_step: Callable[[int, int, Tensor], None]
-    guide: Callable[[Tensor, float, Sequence[Tensor], Sequence[Any]], Tensor] | None = None  # None: by cfg alone
+    guide: Callable[[Tensor, float, Sequence[Tensor], Sequence[Any]], Tensor] | None = None  # None: plain CFG
 
     def __post_init__(self):
         if len(self.caches) != self.plan.branches:
@@ -151,7 +151,7 @@ class BlockLoop:
 
     def flows(self, prompts: Sequence[Any], x_BCFHW: Tensor, t_BF: Tensor, start: int,
               sink_mode: str) -> list[Tensor]:
-        """Flow of the frames from `start` on in every branch; fills the caches."""
+        """Flow of the frames from `start` on in each branch; fills the caches."""
         frame_ids = range(start, start + x_BCFHW.shape[2])
         if self.y_BYFHW is not None:
             x_BCFHW = torch.cat((x_BCFHW, self.y_BYFHW[:, :, start:frame_ids.stop].to(x_BCFHW)), dim=1)
@@ -187,10 +187,10 @@ class BlockLoop:
         return x0_BCFHW
 
     def switch_prompt(self, prompts: Sequence[Any], start: int, recent_BCFHW: Tensor) -> None:
-        """Compute the cache anew under other prompts, in one pass over the latest frames (LongLive).
+        """Recompute the cache under new prompts, in one forward pass over the latest frames (LongLive).
 
-        With `global_sink` the sink keeps its keys once the video has outgrown the window; otherwise the oldest frames
-        that the pass covers become the sink.
+        With `global_sink` the sink keeps its keys once the video is longer than the window; otherwise the oldest frames
+        of the pass become the sink.
         """
         plan = self.plan
         keep_sink = plan.global_sink and start > plan.capacity
@@ -202,15 +202,15 @@ class BlockLoop:
             recall: Callable[[int], Tensor | None] | None) -> Iterator[Block]:
         """Yield the blocks as they are finished.
 
-        context_BCPHW: frames to continue from, whole blocks; they are not yielded. held_BCKHW: frames that stand
-        inside the first generated blocks, for models trained so. recall(index): a block that an interrupted run of
-        the same plan has finished, or None; it refills the caches exactly and is yielded like the others.
+        context_BCPHW: frames to continue from, whole blocks; they are not yielded. held_BCKHW: given frames that are
+        part of the first generated blocks, for models trained this way. recall(index): a block that an interrupted run
+        of the same plan has finished, or None; it refills the caches exactly and is yielded like the others.
         """
         plan = self.plan
         given = plan.leading_blocks(0 if context_BCPHW is None else context_BCPHW.shape[2])
         number, start = 0, 0
         prompts = self.project(number)
-        recent: list[Tensor] = []  # finished blocks whose frames a coming switch of prompts needs
+        recent: list[Tensor] = []  # finished blocks whose frames the next prompt switch needs
         for index, count in enumerate(plan.blocks):
             reached = sum(start >= frame for frame in plan.switches)
             if reached > number and index >= given:

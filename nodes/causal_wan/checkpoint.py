@@ -1,7 +1,7 @@
-"""From a causal Wan 2.1 checkpoint to MODEL, every key accounted for.
+"""Loads a causal Wan 2.1 checkpoint as MODEL and checks that every key is used.
 
-Type and size are read from keys and shapes, the number of heads from the width or the header. The weights do not show
-whether they were trained causally: keys and shapes are those of Wan 2.1.
+Type and size are inferred from keys and shapes, the number of heads from the width or the header. The weights do not
+reveal whether they were trained causally: keys and shapes are the same as for Wan 2.1.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = ("auto", "ema", "raw")
 CAUSAL_NAMES = re.compile(r"causal|causvid|self[-_ ]?forcing|longlive|autoregressive|(?<![a-z])ar(?![a-z])"
                           r"|krea[-_ ]?realtime|memflow|(?:reward|one)[-_ ]?forcing|raven|streamdiffusion")
 HEAD_WIDTH = 128  # of every published Wan 2.1
-# Keys, with their numbers of axes, from which the sizes are read.
+# Keys from which the sizes are inferred, with their number of axes.
 SIZED = {"patch_embedding.weight": 5, "head.head.weight": 2, "blocks.0.ffn.0.weight": 2, "text_embedding.0.weight": 2,
          "time_embedding.0.weight": 2}
 SIZED_IMAGE = {"img_emb.proj.1.weight": 2}
@@ -51,7 +51,7 @@ def load(checkpoint, weights="auto", weight_dtype="auto"):
 
     `weights` chooses between the trained and the averaged weights of an original .pt file, `weight_dtype` is one of
     `WEIGHT_DTYPES`. Raises ValueError for another model family or variant, for a key that is missing, unknown or of
-    another shape, and for unknown options.
+    the wrong shape, and for unknown options.
     """
     check_weight_dtype(weight_dtype)
     path = checkpoint.path
@@ -85,7 +85,7 @@ def expected_shapes(params):
 
 
 def _check(tensors, quantized, expected):
-    """Every key accounted for; the quantised layers by their unpacked shapes."""
+    """Check that every key is expected and present; quantised layers by their unpacked shapes."""
     shapes = {f"{name}.weight": layer for name, layer in quantized.items()}
     found = tensors | {key: torch.empty(layer.shape, device="meta") for key, layer in shapes.items()}
     check_keys("network", found, expected,
@@ -96,7 +96,7 @@ def _check(tensors, quantized, expected):
 def read_header(metadata, path):
     """The `Header` of a .safetensors file: {"num_heads": 4, "scale_factor": 0.18, "transformer": {"causal_ar": true}}.
 
-    All entries are optional. Core marks causal files with the last one.
+    All entries are optional. Core uses the last one to mark causal files.
     """
     place = f"The entry config in the header of {path}"
     config = parse_json(metadata.get("config", "{}"), place)
@@ -112,10 +112,10 @@ def read_header(metadata, path):
 
 
 def pick(checkpoint, weights="auto"):
-    """The chosen weights by native key; `checkpoint.tensors` is emptied.
+    """The selected weights by native key; `checkpoint.tensors` is emptied.
 
-    "raw" is `generator` (or a file with one set of weights), "ema" is `generator_ema`, "auto" what the authors use.
-    Raises ValueError for a choice that the file does not hold and for duplicate names.
+    "raw" is `generator` (or a file with one set of weights), "ema" is `generator_ema`, "auto" is what the authors use.
+    Raises ValueError for a set that the file does not contain and for duplicate names.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}. Choose one of {', '.join(WEIGHTS)}.")
@@ -145,20 +145,20 @@ def pick(checkpoint, weights="auto"):
 
 
 def published_choice(path):
-    """Which set the authors of a file with both use: "ema", but "raw" for chunk-wise Causal Forcing.
+    """Which set the authors use for a file with both: "ema", except "raw" for chunk-wise Causal Forcing.
 
-    That model is not recognisable by its keys, only by the folder it is published in, `chunkwise`. Its long-video model
-    uses "ema" again.
+    That model cannot be recognised by its keys, only by the folder it is published in, `chunkwise`. The long-video
+    model of the same authors uses "ema".
     """
     place = "/".join(Path(path).parts[-3:]).lower()
     return "raw" if re.search("chunk[-_ ]?wise", place) and "long" not in place else "ema"
 
 
 def detect(tensors, heads, path, quantized=Quantized()):
-    """`WanParams` from native keys and shapes; `heads` if it is not dim / 128, or None.
+    """`WanParams` from native keys and shapes. `heads`: number of heads, None for dim / 128.
 
-    Raises ValueError for sizes that cannot be read or built, and for inputs that a causal Wan of text or image to video
-    does not have.
+    Raises ValueError for sizes that cannot be inferred or built, and for inputs that a causal text-to-video or
+    image-to-video Wan does not have.
     """
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in quantized.items()}
@@ -186,7 +186,7 @@ def detect(tensors, heads, path, quantized=Quantized()):
 
 
 def _count_layers(keys, path):
-    """Layers are numbered from 0 without a gap: no file can ask for a network larger than itself."""
+    """Layers must be numbered from 0 without gaps, so no file can request a network larger than itself."""
     found = {match[1] for match in map(re.compile(r"blocks\.([^.]*)\.").match, keys) if match}
     numbers = {str(index) for index in range(min(len(found), DEEPEST))}
     if found != numbers:
@@ -197,7 +197,7 @@ def _count_layers(keys, path):
 
 
 def _check_channels(params, path):
-    """Identify the kind of Wan by channels, width and image keys; only text and image to video are accepted."""
+    """Identify the Wan variant by channels, width and image keys; only text and image to video are accepted."""
     taken, given, image = params.in_dim, params.out_dim, params.i2v
     use = ("Use a causal Wan 2.1 (Self-Forcing, Causal-Forcing, LongLive 1.0), or core's Load Diffusion Model for "
            "this file.")
@@ -217,7 +217,7 @@ def _check_channels(params, path):
 
 
 def _leave_aside(path, keys):
-    """Log which other parts of the file (critic, optimizer, VAE) are not used."""
+    """Log which other parts of the file (critic, optimizer, VAE) are ignored."""
     if keys:
         parts = sorted({key.partition(".")[0] for key in keys})
         log.info("%s: ignored %d tensors outside the network: %s.", path, len(keys), ", ".join(parts))
@@ -232,7 +232,7 @@ def _say_if_not_causal(checkpoint, header):
 
 
 def _cast(value, dtype):
-    """To the storage type; with 8 bits only the matrices, because the rest is small and would lose most."""
+    """Cast to the storage dtype; for 8 bits only matrices, because the rest is small and would lose most precision."""
     if dtype.itemsize == 1 and value.ndim != 2:
         dtype = torch.bfloat16
     return value.to(dtype)

@@ -1,6 +1,6 @@
-"""From a start image or a clip to the conditions of causal Wan: frames for the cache, masked latent y, arithmetic.
+"""Conditions of causal Wan from a start image or a clip: frames for the cache, masked latent y, frame arithmetic.
 
-Latent frames: Wan's VAE makes 1 + n of 1 + 4 n video frames, other VAEs one of each. Tensor names end in their layout:
+Latent frames: Wan's VAE encodes 1 + 4 n video frames to 1 + n, other VAEs one to one. Tensor names end in their layout:
 B videos, T frames, C channels, H height, W width.
 """
 from __future__ import annotations
@@ -24,20 +24,20 @@ class StartFrames(NamedTuple):
     mechanism: str
     frames: int
     block: int
-    still: bool       # the given frames repeat one image; all but the first are cut off after sampling
+    still: bool       # the given frames repeat one image; all but the first are dropped after sampling
 
 
 class FramePlan(NamedTuple):
-    """Frames of one run: `given` latent frames are made from the images, `latents` are sampled in total."""
+    """Frames of one run: `given` latent frames are encoded from the images, `latents` are sampled in total."""
 
-    start: StartFrames | None  # None: from text alone
+    start: StartFrames | None  # None: text only
     given: int
     latents: int
 
 
 def choose_mechanism(mechanism: str, given: int, block: int, i2v: bool) -> str:
-    """The mechanism that "auto" stands for: image-to-video models need y, models with one frame per block were trained
-    to continue one frame, and others take whole blocks only."""
+    """Resolve the mechanism "auto": image-to-video models need y, models with one frame per block were trained to
+    continue from one frame, and others accept whole blocks only."""
     if mechanism not in MECHANISMS:
         raise ValueError(f"mechanism is {mechanism!r}. Choose one of {', '.join(MECHANISMS)}.")
     if mechanism != "auto":
@@ -70,7 +70,7 @@ def check_length(length: int, total: int, block: int, first: int, factor: int) -
 
 def plan_frames(images: int, length: int, block: int, mechanism: str, i2v: bool, factor: int,
                 short_last: bool) -> FramePlan:
-    """Check the numbers of a run before anything is encoded. ValueErrors name the numbers that fit."""
+    """Check a run's frame counts before anything is encoded. ValueErrors name valid counts."""
     if block < 1:
         raise ValueError(f"block is {block}. It must be the latent frames that the model makes at once, 3 or 1.")
     if not images:
@@ -96,7 +96,7 @@ def plan_frames(images: int, length: int, block: int, mechanism: str, i2v: bool,
 
 
 def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: bool) -> FramePlan:
-    """`plan_frames` without images. Both numbers are valid that the sampler's independent_first allows."""
+    """`plan_frames` without images. Accepts lengths valid for either value of the sampler's independent_first."""
     if mechanism != "auto":
         raise ValueError(f"mechanism is {mechanism!r}, which needs an image. Connect one, or choose auto for a video "
                          "from text.")
@@ -108,7 +108,7 @@ def plan_text(length: int, block: int, mechanism: str, factor: int, short_last: 
 
 def image_conditions(vae, images_THWC: Tensor | None, width: int, height: int, length: int, block: int, mechanism: str,
                      i2v: bool, short_last: bool, batch_size: int) -> tuple[dict, dict]:
-    """(entries for the CONDITIONING, LATENT) of a start image, of the frames of a clip to continue, or of none.
+    """(entries for the CONDITIONING, LATENT) for a start image, for frames of a clip to continue, or for no images.
 
     The entries are those of core's Wan nodes: "concat_latent_image" [1, C, T, h, w], the images followed by grey
     frames, and "concat_mask" [1, 1, T, h, w], 0 where a frame is given. They are set for image-to-video models

@@ -1,4 +1,4 @@
-"""Everything that determines a run's result, in a form that can be stored and compared."""
+"""Fingerprint of everything that determines a run's result, for storing and comparing."""
 from __future__ import annotations
 
 from functools import partial
@@ -12,26 +12,26 @@ from torch import Tensor
 
 from ..common.core_model import key_patches
 
-SAMPLES = 1024     # values of each weight that are compared: a fine-tune changes nearly all of them
+SAMPLES = 1024     # values hashed per weight: a fine-tune changes nearly all of them
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Fingerprint(NamedTuple):
-    """`settings` apply to the whole run, `blocks[i]` to block i only; these may differ in a longer run."""
+    """`settings` apply to the whole run, `blocks[i]` to block i only; a longer run may differ in `blocks`."""
 
     settings: dict
     blocks: tuple[dict, ...]
 
     def histories(self) -> list[str]:
-        """For each block a hash of everything that determines the video up to its end."""
+        """For each block, a hash of everything that determines the video up to its end."""
         return list(accumulate(self.blocks, digest, initial=digest(self.settings)))[1:]
 
 
 def digest(*values) -> str:
-    """Short hash of values: tensors by their bytes, containers by their parts, the rest by name.
+    """Short hash of values: tensors by their bytes, containers by their items, everything else by name.
 
     Functions are hashed with the numbers, strings and tensors in their closures, LoRAs with their weights. Other
-    contents of functions and objects may change during a run and are ignored.
+    state of functions and objects may change during a run and is ignored.
     """
     found = blake2b(digest_size=8)
     for value in values:
@@ -72,10 +72,10 @@ def _feed(found, value) -> None:
 
 
 def model_digests(patcher) -> dict:
-    """Hashes of the weights of a MODEL and of everything on them: LoRAs, patches, wrappers, overrides."""
+    """Hashes of a MODEL's weights and everything applied to them: LoRAs, patches, wrappers, overrides."""
     weights, patches = {}, {}
     for key, (weight, *added) in key_patches(patcher).items():
-        flat = weight[0].detach().flatten()  # with its convert function
+        flat = weight[0].detach().flatten()  # paired with its convert function
         weights[key] = (list(weight[0].shape), flat[::max(1, len(flat) // SAMPLES)])
         if added:
             patches[key] = added

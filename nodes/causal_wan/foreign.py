@@ -4,7 +4,7 @@ from __future__ import annotations
 NATIVE = "Use the same model in Wan's own key layout (blocks.0.self_attn.q.weight), .safetensors or the original .pt."
 DIFFUSION = "Use core's Load Diffusion Model for this file."
 
-# The first match wins; a key that contains the mark identifies the family.
+# The first match wins; a key that contains the marker identifies the family.
 FOREIGN = (
     ("a model with an unmerged LoRA (PEFT)", ".base_layer.",
      "Use the merged file of the same model."),
@@ -24,7 +24,7 @@ FOREIGN = (
     ("Stable Diffusion", "input_blocks.0.0.", "Use core's Load Checkpoint."),
 )
 
-# Wan with additional parts; a key that starts with the mark identifies it.
+# Wan variants with additional parts; a key that starts with the marker identifies it.
 EXTENDED = (
     ("Wan VACE", "vace_"),
     ("Wan Camera Control", "control_adapter."),
@@ -36,7 +36,7 @@ EXTENDED = (
 )
 
 def check_family(path, tensors):
-    """Raise ValueError, with what was found and what to use, for anything but plain Wan weights (native keys)."""
+    """Raise ValueError, saying what was found and what to use, for anything but plain Wan weights (native keys)."""
     wan = "patch_embedding.weight" in tensors and "head.modulation" in tensors
     extended = next((name for name, mark in EXTENDED if any(key.startswith(mark) for key in tensors)), None)
     if wan and extended:

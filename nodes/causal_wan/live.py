@@ -1,4 +1,4 @@
-"""A video decoded block by block, as its latents are finished, and shown on ComfyUI's page.
+"""Decodes a video block by block as its latents are finished, and shows it in ComfyUI's frontend.
 
 Layouts: C channels, F latent frames, T video frames, H, W height and width. Videos in 0..1 are [T, H, W, 3].
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..common.video import frames_uint8
 
-FRAME_MS = 80  # of the moving preview; the true rate is chosen when the video is saved
+FRAME_MS = 80  # of the animated preview; the actual rate is set when the video is saved
 
 
 def check_vae(vae, channels: int) -> None:
-    """Raise ValueError unless VAE decodes latents of `channels` channels and can do so piece by piece."""
+    """Raise ValueError unless VAE decodes latents of `channels` channels and can do so incrementally."""
     if not isinstance(vae.first_stage_model, (WanVAE, TAEHV)) and vae.latent_dim != 2:
         raise ValueError(f"The VAE is a {type(vae.first_stage_model).__name__}, which cannot be decoded block by block "
                          "here: use Wan 2.1's VAE, its tiny one (TAEHV: lighttaew2_1) or one that works frame by frame "
@@ -30,18 +30,19 @@ def check_vae(vae, channels: int) -> None:
 
 
 class LastFrames(dict):
-    """Wan's memory: the last two frames that each layer of the decoder saw, by the layer's number.
+    """Wan's feature cache: the last two input frames of each decoder layer, by layer number.
 
-    Core keeps them in a list. Its older releases join a single new frame to the one before; newer ones (0.18 on)
-    decode pairs and keep only what the last call brought. Joined here, latent frames may come singly in all of them.
+    Core keeps them in a list. Older releases concatenate a single new frame with the previous one; newer ones (0.18 on)
+    decode pairs and keep only the frames of the last call. Concatenating here lets latent frames be decoded one at a
+    time in all releases.
     """
 
     def __missing__(self, layer: int) -> None:
         return None
 
-    def __setitem__(self, layer: int, seen_BCFHW: Tensor | str | None) -> None:  # str: a mark before the first frames
+    def __setitem__(self, layer: int, seen_BCFHW: Tensor | str | None) -> None:  # str: a marker before the first frames
         before_BCFHW = self[layer]
-        if seen_BCFHW is None:  # newer releases clear an entry before they write it
+        if seen_BCFHW is None:  # newer releases clear an entry before writing it
             return
         if isinstance(before_BCFHW, Tensor) and seen_BCFHW.shape[2] == 1:
             seen_BCFHW = torch.cat([before_BCFHW[:, :, -1:], seen_BCFHW], dim=2)
@@ -49,12 +50,12 @@ class LastFrames(dict):
 
 
 class LiveDecoder:
-    """Decodes one video in pieces: their frames together are those of decoding it whole.
+    """Decodes one video incrementally, with the same frames as decoding it in one call.
 
-    Wan's VAE (arXiv 2503.20314) is causal: each layer carries its last inputs over to the next latent frame, and of
-    the first latent frame it makes one video frame, of the others four. So are tiny VAEs (TAEHV), whose layers see one
-    frame back. Other VAEs take every frame by itself. The weights must be on the device (`prepare` has core load them
-    with the model, so that neither pushes the other out).
+    Wan's VAE (arXiv 2503.20314) is causal: each layer carries its last inputs over to the next latent frame; the first
+    latent frame decodes to one video frame, the others to four. Tiny VAEs (TAEHV) are causal too; their layers look one
+    frame back. Other VAEs decode each frame independently. The weights must be on the device (`prepare` has core load
+    them with the model, so that neither evicts the other).
     """
 
     def __init__(self, vae):
@@ -66,7 +67,7 @@ class LiveDecoder:
             self.frames = self._tiny
 
     def decode(self, latent_CFHW: Tensor) -> Tensor:
-        """The next frames [T, H, W, 3] as core decodes them, float32; tiny VAEs may leave 0..1 a little."""
+        """The next frames [T, H, W, 3] as core decodes them, float32; tiny VAEs may slightly exceed 0..1."""
         vae = self.vae
         frames_TCHW = [self.frames(latent_CHW.to(vae.device, vae.vae_dtype)).to(vae.output_device).float()
                        for latent_CHW in latent_CFHW.unbind(1)]
@@ -78,11 +79,11 @@ class LiveDecoder:
     def _wan(self, latent_CHW: Tensor) -> Tensor:
         x_BCFHW = self.network.conv2(latent_CHW[None, :, None])
         found = self.network.decoder(x_BCFHW, feat_cache=self.carried, feat_idx=[0])
-        parts_BCTHW = found if isinstance(found, list) else [found]  # newer releases: two frames each
+        parts_BCTHW = found if isinstance(found, list) else [found]  # newer releases return chunks of two frames
         return torch.cat(parts_BCTHW, dim=2)[0].movedim(1, 0)
 
     def _tiny(self, latent_CHW: Tensor) -> Tensor:
-        """Layer by layer, as core's `decode` forgets between two calls and drops the first frames of each."""
+        """Run layer by layer: core's `decode` loses its state between calls and drops the first frames of each call."""
         network, carried = self.network, self.carried
         dropped = 0 if carried else network.frames_to_trim
         x_TCHW = network.process_in(latent_CHW[None, :, None])[:, :, 0]
@@ -97,19 +98,19 @@ class LiveDecoder:
 
 
 def decode_bytes(vae, latent_shape) -> int:
-    """Memory that decoding one latent frame takes beside the weights, as core reckons."""
+    """Core's estimate of the memory to decode one latent frame, excluding the weights."""
     axes = (1, vae.latent_channels, 1) if vae.latent_dim == 3 else (1, vae.latent_channels)
     return int(vae.memory_used_decode((*axes, *latent_shape[-2:]), vae.vae_dtype))
 
 
 class BlockPreview:
-    """Progress over all steps; finished blocks appear on the page as they come, moving where it plays them."""
+    """Progress over all steps; finished blocks appear in the frontend, animated if it supports that."""
 
     def __init__(self, steps: int):
         self.bar = comfy.utils.ProgressBar(steps)
 
     def on_step(self, step: int, x0: Tensor, x: Tensor, steps: int) -> None:
-        """Callback in the form of core's samplers."""
+        """Callback with the signature that core's samplers use."""
         self.bar.update_absolute(step + 1, steps)
 
     def show(self, frames_THWC: Tensor) -> None:
@@ -118,9 +119,9 @@ class BlockPreview:
 
 
 class MovingPicture:
-    """Stands where core's previews have one picture, and is saved as all frames, no side longer than `size`.
+    """Takes the place of the single image in core's previews; saves all frames, with no side longer than `size`.
 
-    Core sends a preview by saving it, so that is all it has to know.
+    Core sends a preview by calling `save`, so no other method is needed.
     """
 
     def __init__(self, frames_THWC: Tensor, size: int):
@@ -129,6 +130,6 @@ class MovingPicture:
             frame.thumbnail((size, size))
 
     def save(self, file, format: str, **options) -> None:
-        """As of a picture; a PNG moves, and browsers play it."""
+        """Like `Image.save`; writes an animated PNG, which browsers play."""
         first, *rest = self.frames
         first.save(file, format=format, save_all=True, append_images=rest, duration=FRAME_MS, loop=0, **options)

@@ -1,4 +1,4 @@
-"""LoRAs for causal Wan: as PEFT writes them in training (LongLive's lora.pt), or in any layout that core reads."""
+"""LoRAs for causal Wan: as PEFT saves them in training (LongLive's lora.pt), or in any layout that core reads."""
 from __future__ import annotations
 
 import logging
@@ -14,14 +14,14 @@ from .keys import core_lora_key
 
 log = logging.getLogger(__name__)
 
-GENERATOR = "generator_lora."  # prefix in LongLive's training files, which also hold a critic's
+GENERATOR = "generator_lora."  # prefix in LongLive's training files, which also contain the critic's LoRA
 
 
 def add_lora(patcher, checkpoint, strength=1.0):
-    """A copy of MODEL `patcher` with the LoRA in a `files.Checkpoint` as a patch; `patcher` stays as it is.
+    """A copy of MODEL `patcher` with the LoRA in a `files.Checkpoint` as a patch; `patcher` is not modified.
 
-    PEFT files have no alpha: it is assumed to be the rank, as in LongLive's, so that strength 1 adds B @ A. Raises
-    ValueError for a LoRA without a matching key, with missing halves, or for a model of another size.
+    PEFT files have no alpha: it is assumed to equal the rank, as in LongLive's, so that strength 1 adds B @ A. Raises
+    ValueError for a LoRA without a matching key, with missing halves, or for a model of a different size.
     """
     lora = comfy.lora_convert.convert_lora(core_names(checkpoint.tensors))
     _check_halves(lora, checkpoint.path)
@@ -43,18 +43,18 @@ def add_lora(patcher, checkpoint, strength=1.0):
 
 
 def core_names(tensors):
-    """LoRA tensors with PEFT's and training wrappers' names replaced by core's generic ones; others unchanged."""
+    """LoRA tensors with names from PEFT and training wrappers replaced by core's generic ones; others unchanged."""
     tensors = take_prefix(dict(tensors), GENERATOR) or tensors
     return {core_lora_key(key): value for key, value in tensors.items()}
 
 
 def _is_for(key, names):
-    """Whether some prefix of a key, up to a dot, is a weight of the model."""
+    """Whether some prefix of a key, up to a dot, names a weight of the model."""
     return any(key[:end] in names for end, letter in enumerate(key) if letter == ".")
 
 
 def _check_halves(lora, path):
-    """Both halves of each pair exist, are matrices of floating-point numbers, and have the same rank."""
+    """Check that both halves of each pair exist, are floating-point matrices and have the same rank."""
     for down_name, up_name in (("lora_A.", "lora_B."), ("lora_down.", "lora_up.")):
         downs = {key: key.replace(down_name, up_name) for key in lora if down_name in key}
         ups = {key: key.replace(up_name, down_name) for key in lora if up_name in key}
@@ -81,7 +81,7 @@ def _check_sizes(model, patches, path):
         if getattr(patch, "name", "") != "lora":
             continue
         up, down = patch.weights[:2]
-        # The unpacked size: in 4 bits the state dict holds two values in one.
+        # The unpacked size: for 4 bits the state dict packs two values into one element.
         made_for, here = [up.shape[0], *down.shape[1:]], list(comfy.utils.get_attr(model, key).shape)
         if made_for != here:
             raise ValueError(f"{path}: the LoRA was made for a model of another size: {key} is {here} here, "

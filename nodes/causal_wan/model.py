@@ -16,22 +16,22 @@ from .cache import CacheLayout, KVCache
 from .rope import make_rotation
 from .schedule import precise_dtype
 
-PATCH = (1, 2, 2)  # latent frames, rows and columns of a token in all Wan 2.1 models
+PATCH = (1, 2, 2)  # latent frames, rows and columns per token in all Wan 2.1 models
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanParams:
     """Sizes of the network."""
 
-    in_dim: int              # channels of the latent, with mask and image latent in I2V models
+    in_dim: int              # input channels: latent, plus mask and image latent in I2V models
     out_dim: int             # channels of the latent
     dim: int
     ffn_dim: int
     num_heads: int
     num_layers: int
     text_dim: int
-    freq_dim: int            # sinusoidal features of a timestep
-    i2v: bool                # image tokens in the cross-attention
+    freq_dim: int            # number of sinusoidal features of a timestep
+    i2v: bool                # cross-attention includes image tokens
     clip_dim: int            # width of the vision tower's tokens, 0 without i2v
 
     def __post_init__(self):
@@ -40,7 +40,7 @@ class WanParams:
                              "an even width. Set the number of heads in the file's header.")
 
     def cache_layout(self, *, capacity: int, sink: int, height: int, width: int, relative_sink: bool) -> CacheLayout:
-        """Cache of this network for a latent of height x width and `capacity` frames, the `sink` frames included."""
+        """Cache layout for a latent of height x width and `capacity` frames, including the `sink` frames."""
         return CacheLayout(
             layers=self.num_layers, width=self.dim, heads=self.num_heads, capacity=capacity, sink=sink,
             frame_tokens=(height // PATCH[1]) * (width // PATCH[2]), relative_sink=relative_sink)
@@ -105,8 +105,9 @@ class CausalWan(nn.Module):
         """Flow [B, out_dim, F, H, W] for frames [B, in_dim, F, H, W] at timesteps t_BF in 0..1000.
 
         context: from `project_context`. frame_ids: absolute index of each latent frame. With a `cache` the frames
-        follow each other; their keys are written to it as `sink_mode` says (see `cache.write_segments`) and they see
-        all that it holds. Without one they see each other, where mask_FF [F, F] is given only those marked True.
+        must be consecutive; their keys are written to it according to `sink_mode` (see `cache.write_segments`) and they
+        attend to everything it holds. Without one they attend to each other; mask_FF [F, F], if given, restricts this
+        to entries that are True.
         """
         params = self.params
         frames, (height, width) = x_BCFHW.shape[2], x_BCFHW.shape[3:]
@@ -146,7 +147,7 @@ class CausalWan(nn.Module):
 
 
 def replaced_block(replace, block: WanBlock, x_BLC: Tensor, step: Step) -> Tensor:
-    """Run a block through a patch, called as in core's Wan model."""
+    """Run a block through a replacement patch, called as in core's Wan model."""
     def original(args: dict) -> dict:
         return {"img": block(args["img"], step)}
 

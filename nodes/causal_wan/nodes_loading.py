@@ -61,7 +61,7 @@ class LoadCausalWan(io.ComfyNode):
     def fingerprint_inputs(cls, **inputs):
         files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size)
                  for path in _paths(inputs["checkpoint"], inputs["lora"]) if path]
-        return sha256(repr(files).encode()).hexdigest()  # a digest: ComfyUI saves it in the metadata of the results
+        return sha256(repr(files).encode()).hexdigest()  # hashed: ComfyUI saves it in the metadata of the results
 
     @classmethod
     def execute(cls, checkpoint, weights, lora, lora_strength, weight_dtype):

@@ -1,4 +1,4 @@
-"""Block-Autoregressive Sampler: as LATENT, or straight to a file for videos longer than memory."""
+"""Block-Autoregressive Sampler: returns a LATENT, or writes directly to a file for videos that do not fit in memory."""
 
 import os
 from contextlib import ExitStack, contextmanager
@@ -179,7 +179,7 @@ class BlockAutoregressiveToFile(io.ComfyNode):
 
 @contextmanager
 def _writing(path, content, *settings):
-    """Yields add(frames), which writes on in the MP4 `content`; a full disk is told of as of the result `path`."""
+    """Yields add(frames), which appends to the MP4 `content`; disk errors are reported for the result `path`."""
     with ExitStack() as stack:
         with saving(path):
             add_frame = stack.enter_context(open_mp4(content, *settings))
@@ -200,7 +200,7 @@ def _settings(short_last_block, refresh_sink, **widgets):
 
 @contextmanager
 def _resume_folder(name, run):
-    """The resume folder of this name, locked until the run ends; None for an empty name."""
+    """The resume folder with this name, locked until the run ends; None for an empty name."""
     if not name.strip():
         yield None
         return

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that an interrupted run goes on from them bit for bit."""
+"""Stores finished blocks on disk, so that an interrupted run can resume from them with bit-identical results."""
 from __future__ import annotations
 
 import json
@@ -18,10 +18,10 @@ ENTRY = "stillmotion.block"  # in the header of a block's file
 
 
 class BlockFolder:
-    """The blocks of one run, a .safetensors file each: the latent as the sampler holds it, under what made it.
+    """The blocks of one run, one .safetensors file each: the sampler's latent, and in the header what produced it.
 
-    Opening it raises ValueError where the blocks in it belong to another run, naming what differs, or are damaged, and
-    OSError where it cannot be written.
+    Opening it raises ValueError if its blocks are damaged or belong to another run, naming what differs, and
+    OSError if it is not writable.
     """
 
     def __init__(self, path: Path, fingerprint: Fingerprint):
@@ -37,11 +37,11 @@ class BlockFolder:
         return self.path / f"block_{index:06}.safetensors"
 
     def recall(self, index: int) -> Tensor | None:
-        """Latent of a finished block on the CPU, None where there is none."""
+        """Latent of a finished block on the CPU, or None."""
         return self._read(index)[0] if index in self.found else None
 
     def keep(self, index: int, latent_BCFHW: Tensor) -> None:
-        """Store a finished block unless it is there."""
+        """Store a finished block unless it already exists."""
         if index in self.found:
             return
         latent_BCFHW = latent_BCFHW.cpu().contiguous()
@@ -51,7 +51,7 @@ class BlockFolder:
         self.found.add(index)
 
     def _read(self, index: int) -> tuple[Tensor, dict]:
-        """(latent, entry); ValueError for a file that is not as it was written."""
+        """(latent, entry); raises ValueError for a corrupt file."""
         try:
             with safetensors.safe_open(self.file(index), framework="pt", device="cpu") as file:
                 latent, entry = file.get_tensor("latent"), json.loads(file.metadata()[ENTRY])
@@ -78,7 +78,7 @@ class BlockFolder:
                              "files and queue again: they are made anew, the others are kept.")
 
     def _difference(self, index: int, entry: dict) -> str:
-        """What made block `index` of the folder differ from what would make it now, and what to do."""
+        """How the stored block `index` differs from what this run would generate, and what to do."""
         settings = changes(entry["settings"], self.fingerprint.settings)
         if settings:
             return f"{settings}. Set it back to go on with that run, or name another folder to begin anew."

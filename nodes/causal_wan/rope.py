@@ -22,7 +22,7 @@ class Rotation(NamedTuple):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Channel pairs of a head that rotate with frame, row and column: 22, 21, 21 of 64."""
+    """Channel pairs of a head rotated by frame, row and column: 22, 21, 21 of 64."""
     pairs = head_dim // 2
     return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
@@ -43,7 +43,7 @@ def make_rotation(frames: Sequence[int], height: int, width: int, head_dim: int,
 
 
 def rotate(x_BLC: Tensor, rotation: Rotation, heads: int) -> Tensor:
-    """Rotate neighbouring channel pairs of each head, in float32; returns the layout and type of the input."""
+    """Rotate adjacent channel pairs of each head in float32; returns the layout and dtype of the input."""
     real, imaginary = x_BLC.float().unflatten(-1, (heads, -1, 2)).unbind(-1)
     cos, sin = rotation.cos_LP[:, None], rotation.sin_LP[:, None]
     turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)

@@ -1,4 +1,4 @@
-"""From settings and ComfyUI's objects to a checked run of the block-autoregressive sampler.
+"""Turns settings and ComfyUI's objects into a validated run of the block-autoregressive sampler.
 
 Layouts: B videos, C channels, T latent frames of the video, F those of one block, H, W latent height and width.
 """
@@ -29,16 +29,16 @@ from .schedule import make_steps
 from .timeline import PromptTimeline, apply_timeline
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # of the stored runs: to be raised when the same settings come to give other numbers
+FORMAT = 1  # of stored runs: increment when the same settings produce different values
 UNSUPPORTED = ("control", "gligen", "area", "mask", "hooks", "start_percent", "end_percent")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """Settings of one run as a user states them; see `Plan` for those that it takes as they are."""
+    """User settings of one run; see `Plan` for those passed on unchanged."""
 
     steps: str               # denoising_step_list, "1000, 750, 500, 250"
-    first_steps: str         # of the first block, "": the same
+    first_steps: str         # for the first block, "": the same
     shift: float
     warp: bool               # see `make_steps`
     block: int               # latent frames
@@ -53,7 +53,7 @@ class BlockSettings:
 
 
 def parse_steps(text: str) -> list[int]:
-    """Numbers of a denoising step list, separated by commas or spaces."""
+    """Parse a denoising step list, numbers separated by commas or spaces."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
         raise ValueError(f"The denoising steps are {text!r}: give whole numbers separated by commas, as the model was "
@@ -62,7 +62,7 @@ def parse_steps(text: str) -> list[int]:
 
 
 def lay_out(frames: int, start: StartFrames | None, settings: BlockSettings) -> tuple[int, ...]:
-    """Blocks of the video. Frames that are given to the cache decide whether the first one stands alone."""
+    """Block lengths of the video. Frames given to the cache decide whether the first frame is a block of its own."""
     if start is not None and start.block != settings.block:
         raise ValueError(f"The latent was made for blocks of {start.block}, the sampler is set to {settings.block}: "
                          "give Causal Wan Image to Video and the sampler the same block.")
@@ -73,7 +73,7 @@ def lay_out(frames: int, start: StartFrames | None, settings: BlockSettings) -> 
 
 
 def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, switches: tuple[int, ...]) -> Plan:
-    """Plan of a run over `frames` latent frames, given ones included; `switches` are counted likewise."""
+    """Plan of a run over `frames` latent frames, including given ones; `switches` use the same count."""
     if not 0 <= settings.cfg < float("inf"):
         raise ValueError(f"cfg is {settings.cfg}: give 0 or more. Models with few steps were trained for 1.")
     steps = make_steps(parse_steps(settings.steps), settings.shift, settings.warp)
@@ -86,7 +86,7 @@ def make_plan(settings: BlockSettings, frames: int, start: StartFrames | None, s
 
 
 def check_latent(model, latent: dict) -> None:
-    """Raise ValueError unless MODEL is a causal Wan and LATENT one that it can sample."""
+    """Raise ValueError unless MODEL is a causal Wan that can sample LATENT."""
     params, samples = wan_params(model), latent["samples"]
     shape = " x ".join(map(str, samples.shape))
     start = latent.get(START_KEY)
@@ -113,7 +113,7 @@ def check_latent(model, latent: dict) -> None:
 
 
 def check_patches(model) -> None:
-    """Raise ValueError for what nodes put on a MODEL for samplers of whole videos, and what could not act here."""
+    """Raise ValueError for patches on a MODEL that need a whole-video sampler or would have no effect here."""
     options = model.model_options
     transformer_options = options.get("transformer_options", {})
     present = {name: bool(get_all_wrappers(name, transformer_options) + model.get_all_wrappers(name))
@@ -129,7 +129,7 @@ def check_patches(model) -> None:
 
 
 def check_conditionings(model, conds: dict, samples_BCTHW: Tensor) -> None:
-    """Raise ValueError unless every conditioning fits the model and the latent."""
+    """Raise ValueError unless every conditioning matches the model and the latent."""
     for name, conditioning in conds.items():
         if len(conditioning) != 1:
             raise ValueError(f"The {name} conditioning has {len(conditioning)} entries, this sampler takes 1: "
@@ -146,7 +146,7 @@ def check_conditionings(model, conds: dict, samples_BCTHW: Tensor) -> None:
 
 
 def condition_tensors(model, conditioning, samples_BCTHW: Tensor) -> dict[str, Tensor]:
-    """What the network gets of a conditioning, by name."""
+    """The network inputs from a conditioning, by name."""
     text, values = conditioning[0]
     noise = samples_BCTHW.new_zeros(1).expand(samples_BCTHW.shape)
     entries = model.model.extra_conds(**{**values, "noise": noise, "device": noise.device, "cross_attn": text})
@@ -154,7 +154,7 @@ def condition_tensors(model, conditioning, samples_BCTHW: Tensor) -> dict[str, T
 
 
 class Run(NamedTuple):
-    """A checked run, ready to sample."""
+    """A validated run, ready to sample."""
 
     guider: comfy.samplers.CFGGuider
     plan: Plan
@@ -169,21 +169,21 @@ class Run(NamedTuple):
                show: Callable[[Tensor], None] | None = None) -> dict:
         """LATENT of the whole video. callback(step, x0 of the block, x0, steps) is called after every step.
 
-        Finished blocks are kept in `folder` and taken from there. show(latent_CFHW) gets the first video of the batch
-        piece by piece, as its blocks are finished.
+        Finished blocks are stored in `folder` and reloaded from it. show(latent_CFHW) receives the first video of the
+        batch, block by block.
         """
         result = self._sample(callback, folder, show, whole=True)
         rest = {key: value for key, value in self.latent.items() if key != START_KEY}
         return {**rest, "samples": result.to(comfy.model_management.intermediate_device())}
 
     def stream(self, callback: Callable | None, folder: BlockFolder | None, show: Callable[[Tensor], None]) -> None:
-        """As `sample`, but nothing of the video is held but what the cache needs."""
+        """Like `sample`, but keeps only as much of the video in memory as the cache needs."""
         self._sample(callback, folder, show, whole=False)
 
     def _sample(self, callback, folder, show, whole: bool) -> Tensor:
         model = self.guider.model_patcher.model
         samples = self.latent["samples"]
-        if not model.wan_params.i2v:  # the conditioning of the others is checked against the whole length
+        if not model.wan_params.i2v:  # the conditioning of I2V models is checked against the full length
             samples = samples[:, :, :max(1, self.start.frames if self.start else 0)]
 
         def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
@@ -203,9 +203,9 @@ class Run(NamedTuple):
 
 def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | None, seed: int,
             settings: BlockSettings, vae=None, length: int = 0) -> Run:
-    """Check everything that a run needs. ValueErrors say what was given, what is allowed and what to do.
+    """Validate everything a run needs. ValueErrors say what was given, what is allowed and what to do.
 
-    vae: the one that shows blocks as they come. length: video frames in all where it is not the latent's (0).
+    vae: decodes finished blocks for display. length: total video frames, 0 for the latent's length.
     """
     check_latent(model, latent)
     check_patches(model)
@@ -248,7 +248,7 @@ def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | 
 
 
 def prompt_bytes(params, conds: dict, plan: Plan, batch: int, itemsize: int) -> int:
-    """Bytes of the cross-attention keys and values of the prompts that are there at once: two at a switch."""
+    """Bytes of the cross-attention keys and values of all prompts in memory at once: two at a switch."""
     tokens = 0
     for (text, values), in conds.values():
         image = values["clip_vision_output"].penultimate_hidden_states.shape[1] if params.i2v else 0
@@ -258,7 +258,7 @@ def prompt_bytes(params, conds: dict, plan: Plan, batch: int, itemsize: int) -> 
 
 
 def longer(length: int, frames: int, cut: int, vae, params) -> int:
-    """Latent frames of `length` video frames, `cut` ones that go before them included."""
+    """Latent frames for `length` video frames, including `cut` frames that precede them."""
     wanted = latent_frames(length, vae.temporal_compression_decode() or 1, "length") + cut
     if params.i2v and wanted != frames:
         raise ValueError(f"length is {length} video frames, {wanted - cut} latent ones, but the conditioning's image "
@@ -268,7 +268,7 @@ def longer(length: int, frames: int, cut: int, vae, params) -> int:
 
 
 def check_switches(plan: Plan, given: int, cut: int) -> None:
-    """Raise ValueError unless every prompt has a block to begin with. Messages count without `cut` frames."""
+    """Raise ValueError unless some block starts with each prompt. Frame numbers in messages exclude `cut` frames."""
     edges = [sum(plan.blocks[:count]) for count in range(given, len(plan.blocks))]
     begins = [next((edge for edge in edges if edge >= frame), None) for frame in plan.switches]
     for frame, begin, after in zip(plan.switches, begins, [*begins[1:], -1]):
@@ -280,7 +280,7 @@ def check_switches(plan: Plan, given: int, cut: int) -> None:
 
 
 def run_fingerprint(model, conds: dict, latent: dict, plan: Plan, settings: BlockSettings, seed: int) -> Fingerprint:
-    """Everything that decides the latents of a run."""
+    """Fingerprint of everything that determines the latents of a run."""
     samples, start = latent["samples"], latent.get(START_KEY)
     entries = {name: condition_tensors(model, cond, samples) for name, cond in conds.items()}
     y_BYTHW = entries["positive"].get("c_concat")
@@ -288,7 +288,7 @@ def run_fingerprint(model, conds: dict, latent: dict, plan: Plan, settings: Bloc
                for name, found in entries.items()}
     steps, first = parse_steps(settings.steps), settings.first_steps.strip()
     chosen = {name: value for name, value in asdict(settings).items()
-              if name not in ("block", "independent_first", "short_last")}  # every block tells its length
+              if name not in ("block", "independent_first", "short_last")}  # each block has its length
     whole = {**chosen, "steps": steps, "first_steps": parse_steps(first) if first else steps, "seed": seed,
              "format": FORMAT, **model_digests(model), "attention": digest(optimized_attention),
              "weights": str(model.model.get_dtype()), "dtype": str(inference_dtype(model.model)),

@@ -1,6 +1,6 @@
-"""The block loop as one of ComfyUI's samplers: its memory management, patches, wrappers, interrupt and previews act.
+"""The block loop as a ComfyUI sampler, with its memory management, patches, wrappers, interrupts and previews.
 
-Layouts: B videos, C channels, T latent frames of the video, F those of one evaluation, H, W latent height and width.
+Layouts: B videos, C channels, T latent frames of the video, F those of one forward pass, H, W latent height and width.
 """
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ GUIDANCE_FUNCTIONS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampl
 
 
 def inference_dtype(model) -> torch.dtype:
-    """The type that a BaseModel computes in, which its keys have too."""
+    """The compute dtype of a BaseModel, which is also the dtype of its keys."""
     return model.manual_cast_dtype or model.get_dtype()
 
 
 class BranchPrompt(NamedTuple):
     """A prompt in one guidance branch."""
 
-    branch: int                     # 0: positive, 1: negative, as core counts them
-    conds: list                     # what core keeps of the prompt
-    keys: tuple[ContextKeys, ...]   # of every cross-attention layer
+    branch: int                     # 0: positive, 1: negative, as in core
+    conds: list                     # core's entries for the prompt
+    keys: tuple[ContextKeys, ...]   # one per cross-attention layer
 
     @property
     def uuid(self):
-        """Core's name of the prompt."""
+        """Core's identifier of the prompt."""
         return self.conds[0]["uuid"]
 
 
 class Network:
-    """Evaluates the network of a BaseModel the way that core's samplers do: through what packs put around it."""
+    """Calls the network of a BaseModel as core's samplers do: through the wrappers of other packs."""
 
     def __init__(self, model, model_options: dict, device):
         self.model, self.options, self.device, self.dtype = model, model_options, device, inference_dtype(model)
@@ -70,12 +70,12 @@ class Network:
                                           transformer_options=transformer_options, **block).float()
 
     def guide(self, x_BCFHW: Tensor, sigma: float, flows, prompts: list[BranchPrompt], cfg: float) -> Tensor:
-        """x0 under guidance, by the functions on the MODEL where there are any."""
+        """Guided x0, using the guidance functions on the MODEL if there are any."""
         if not any(self.options.get(name) for name in GUIDANCE_FUNCTIONS):
             return guided_x0(x_BCFHW, sigma, flows, cfg)
         denoised = [predict_x0(x_BCFHW, flow, sigma) for flow in flows]
         conds = [prompt.conds for prompt in prompts]
-        if len(flows) == 1:  # as core does without a negative pass
+        if len(flows) == 1:  # as in core without a negative pass
             denoised, conds = [*denoised, torch.zeros_like(x_BCFHW)], [*conds, None]
         sigma_B = x_BCFHW.new_full((len(x_BCFHW),), sigma)
         for function in self.options.get("sampler_pre_cfg_function", []):
@@ -98,9 +98,9 @@ class Network:
 class BlockSampler(comfy.samplers.Sampler):
     """Core sampler object over a guider's conditionings "positive", "prompt 1", ..., "negative".
 
-    The first `start.frames` latent frames are given. SIGMAS are not read: the steps belong to `plan`. `recall` as in
-    `BlockLoop.run`. deliver(index, latent_BCFHW) gets every part of the video in order, given frames first (index
-    None). With `whole` the result is the video's latent, otherwise the last block alone.
+    The first `start.frames` latent frames are given. SIGMAS are ignored: `plan` defines the steps. `recall` as in
+    `BlockLoop.run`. deliver(index, latent_BCFHW) receives every part of the video in order, given frames first (index
+    None). With `whole` the result is the video's latent, otherwise only the last block.
     """
 
     def __init__(self, plan: Plan, start: StartFrames | None, draw: Callable[[int, int, int], Tensor],
@@ -110,7 +110,7 @@ class BlockSampler(comfy.samplers.Sampler):
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
                disable_pbar=False):
-        """Called by core's guiders; noise and latent_image [B, C, T, H, W], of which only given frames are read."""
+        """Called by core's guiders; noise and latent_image [B, C, T, H, W], of which only the given frames are used."""
         plan, model, device = self.plan, guider.inner_model, noise.device
         batch, _, _, height, width = noise.shape
         network = Network(model, extra_args["model_options"], device)
@@ -153,7 +153,7 @@ class BlockSampler(comfy.samplers.Sampler):
         return torch.cat(parts, dim=2)
 
     def _progress(self, callback):
-        """Counts the steps of all blocks; the preview shows the block that is being made."""
+        """Progress callback over the steps of all blocks; the preview shows the current block."""
         plan, first = self.plan, given_blocks(self.plan, self.start)
         total = count_steps(plan, first)
 
@@ -166,7 +166,7 @@ class BlockSampler(comfy.samplers.Sampler):
 
 
 def given_blocks(plan: Plan, start: StartFrames | None) -> int:
-    """Blocks at the start that go into the cache as they are."""
+    """Number of leading blocks that go into the cache unchanged."""
     return 0 if start is None or start.mechanism == CLAMP else plan.leading_blocks(start.frames)
 
 

@@ -31,7 +31,7 @@ def make_steps(step_list: Sequence[int], shift: float, warp: bool) -> tuple[Flow
     """Denoising steps from a `denoising_step_list`, for example [1000, 750, 500, 250].
 
     warp: the numbers are positions from the end of the shifted table (Self-Forcing, LongLive: 1000, 937.5, 833.3, 625
-    with shift 5); otherwise they are timesteps, and the table's nearest sigma is used (CausVid).
+    with shift 5); otherwise they are timesteps, and the nearest sigma in the table is used (CausVid).
     """
     falling = all(a > b for a, b in zip(step_list, step_list[1:]))
     if not step_list or not falling or not 0 < step_list[-1] <= step_list[0] <= NUM_TIMESTEPS:
@@ -47,16 +47,16 @@ def make_steps(step_list: Sequence[int], shift: float, warp: bool) -> tuple[Flow
 
 
 def precise_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on Apple's devices, which have no float64."""
+    """float64, or float32 on Apple devices, which do not support float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def predict_x0(x: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """Clean latent from a noisy one and its flow, subtracted in float64."""
+    """Clean latent from a noisy one and its flow, computed in float64."""
     precise = precise_dtype(x.device)
     return (x.to(precise) - sigma * flow.to(precise)).to(x.dtype)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """The latent with noise of level sigma."""
+    """The clean latent with noise added at level sigma."""
     return (1 - sigma) * x0 + sigma * noise

@@ -15,7 +15,7 @@ class PromptTimeline(NamedTuple):
 
 
 def parse_timeline(text: str) -> list[tuple[int, str]]:
-    """(start frame, prompt) of each non-empty line. Raises ValueError unless the frames are ascending."""
+    """(start frame, prompt) for each non-empty line. Raises ValueError unless the frames are ascending."""
     entries = []
     for line in filter(None, map(str.strip, text.splitlines())):
         found = re.fullmatch(r"(\d+)\s*:\s*(.*)", line)
@@ -32,9 +32,9 @@ def parse_timeline(text: str) -> list[tuple[int, str]]:
 
 
 def apply_timeline(timeline: PromptTimeline | None, positive, frames: int) -> tuple[list, tuple[int, ...]]:
-    """(prompts in order, frames where the second, third, ... starts) for a video of `frames` latent frames.
+    """(prompts in order, start frames of the second, third, ...) for a video of `frames` latent frames.
 
-    `positive` is the prompt until the timeline's first one starts, and its image entries are used for all of them.
+    `positive` is the prompt until the timeline's first one starts, and its image entries are used for all prompts.
     """
     if timeline is None:
         return [positive], ()

@@ -42,7 +42,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 def open_clip_config(arch, folder):
     """Model configuration of the open_clip architecture `arch`.
 
-    Looked up in `folder` (`<arch>.json`, then `open_clip_config.json`), then among those that open_clip knows.
+    Looked up in `folder` (`<arch>.json`, then `open_clip_config.json`), then among those shipped with open_clip.
     """
     word(arch, "The architecture (arch) of a tower")
     if arch == "ViT-H-14":
@@ -71,7 +71,7 @@ def vision_config(config):
 
 
 def _tower(config, name, defaults):
-    """Raises ValueError for towers of another architecture, and for impossible sizes."""
+    """Raises ValueError for towers of another architecture and for invalid sizes."""
     given = config.get(name)
     unknown = sorted(set(given) - set(defaults)) if isinstance(given, dict) else [shown(given)]
     if unknown:
@@ -147,7 +147,7 @@ def _core_config(tower):
 
 
 class TextTransformer(comfy.clip_model.CLIPTextModel):
-    """Core's text model with a projection that need not be square."""
+    """Core's text model with a projection that may be non-square."""
 
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__(config_dict, dtype, device, operations)
@@ -166,7 +166,7 @@ class TextEncoder(sd1_clip.SDClipModel):
 
 
 def text_tower(weights, tower, layer="penultimate", dtype=None, embedding_directory=None):
-    """CLIP from a text tower's open_clip weights (keys as in `text_shapes`, all checked before).
+    """CLIP from a text tower's open_clip weights (keys as in `text_shapes`, already checked).
 
     `layer` is "penultimate" or "last" as in the official YAML; `dtype` None leaves the choice to ComfyUI.
     """
@@ -184,7 +184,7 @@ def text_tower(weights, tower, layer="penultimate", dtype=None, embedding_direct
     target = SimpleNamespace(
         params={}, clip=partial(sd1_clip.SD1ClipModel, clip_name="h", clip_model=encoder),
         tokenizer=partial(sd1_clip.SD1Tokenizer, clip_name="h", tokenizer=words))
-    # Built without memory; the weights are then assigned, not copied.
+    # Built on the meta device; the weights are then assigned, not copied.
     options = {"initial_device": torch.device("meta")} | ({"dtype": dtype} if dtype else {})
     clip = comfy.sd.CLIP(target, embedding_directory=embedding_directory, model_options=options)
     transformer = clip.cond_stage_model.clip_h.transformer
@@ -200,12 +200,12 @@ class VisionTower(comfy.clip_vision.ClipVisionModel):
         config = {**_core_config(tower), "num_attention_heads": tower["width"] // tower["head_width"],
                   "image_size": tower["image_size"], "patch_size": tower["patch_size"], "num_channels": 3,
                   "model_type": "clip_vision_model"}
-        with TemporaryDirectory() as folder:  # until 0.11 core reads its configuration from a file only
+        with TemporaryDirectory() as folder:  # until 0.11 core reads its configuration only from a file
             path = Path(folder, "config.json")
             path.write_text(json.dumps(config))
             super().__init__(path)
         self.dtype = dtype or self.dtype
-        with torch.device("meta"):  # built again: core's has a fixed type and allocates memory
+        with torch.device("meta"):  # rebuilt: core's own has a fixed dtype and allocates memory
             self.model = comfy.clip_model.CLIPVisionModelProjection(config, self.dtype, None, comfy.ops.manual_cast)
         self.model.eval().requires_grad_(False)
         weights = {key: value.to(self.dtype) for key, value in weights.items()}
@@ -218,8 +218,8 @@ def encode_tokens(clip_vision, pixels_BHWC, width=None):
     """All tokens of the tower's last block, before its final norm: [B, 1 + patches, W] for images in 0..1.
 
     The whole image is squashed to the tower's size, as in the official DynamiCrafter code (arXiv 2310.12190);
-    ComfyUI's own preprocessing crops and gives other numbers. Works with any CLIP_VISION of core that is a CLIP.
-    Raises ValueError for other towers, and, if `width` is given, for tokens of another width.
+    ComfyUI's own preprocessing crops and gives different values. Works with any of core's CLIP_VISION models that is a
+    CLIP. Raises ValueError for other towers and, if `width` is given, for tokens of a different width.
     """
     vision = getattr(clip_vision.model, "vision_model", None)
     if vision is None or vision.embeddings.class_embedding is None:

@@ -1,6 +1,6 @@
-"""What every family needs to be one of ComfyUI's models: latent format, configuration, wrappers, loading, MODEL.
+"""What every family needs to be a ComfyUI model: latent format, configuration, wrappers, loading, MODEL.
 
-Only this module depends on core's model classes, so a change of core is handled in one place.
+Only this module depends on core's model classes, so changes in core are handled in one place.
 """
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ WEIGHT_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "f
                  "fp8_e4m3fn": torch.float8_e4m3fn}
 
 class ClipLatent(comfy.latent_formats.SD15):
-    """Clips [B, C, T, h, w] of Stable Diffusion's latents (or of pixels, C = 3), multiplied by one factor."""
+    """Clips [B, C, T, h, w] of Stable Diffusion latents (or of pixels, C = 3), scaled by a single factor."""
 
     latent_dimensions = 3
 
     def __init__(self, scale_factor: float, channels: int = 4):
         super().__init__(scale_factor)
-        self.taesd_decoder_name = None  # core's TAESD preview takes single images only
+        self.taesd_decoder_name = None  # core's TAESD preview only supports single images
         if channels != self.latent_channels:
             self.latent_channels = channels
             self.latent_rgb_factors = torch.eye(3).tolist() if channels == 3 else None
 
 
 class ModelConfig(comfy.supported_models_base.BASE):
-    """Core's description of a model. Our own sizes are in one opaque entry, because core reads the names it knows.
+    """Core's description of a model. Our own sizes are in one opaque entry, because core interprets names it knows.
 
     A family sets `latent_format`, `sampling_settings` and `model_class`, and defines what its network predicts.
     """
@@ -59,7 +59,7 @@ class HostNetwork:
     """Mixin for a network class that core moves between devices."""
 
     def to(self, *args, memory_format: torch.memory_format | None = None, **kwargs):
-        """Like any module's, but core's --force-channels-last is applied to 4-D weights only: torch refuses it for a
+        """Like `Module.to`, but applies core's --force-channels-last only to 4-D weights: torch raises an error for a
         network with other convolutions."""
         super().to(*args, **kwargs)
         if memory_format is not None:
@@ -70,7 +70,7 @@ class HostNetwork:
 
 
 def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
-    """`forward` of `network`, inside the wrappers that other packs add."""
+    """Call `forward` of `network` inside the wrappers added by other packs."""
     wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
     executor = WrapperExecutor.new_class_executor(forward, network, wrappers)
     return executor.execute(*args, transformer_options=transformer_options, **kwargs)
@@ -80,7 +80,7 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
                 quantized: Quantized | None = None):
     """The model of `config`, by default without weights (on the meta device), to be loaded with `assign=True`.
 
-    `quantized`: the layers that are stored in 8 or 4 bits; they decide the class of the layers and their device.
+    `quantized`: the layers stored in 8 or 4 bits; they determine the layer class and the device.
     """
     if quantized:
         quantized.prepare(config)
@@ -93,13 +93,13 @@ def build_model(config: ModelConfig, weight_dtype: torch.dtype, device: str = "m
 
 
 def check_weight_dtype(name: str, names=tuple(WEIGHT_DTYPES)) -> None:
-    """Raise ValueError for a `weight_dtype` that is none of `names`."""
+    """Raise ValueError for a `weight_dtype` that is not in `names`."""
     if name not in names:
         raise ValueError(f"weight_dtype is {name!r}. Choose one of {', '.join(names)}.")
 
 
 def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quantized | None = None) -> torch.dtype:
-    """Type in which a network's weights are kept. With quantised layers, "auto" is the compute type of the device."""
+    """Dtype in which a network's weights are stored. With quantised layers, "auto" is the device's compute dtype."""
     weights = [*tensors.values(), *(layer.weight for layer in (quantized or {}).values())]
     return WEIGHT_DTYPES[name] or comfy.model_management.unet_dtype(
         model_params=sum(weight.numel() for weight in weights),
@@ -108,22 +108,22 @@ def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quanti
 
 def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
-    model.device = torch.device("cpu")  # built on the meta device, but the weights were read to the CPU
+    model.device = torch.device("cpu")  # built on the meta device, but the weights were loaded to the CPU
     if comfy.model_management.force_channels_last():
         model.diffusion_model.to(memory_format=torch.channels_last)
     return managed(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
 def managed(module: torch.nn.Module, load_device, offload_device) -> comfy.model_patcher.ModelPatcher:
-    """A network or tower in ComfyUI's memory management."""
-    # Since 0.16 core streams weights through a patcher class of its own, if the device supports it.
+    """Put a network or tower under ComfyUI's memory management."""
+    # Since 0.16 core streams weights through a separate patcher class if the device supports it.
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(module, load_device=load_device, offload_device=offload_device)
 
 
 def key_patches(patcher: comfy.model_patcher.ModelPatcher) -> dict:
-    """Like the MODEL's `get_key_patches`: for each weight its value and convert function, then the patches on it.
-    Core's own fails on entries that only the state dict has: scales and marks of layers in 8 and 4 bits."""
+    """Like the MODEL's `get_key_patches`: for each weight its value and convert function, then its patches.
+    Core's own fails on entries that exist only in the state dict: scales and markers of 8-bit and 4-bit layers."""
     saved = patcher.model_state_dict()
     found = {}
     for key, _ in (*patcher.model.named_parameters(), *patcher.model.named_buffers()):
@@ -145,7 +145,7 @@ def check_width(tower: str, tokens_BNC: torch.Tensor, width: int, remedy: str) -
 
 
 def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node: str) -> None:
-    """Raise ValueError unless condition frames, made by the node named `node`, fit the latent to be sampled."""
+    """Raise ValueError unless the condition frames, made by node `node`, match the latent to be sampled."""
     if latent_BCTHW.shape[1:] != noise_BCTHW.shape[1:]:
         raise ValueError(f"The latent is {size_words(noise_BCTHW.shape[1:])}, but the conditioning was made for "
                          f"{size_words(latent_BCTHW.shape[1:])} (channels, frames, height, width). Use the latent from "
@@ -156,5 +156,5 @@ def check_condition(latent_BCTHW: torch.Tensor, noise_BCTHW: torch.Tensor, node:
 
 
 def size_words(shape) -> str:
-    """Sizes for a message: 4 x 16 x 32 x 32."""
+    """A shape formatted for a message: 4 x 16 x 32 x 32."""
     return " x ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""Core's nodes on the video U-Nets: what they need from a model, what a context window sees, and which are refused.
+"""Core's nodes on the video U-Nets: what they need from a model, what a context window sees, and which are rejected.
 
 Layouts: B clips, C channels, T frames, H, W latent height and width.
 """
@@ -20,19 +20,19 @@ class ClipModel(comfy.model_base.BaseModel):
         super().__init__(model_config, model_type, device, unet_model)
         params = self.diffusion_model.params
         # FreeU reads the first, RenormCFG the second. With more names in `unet_config` core would treat the network as
-        # Stable Diffusion and look for its keys.
+        # Stable Diffusion and look for those keys.
         model_config.unet_config["model_channels"] = params.model_channels
         self.diffusion_model.in_channels = params.in_channels
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
-        """Called by core's context windows since 0.18. Otherwise they cut any axis as long as the clip."""
+        """Called by core's context windows since 0.18. By default they slice every axis as long as the clip."""
         if cond_key == "c_concat":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=FRAMES,
                                                            retain_index_list=retain_index_list))
         return cond_value
 
     def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
-        """Before 0.8 core's context windows leave `c_concat` as long as the clip."""
+        """Before 0.8 core's context windows do not slice `c_concat`; it keeps the length of the clip."""
         if c_concat is not None and c_concat.shape[FRAMES] != x.shape[FRAMES]:
             c_concat = transformer_options["context_window"].get_tensor(c_concat, dim=FRAMES)
         return super().apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
@@ -46,7 +46,7 @@ def make_clip_patcher(model: ClipModel) -> comfy.model_patcher.ModelPatcher:
 
 
 def refuse_misfits(executor, noise, *args, **kwargs):
-    """Wrapper around one whole sampler call. Raises ValueError for a core node on the MODEL that cannot work on it."""
+    """Wrapper around a whole sampler call. Raises ValueError for a core node that does not work on this MODEL."""
     guider = executor.class_obj
     options, network = guider.model_options, guider.model_patcher.model.diffusion_model
     check_nodes(nodes_on(options), network, len(noise))
@@ -59,12 +59,12 @@ def refuse_misfits(executor, noise, *args, **kwargs):
 
 
 def nodes_on(model_options: dict) -> set[str]:
-    """Modules of core whose functions patch a MODEL: {"nodes_sag", ...}."""
+    """Core modules whose functions patch a MODEL: {"nodes_sag", ...}."""
     options = model_options.get("transformer_options", {})
     functions = [model_options.get("sampler_cfg_function"), *model_options.get("sampler_post_cfg_function", [])]
     for placed in options.get("patches", {}).values():
         functions += placed
-    # Core names its node modules by their whole path.
+    # Core uses the full path as the module name of its nodes.
     return {str(getattr(function, "__module__", "")).replace("\\", "/").split("/")[-1].split(".")[-1]
             for function in functions}
 
@@ -97,7 +97,7 @@ def check_nodes(modules: set[str], network, clips: int) -> None:
 
 
 def check_windows(handler, shape_BCTHW) -> None:
-    """Raise ValueError for context windows not along the frames, not shorter than the clip, or over a batch."""
+    """Raise ValueError for context windows on an axis other than frames, not shorter than the clip, or on a batch."""
     clips, frames = shape_BCTHW[0], shape_BCTHW[FRAMES]
     if handler.dim != FRAMES:
         raise ValueError(f"The context windows are along dim {handler.dim}, but the frames of this model are dim "

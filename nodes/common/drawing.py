@@ -1,31 +1,31 @@
-"""Drawing with Pillow, shared by plots and sheets. ComfyUI includes Pillow, but no plotting library."""
+"""Drawing with Pillow, shared by plots and sheets. ComfyUI ships Pillow but no plotting library."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 2  # drawn at SCALE times the size, then reduced, for smooth lines
+SCALE = 2  # drawn at SCALE times the size, then downscaled for smooth lines
 INK, SOFT, GRID, PAPER = (38, 43, 51), (116, 124, 136), (228, 231, 236), (255, 255, 255)
 BLUE, ORANGE, GREEN, ALARM = (45, 110, 210), (236, 140, 40), (38, 145, 86), (214, 48, 60)
 LEVELS = {"good": GREEN, "doubtful": (205, 135, 20), "bad": ALARM}
 
 
 def blank(width: int, height: int) -> Image.Image:
-    """An empty picture for a Pen, SCALE times as large."""
+    """A blank picture for a Pen, at SCALE times the size."""
     return Image.new("RGB", (width * SCALE, height * SCALE), PAPER)
 
 
 def shrink(image: Image.Image) -> Image.Image:
-    """The finished picture in its final size."""
+    """The finished picture downscaled to its final size."""
     return image.resize((image.width // SCALE, image.height // SCALE), Image.Resampling.LANCZOS)
 
 
 def as_images(picture: Image.Image) -> torch.Tensor:
-    """ComfyUI's IMAGE [1, H, W, 3] of a picture."""
+    """A picture as a ComfyUI IMAGE [1, H, W, 3]."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
 class Pen:
-    """Draws on an image SCALE times as large as its coordinates say."""
+    """Draws on an image at SCALE times the given coordinates."""
 
     def __init__(self, image):
         self.draw = ImageDraw.Draw(image, "RGBA")

@@ -1,4 +1,4 @@
-"""Numbers as features that a network reads."""
+"""Sinusoidal embedding of numbers."""
 from __future__ import annotations
 
 import math
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sinusoids(values_B: Tensor, width: int) -> Tensor:
-    """Features [B, width] of numbers: cosines, then sines, periods 2 pi to 20000 pi."""
+    """Sinusoidal features [B, width]: cosines, then sines, with periods from 2 pi to 20000 pi."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values_B.device) / (width // 2))
     angles = values_B[:, None].float() * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

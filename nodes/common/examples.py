@@ -1,14 +1,14 @@
-"""The templates' example files, copied to ComfyUI's input folder, the only place where Load Image looks."""
+"""The templates' example files, copied to ComfyUI's input folder because Load Image reads only from there."""
 import logging
 import shutil
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "workflows" / "examples"
-OFFERED = ".stillmotion_examples"  # in the input folder: names of those that were put there once
+OFFERED = ".stillmotion_examples"  # in the input folder: names of the files already copied there once
 
 
 def offer_examples(folder) -> None:
-    """Copy each file into `folder` once: files that the user has changed or deleted since stay that way."""
+    """Copy each file into `folder` once: files that the user has since changed or deleted are left alone."""
     record = Path(folder, OFFERED)
     try:
         offered = record.read_text().splitlines() if record.exists() else []

@@ -1,10 +1,10 @@
-"""Optional packages: imported on use, with a clear message if they are missing."""
+"""Optional packages, imported lazily, with a clear error message if they are missing."""
 from importlib import import_module
 from types import ModuleType
 
 
 def import_extra(module: str, package: str, use: str) -> ModuleType:
-    """Import `module` of the optional `package`. The ImportError says what needs it (`use`) and how to install it."""
+    """Import `module` of optional `package`. The ImportError says what needs it (`use`) and how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Checkpoint files: read safely, whatever their name, with a clear message for a bad one."""
+"""Checkpoint files: read safely regardless of file name, with a clear error message for invalid files."""
 
 import logging
 import pickle
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 FORMATS = "a .safetensors file, or a .ckpt / .pt file written by torch.save"
 AGAIN = "Compare its size with the source and download or copy it again."
 
-# Parts that training wrappers (DDP, DeepSpeed, FSDP, torch.compile, activation checkpoints) add anywhere in a key.
+# Key components that training wrappers (DDP, DeepSpeed, FSDP, torch.compile, activation checkpointing) insert.
 WRAPPERS = {"module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
-# Names under which training code stores the model in its file.
+# Names under which training code stores the model in a checkpoint.
 ENVELOPES = ("state_dict", "module", "model_state_dict", "model")
 
 
@@ -33,21 +33,21 @@ def read_checkpoint(path):
     """Read a checkpoint's tensors without running any code in it.
 
     The format is detected from the first bytes, not from the name. Tensors are memory-mapped if the format allows it
-    (safetensors, torch.save since 1.6), so that a 10 GB file is not read before it is used. A model in a dictionary of
-    its own (`ENVELOPES`) is taken out of it, and parts of keys that training wrappers add (`WRAPPERS`) are removed. If
-    a file holds several models, each in its own dictionary, their keys start with the name of that dictionary and a dot
-    (`generator.`, `generator_ema.`).
+    (safetensors, torch.save since 1.6), so that a 10 GB file is not read until it is used. A model nested in a
+    dictionary (`ENVELOPES`) is unwrapped, and key components added by training wrappers (`WRAPPERS`) are removed. If
+    a file holds several models, each in its own dictionary, their keys are prefixed with the dictionary's name and a
+    dot (`generator.`, `generator_ema.`).
 
-    Returns a `Checkpoint`. Raises ValueError for a file that is truncated, is not a checkpoint, names weights twice, or
+    Returns a `Checkpoint`. Raises ValueError for a file that is truncated, is not a checkpoint, has duplicate keys, or
     is a pickle that would run code.
     """
     path = str(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if head[:4] == b"PK\x03\x04":
-        # torch.load goes by the name of a file named .safetensors, unless it gets the open file.
+        # Given a path, torch.load detects .safetensors by name, so pass it the open file instead.
         return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=not path.endswith(".safetensors"))), {})
-    # Before the next check: the length of a header can start with the byte that starts a pickle.
+    # Must precede the next check: a header's length can start with the same byte as a pickle.
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if head[:1] == b"\x80":
@@ -97,7 +97,7 @@ def _unwrap(path, found):
     for _ in ENVELOPES:  # they may be nested
         found = next((found[name] for name in ENVELOPES if _is_only_model(found, name)), found)
     if isinstance(found, dict) and not any(isinstance(value, torch.Tensor) and value.ndim for value in found.values()):
-        # A number next to them may be a tensor too: the step.
+        # A number stored next to them, such as the step, may be a tensor too.
         found = {f"{name}.{key}": value for name, part in found.items() if isinstance(part, dict)
                  for key, value in part.items() if isinstance(value, torch.Tensor) and isinstance(key, str)}
     tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor) and isinstance(key, str)
@@ -115,7 +115,7 @@ def _unwrap(path, found):
 
 
 def _is_only_model(found, name):
-    """Whether `found[name]` is the only model in the file. A dictionary named state_dict or module always is."""
+    """Whether `found[name]` is the only model in the file. Always true for a dictionary named state_dict or module."""
     if not isinstance(found, dict) or not isinstance(found.get(name), dict):
         return False
     return name in ENVELOPES[:2] or sum(
@@ -124,7 +124,7 @@ def _is_only_model(found, name):
 
 
 def unwrapped(tensors, path):
-    """`tensors` without the parts of their keys that training wrappers add."""
+    """`tensors` with the key components added by training wrappers removed."""
     named = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in tensors.items()}
     if len(named) < len(tensors):
         raise ValueError(f"{path}: {len(tensors) - len(named)} keys name the same weights twice, with and without a "
@@ -133,7 +133,7 @@ def unwrapped(tensors, path):
 
 
 def check_kinds(path, tensors):
-    """Raise ValueError for weights that are not plain floating-point numbers: integer, complex, boolean, sparse."""
+    """Raise ValueError for weights that are not plain floating-point tensors: integer, complex, boolean, sparse."""
     strange = [f"{key} is {'quantised' if value.is_quantized else str(value.dtype).removeprefix('torch.')}"
                f"{'' if value.layout == torch.strided else ', sparse'}" for key, value in tensors.items()
                if not value.is_floating_point() or value.is_quantized or value.layout != torch.strided]
@@ -149,9 +149,9 @@ def take_prefix(tensors, prefix):
 
 
 def check_keys(part, found, expected, cause):
-    """Every key accounted for: none missing, none extra, none of another shape.
+    """Check that no key is missing, unexpected or of the wrong shape.
 
-    `part` and `cause` are for the message; `found` maps key -> tensor, `expected` key -> shape, both
+    `part` and `cause` are for the message; `found` maps key -> tensor, `expected` maps key -> shape, both
     named as in the file. Raises ValueError with the first few names of each kind.
     """
     missing = [key for key in expected if key not in found]

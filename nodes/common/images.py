@@ -1,4 +1,4 @@
-"""Images on their way into a model: checked, brought to a size, encoded."""
+"""Input images: validated, resized, encoded."""
 from __future__ import annotations
 
 import torch
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def check_finite(name: str, image_BHWC: Tensor) -> None:
-    """Raise ValueError, with `name`, for an image with NaN or infinite values."""
+    """Raise ValueError, mentioning `name`, for an image with NaN or infinite values."""
     if not image_BHWC.isfinite().all():
         raise ValueError(f"The {name} holds {(~image_BHWC.isfinite()).sum().item()} NaN or infinite values. Look at "
                          "the node that made it (a VAE in half precision?).")
 
 
 def check_size(width: int, height: int, multiple: int) -> None:
-    """Raise ValueError, with the nearest good values, for a side that the VAE cannot divide."""
+    """Raise ValueError, with the nearest valid values, for a side that is not divisible as the VAE requires."""
     for name, side in (("width", width), ("height", height)):
         if side < multiple or side % multiple:
             below = max(multiple, side // multiple * multiple)
@@ -23,15 +23,15 @@ def check_size(width: int, height: int, multiple: int) -> None:
 
 
 def fit_image(image_BHWC: Tensor, width: int, height: int, pixel_aspect: float = 1.0) -> Tensor:
-    """Scale until the frame is filled and cut what sticks out evenly, so that nothing is stretched. RGB, 0..1; bytes
-    are taken too. `pixel_aspect`: how wide a pixel is for its height."""
+    """Scale to fill the frame and centre-crop the rest, preserving the aspect ratio. RGB, 0..1; also accepts bytes.
+    `pixel_aspect`: pixel width divided by pixel height."""
     old_height, old_width, channels = image_BHWC.shape[1:]
     kept_width = min(old_width, max(1, round(old_height * width / height / pixel_aspect)))
     kept_height = min(old_height, max(1, round(old_width * pixel_aspect * height / width)))
     left, top = (old_width - kept_width) // 2, (old_height - kept_height) // 2
     image_BHWC = image_BHWC[:, top:top + kept_height, left:left + kept_width, :3]
     planes_BHW = []
-    for channel in range(image_BHWC.shape[-1]):  # one by one: of a very large picture three would fill the memory
+    for channel in range(image_BHWC.shape[-1]):  # one at a time: all three of a very large picture would exhaust memory
         plane_BHW = image_BHWC[..., channel].float()
         if image_BHWC.dtype == torch.uint8:
             plane_BHW /= 255
@@ -43,6 +43,6 @@ def fit_image(image_BHWC: Tensor, width: int, height: int, pixel_aspect: float =
 
 
 def encode_images(vae, image_BHWC: Tensor) -> Tensor:
-    """Posterior means [B, 4, h, w] of single images; our VAE stacks them over time, core's image VAEs as a batch."""
+    """Posterior means [B, 4, h, w] of single images; our VAE stacks them along time, core's image VAEs as a batch."""
     latent = vae.encode(image_BHWC)
     return latent[0].movedim(1, 0) if latent.ndim == 5 else latent

@@ -1,4 +1,4 @@
-"""What reaches a node: values that its schema allows, whatever a graph holds."""
+"""Validation of node inputs: only values that the schema allows reach a node, whatever the graph contains."""
 from __future__ import annotations
 
 import math
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .values import check_text, shown
 
-PLAIN = (str, int, float, list, dict)  # values that a graph can hold itself, where a socket takes a link
+PLAIN = (str, int, float, list, dict)  # literal values that a graph can contain where a socket expects a link
 
 
 def checked(node):
-    """`node`, whose `execute` raises a readable ValueError for what its schema does not allow.
+    """Wrap `node` so that `execute` raises a readable ValueError for inputs that its schema does not allow.
 
-    ComfyUI lets constants through where a socket is, numbers beyond their range that come over a link, NaN, and before
-    0.33 any choice.
+    ComfyUI does not reject constants in place of a link, out-of-range numbers that arrive over a link, NaN or, before
+    0.33, invalid choices.
     """
     class Checked(node):
         @classmethod
@@ -29,7 +29,7 @@ def checked(node):
 
 
 def check_input(entry, value) -> None:
-    """Raise ValueError for a value that `entry` of a schema does not take."""
+    """Raise ValueError for a value that schema input `entry` does not accept."""
     kind, name = str(entry.get_io_type()), entry.id
     if value is None:
         if not entry.optional:

@@ -1,4 +1,4 @@
-"""Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs that carry the workflow."""
+"""Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs with the workflow embedded."""
 import os
 from pathlib import Path
 
@@ -77,12 +77,12 @@ class SaveVideo(io.ComfyNode):
             if names:  # a folder of frames
                 subfolder = str(Path(subfolder) / name.path.name)
             saved += [ui.SavedResult(n, subfolder, io.FolderType.output) for n in names or [name.path.name]]
-        # the page plays everything "animated" as a video, which a GIF is not
+        # the frontend plays everything marked "animated" as a video, which does not work for a GIF
         return io.NodeOutput(video, ui={"images": saved, "animated": (format == "mp4",)})
 
 
 def clips_of(images_NHWC, latent):
-    """The clips [T, H, W, C] that a row of frames holds: as many as the batch of the video LATENT, if there is one."""
+    """Split consecutive frames into clips [T, H, W, C]: as many as the video LATENT's batch size, if there is one."""
     if latent is None or latent["samples"].ndim != 5:
         return [images_NHWC]
     clips = len(latent["samples"])
@@ -94,10 +94,10 @@ def clips_of(images_NHWC, latent):
 
 
 def output_name(prefix: str, width: int, height: int, extension: str) -> tuple[NewName, str]:
-    """(the name for a new result of `prefix` in the output folder, its subfolder there).
+    """(name for a new result of `prefix` in the output folder, its subfolder there).
 
-    A prefix that ends in a folder gets the name Stillmotion. ValueError for one that cannot name a file or lies outside
-    the output folder; OSError says what to do.
+    A prefix that ends in a folder gets the file name Stillmotion. Raises ValueError for a prefix that is not a valid
+    file name or lies outside the output folder, and OSError with a message that says what to do.
     """
     output = folder_paths.get_output_directory()
     if os.path.basename(prefix) in ("", ".", ".."):
@@ -112,7 +112,7 @@ def output_name(prefix: str, width: int, height: int, extension: str) -> tuple[N
 
 
 def workflow_tags(hidden) -> dict:
-    """The prompt and the page's workflow, one tag each, as core's savers write them; none if switched off."""
+    """The prompt and the frontend's workflow, one tag each, as core's save nodes write them; empty if disabled."""
     if args.disable_metadata:
         return {}
     tags = dict(hidden.extra_pnginfo or {})
@@ -122,10 +122,10 @@ def workflow_tags(hidden) -> dict:
 
 
 def find_model(name, folders, builtin=()):
-    """Path of the file `name` in the first of ComfyUI's model `folders` that has it.
+    """Path of the file `name` in the first of ComfyUI's model `folders` that contains it.
 
-    Only names that the folder lists are looked up: the host does not check those of a saved or written graph.
-    Raises ValueError with the names that there are, those of the pack's own models (`builtin`) first.
+    Only listed names are accepted: ComfyUI does not check names in a saved or hand-written graph.
+    Raises ValueError with the available names, those of the pack's own models (`builtin`) first.
     """
     held = {folder: folder_paths.get_filename_list(folder) for folder in folders}
     for folder, names in held.items():

@@ -1,8 +1,8 @@
-"""Where ComfyUI's nodes patch a U-Net: the same places, order and arguments as in ComfyUI's own U-Net.
+"""Hooks for ComfyUI nodes that patch a U-Net: the same places, order and arguments as in ComfyUI's own U-Net.
 
 `options["patches"]` lists functions by place. `options["patches_replace"]` holds functions that replace an attention,
 by block, ("input", "middle" or "output", number), or by block and index of the transformer in it. Frames are folded
-into the batch, so that a function written for images sees images. Attention along time cannot be patched.
+into the batch, so functions written for images see images. Temporal attention cannot be patched.
 
 Tensor names end in their layout: N frames, C channels, H height, W width, L tokens of a frame, M attended tokens.
 """
@@ -15,26 +15,26 @@ from torch import Tensor
 
 
 def open_options(options: dict, h_NCHW: Tensor) -> dict:
-    """A copy of `options` for one forward pass, with the entries that patch functions read."""
+    """Copy `options` for one forward pass and add the entries that patch functions read."""
     return {**options, "original_shape": list(h_NCHW.shape), "transformer_index": 0, "block_index": 0}
 
 
 def patch_hidden(place: str, h_NCHW: Tensor, options: dict) -> Tensor:
-    """Hidden states after the functions at `place`: "input_block_patch" or "input_block_patch_after_skip"."""
+    """Apply the functions at `place` to the hidden states: "input_block_patch" or "input_block_patch_after_skip"."""
     for function in _functions(place, options):
         h_NCHW = function(h_NCHW, options)
     return h_NCHW
 
 
 def join_skip(h_NCHW: Tensor, skip_NCHW: Tensor, options: dict) -> Tensor:
-    """Input of an output block, [N, C of both, H, W]."""
+    """Input of an output block: hidden states and skip concatenated, [N, C of both, H, W]."""
     for function in _functions("output_block_patch", options):
         h_NCHW, skip_NCHW = function(h_NCHW, skip_NCHW, options)
     return torch.cat((h_NCHW, skip_NCHW), dim=1)
 
 
 def patch_tokens(place: str, x_NLC: Tensor, layer, options: dict) -> Tensor:
-    """Tokens after the functions at `place`: "attn1_output_patch", "middle_patch" or "attn2_output_patch"."""
+    """Apply the functions at `place` to the tokens: "attn1_output_patch", "middle_patch" or "attn2_output_patch"."""
     for function in _functions(place, options):
         x_NLC = function(x_NLC, _told(layer, options))
     return x_NLC
@@ -54,7 +54,7 @@ def patch_inputs(name: str, x_NLC: Tensor, context_NMC: Tensor, layer, options: 
 
 
 def mix(name: str, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor, layer, options: dict) -> Tensor:
-    """Attention `name` of `layer`, or of the function that replaces it, before the output projection."""
+    """Attention `name` of `layer`, or the function that replaces it, before the output projection."""
     function = _replacement(name, options)
     if function is not None:
         return function(q_NLC, k_NMC, v_NMC, _told(layer, options))
@@ -80,6 +80,6 @@ def _replacement(name: str, options: dict) -> Callable | None:
 
 
 def _told(layer, options: dict) -> dict:
-    """All options except the functions themselves, and the sizes of the attention."""
+    """Options passed to patch functions: all but the functions themselves, plus the attention's sizes."""
     rest = {key: value for key, value in options.items() if key not in ("patches", "patches_replace")}
     return {**rest, "n_heads": layer.heads, "dim_head": layer.to_q.out_features // layer.heads, "attn_precision": None}

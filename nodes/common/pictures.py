@@ -1,6 +1,6 @@
-"""Folders of pictures, clips and prompts, and the pictures themselves: read in one place, for nodes and commands.
+"""Reads pictures and folders of pictures, clips and prompts, for both nodes and commands.
 
-Nothing of the pack is imported here, so that a command can load this file alone.
+Imports nothing from the pack, so that a command can load this file alone.
 """
 import struct
 import unicodedata
@@ -13,27 +13,27 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-NO_DATA = ("thumbs.db", "desktop.ini")  # of Windows; what macOS and Linux add begins with a dot
+NO_DATA = ("thumbs.db", "desktop.ini")  # created by Windows; macOS and Linux metadata files begin with a dot
 LONGEST_PROMPT = 100_000  # bytes
 LEAST_SIDE = 8  # pixels
 LEVELS_16 = ("I;16", "I;16L", "I;16B", "I;16N")
-PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
+PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel
 COMMON = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")
-ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # the further pictures of other formats are pages, or sizes of the first
-UNTIMED = 0.1  # seconds that a picture of an animation stays where the file does not say
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # in other formats, further pictures are pages or other sizes of the first
+UNTIMED = 0.1  # seconds per animation frame if the file does not specify a duration
 SHOWN = 20  # names in a summary
 
 
 class LeftOut(NamedTuple):
-    """A file that is not used, and why."""
+    """A skipped file and the reason."""
     name: str
     reason: str
 
 
 def list_folder(folder: str | Path) -> tuple[list[Path], list[LeftOut]]:
-    """(files and folders in the order of their names, what else lies there). OSError for a folder that cannot be read.
+    """(files and folders sorted by name, other entries). Raises OSError for a folder that cannot be read.
 
-    Hidden files, such as macOS's ._NAME beside each NAME, are neither.
+    Hidden files, such as macOS's ._NAME next to each NAME, are ignored.
     """
     found, left_out = [], []
     for path in sorted(Path(folder).iterdir(), key=lambda path: normal(path.name)):
@@ -41,19 +41,19 @@ def list_folder(folder: str | Path) -> tuple[list[Path], list[LeftOut]]:
             continue
         if path.is_file() or path.is_dir():
             found.append(path)
-        else:  # reading a pipe or a device would wait for ever
+        else:  # reading a pipe or a device would block forever
             reason = "a link to nothing" if path.is_symlink() and not path.exists() else "no file, no folder"
             left_out.append(LeftOut(path.name, reason))
     return found, left_out
 
 
 def normal(name: str) -> str:
-    """The name in one form of Unicode: macOS writes an accent as a character of its own, others do not."""
+    """The name in normalised Unicode: macOS stores an accent as a separate character, other systems do not."""
     return unicodedata.normalize("NFC", name)
 
 
 def picture_prompts(folder: str | Path) -> tuple[list[tuple[Path, str]], list[LeftOut]]:
-    """([(picture, prompt)] of the pictures that have a text file of the same name beside them, what is left out)."""
+    """([(picture, prompt)] of the pictures with a text file of the same name next to them, skipped files)."""
     paths, left_out = list_folder(folder)
     texts, pictures, found = {}, [], []
     for path in paths:
@@ -80,7 +80,7 @@ def picture_prompts(folder: str | Path) -> tuple[list[tuple[Path, str]], list[Le
 
 
 def read_prompt(path: Path) -> str:
-    """The text of a file, UTF-8 or (with its mark at the beginning) UTF-16, as Windows saves both. ValueError."""
+    """Text of a file in UTF-8 or (with a byte order mark) UTF-16; Windows writes both. Raises ValueError."""
     try:
         with open(path, "rb") as file:
             data = file.read(LONGEST_PROMPT + 1)
@@ -95,7 +95,7 @@ def read_prompt(path: Path) -> str:
 
 
 def summary(left_out: list[LeftOut]) -> str:
-    """How many were left out, and the first of them with the reason, one a line; empty where there is none."""
+    """Number of skipped files, then the first few with the reason, one per line; empty if there are none."""
     if not left_out:
         return ""
     lines = [f"{len(left_out)} left out:", *(f"- {name}: {reason}" for name, reason in left_out[:SHOWN])]
@@ -105,23 +105,23 @@ def summary(left_out: list[LeftOut]) -> str:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """A picture as 8-bit RGB, upright, the first one of an animation. ValueError says what cannot be read, and why."""
+    """A picture as upright 8-bit RGB; of an animation, the first frame. ValueError says what is unreadable and why."""
     with _reading(path), Image.open(path) as picture:
         return _rgb(picture)
 
 
 def open_animation(path: str | Path) -> Iterator[tuple[float, Image.Image]]:
-    """(seconds since the first one, picture as of `open_picture`) of all pictures of a file. ValueError as there."""
+    """(seconds since the first frame, picture as in `open_picture`) for each frame. Raises ValueError likewise."""
     with _reading(path), Image.open(path) as picture:
         time = 0.0
         for number in range(getattr(picture, "n_frames", 1) if picture.format in ANIMATED else 1):
             picture.seek(number)
-            yield time, _rgb(picture)  # read here, since some formats know the duration only then
+            yield time, _rgb(picture)  # read first: some formats only know the duration after that
             time += picture.info.get("duration", 0) / 1000 or UNTIMED
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    grey = picture.mode in LEVELS_16 or (picture.mode == "I" and picture.format == "PNG")  # older Pillow's 16 bits
+    grey = picture.mode in LEVELS_16 or (picture.mode == "I" and picture.format == "PNG")  # 16-bit mode of older Pillow
     if not grey and picture.mode not in PLAIN:
         raise ValueError(f"has pixels of the kind {picture.mode}. Save it in RGB or grey, 8 or 16 bits a channel")
     if min(picture.size) < LEAST_SIDE:
@@ -134,7 +134,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
-    """What a picture that cannot be read ends in becomes ValueError in words."""
+    """Convert the exceptions of unreadable pictures into a ValueError with a clear message."""
     path = Path(path)
     try:
         yield
@@ -145,18 +145,18 @@ def _reading(path: str | Path) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{path.name} {error}") from error
     except (OSError, SyntaxError, EOFError, struct.error, LookupError, TypeError, OverflowError,
-            MemoryError) as error:  # a damaged file ends in any of these
+            MemoryError) as error:  # a damaged file can raise any of these
         raise ValueError(f"{path.name} is damaged or cannot be read ({error})") from error
 
 
 def has_16_bits(path: str | Path) -> bool:
-    """Whether a picture that `open_picture` reads is grey of 16 bits."""
+    """Whether a picture that `open_picture` reads is 16-bit greyscale."""
     with Image.open(path) as picture:
         return picture.mode not in PLAIN
 
 
 def is_plain(path: str | Path) -> bool:
-    """Whether any Load Image reads the file as `open_picture` does: one picture of 8 bits, in a common format."""
+    """Whether any Load Image node reads the file as `open_picture` does: a single 8-bit picture in a common format."""
     with Image.open(path) as picture:
-        single = picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1  # a phone's JPEG with a second view
+        single = picture.format == "MPO" or getattr(picture, "n_frames", 1) == 1  # a phone's JPEG with a second image
         return single and picture.mode in PLAIN and picture.format in COMMON

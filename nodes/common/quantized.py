@@ -1,8 +1,8 @@
 """Weights stored in 8 or 4 bits with scale factors, for ComfyUI's own quantised layers.
 
-Supported are the layouts that ComfyUI's releases write or read: a mark on each layer (`comfy_quant`), the same in the
+Supports the layouts that ComfyUI releases write or read: a marker on each layer (`comfy_quant`), the same in the
 file's header (`_quantization_metadata`), and the older one for whole files (`scaled_fp8`, `scale_weight`), which Kijai
-uses too.
+also uses.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .values import flag, parse_json, shown, whole
 INSTEAD = ("Use the bf16 or fp16 file of the same model, with fp8_e4m3fn under weight_dtype to save memory; newer "
            "releases of ComfyUI read more formats.")
 OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-GROUPS = (1, 4, 16, 64, 256, 1024)  # numbers of columns that are rotated together: powers of 4
+GROUPS = (1, 4, 16, 64, 256, 1024)  # number of columns rotated together: powers of 4
 # Suffixes of entries that other packages add to packed weights.
 STRANGE = ("weight_packed", "_extra_state", "_amax")
 
@@ -44,7 +44,7 @@ def _blocks(rows, columns):
 class Format(NamedTuple):
     stored: torch.dtype
     packed: int                     # values per stored element
-    scales: dict[str, Callable]     # name -> function of rows and columns: allowed numbers of elements
+    scales: dict[str, Callable]     # name -> function of rows and columns: allowed element counts
 
 
 FORMATS = {
@@ -53,15 +53,15 @@ FORMATS = {
     "nvfp4": Format(torch.uint8, 2, {"weight_scale": _blocks, "weight_scale_2": _one}),
     "int8_tensorwise": Format(torch.int8, 1, {"weight_scale": _one_or_rows}),
 }
-# What a layer may also have: a factor for its input in 8 bits, and one for each column of its input.
+# Optional entries of a layer: a scale for its 8-bit input, and one for each input column.
 BESIDE = {"input_scale": _one, "pre_quant_scale": _columns}
-# Suffixes of the parameters of quantised layers other than weight and bias.
+# Parameter suffixes of quantised layers, other than weight and bias.
 SCALES = tuple(f".{name}" for name in (*OLD_NAMES, *BESIDE))
 EIGHT_BITS = {FORMATS[name].stored: name for name in ("float8_e4m3fn", "float8_e5m2")}
 
 
 class Layer(NamedTuple):
-    """A linear layer as stored in the file: format with settings, weight, scales by name."""
+    """A linear layer as stored in the file: format and settings, weight, scales by name."""
 
     settings: dict
     weight: torch.Tensor
@@ -75,11 +75,11 @@ class Layer(NamedTuple):
 
 
 class Quantized(dict):
-    """Name -> `Layer`. Empty for a file without such layers."""
+    """Name -> `Layer`. Empty for a file without quantised layers."""
 
     @property
     def device(self):
-        """Device on which the network is built: marked layers create their weight on loading and keep it there."""
+        """Device on which to build the network: marked layers create their weight on loading and keep it there."""
         return "cpu" if _reads_marks() else "meta"
 
     def prepare(self, model_config):
@@ -104,24 +104,24 @@ class Quantized(dict):
 
 
 def host_formats():
-    """Formats that this ComfyUI's layers read."""
+    """Formats supported by the layers of this ComfyUI."""
     if _reads_marks():
         known, layout = comfy.quant_ops.QUANT_ALGOS, comfy.quant_ops.get_layout_class
         return [name for name in FORMATS if name in known and layout(known[name]["comfy_tensor_layout"]) is not None]
-    # Until 0.3.76 there is one layer class, for files with a scale factor per 8-bit weight.
+    # Until 0.3.76 there is a single layer class, for files with one scale factor per 8-bit weight.
     return list(EIGHT_BITS.values()) if hasattr(comfy.supported_models_base.BASE, "scaled_fp8") else []
 
 
 def _reads_marks():
-    """Whether this ComfyUI's layers read `comfy_quant`."""
+    """Whether the layers of this ComfyUI support `comfy_quant`."""
     return hasattr(comfy.supported_models_base.BASE, "quant_config") and hasattr(comfy.quant_ops, "get_layout_class")
 
 
 def take_quantized(tensors, metadata, rename, path):
     """Move the quantised layers out of `tensors`; returns them as `Quantized`.
 
-    `rename` turns a key of the header into one of `tensors`. Raises ValueError for formats that this ComfyUI does not
-    read, and for layers with inconsistent parts.
+    `rename` maps a key of the header to one of `tensors`. Raises ValueError for formats that this ComfyUI does not
+    support and for layers with inconsistent parts.
     """
     settings = _marked(tensors, metadata, rename, path)
     whole_file = tensors.pop("scaled_fp8", None)
@@ -135,16 +135,16 @@ def take_quantized(tensors, metadata, rename, path):
             continue
         if weight.dtype in EIGHT_BITS:
             settings[name] = {"format": EIGHT_BITS[weight.dtype]}
-            if whole_file is not None and whole_file.numel() == 2:  # means: do not compute in 8 bits
+            if whole_file is not None and whole_file.numel() == 2:  # means: no 8-bit compute
                 settings[name]["full_precision_matrix_mult"] = True
         elif weight.is_floating_point() and tensors[key].numel() == 1 and tensors[key].item() == 1:
-            tensors.pop(key)  # of a layer that was not quantised
+            tensors.pop(key)  # from a layer that is not quantised
     _refuse_strange(tensors, settings, path)
     return Quantized({name: _layer(tensors, name, given, path) for name, given in settings.items()})
 
 
 def _marked(tensors, metadata, rename, path):
-    """Layer -> settings, from the header and from the marks, which are removed from `tensors`."""
+    """Layer -> settings, from the header and from the markers, which are removed from `tensors`."""
     given = {}
     if "_quantization_metadata" in metadata:
         where = f"The entry _quantization_metadata in the header of {path}"

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic creation of files and folders.
 
-What is being written lies in a hidden folder of its own beside its place, which the writing process holds locked. The
-lock ends with the process, however that ends, so that whoever writes there next knows what a killed one left behind.
+Output is written to a hidden temporary folder next to its destination, which the writing process keeps locked. The
+lock is released when the process ends, however it ends, so the next writer can tell what a killed process left behind.
 """
 import errno
 import logging
@@ -22,30 +22,30 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-MARK = "stillmotion-part"  # at the end of the hidden folders' names
+MARK = "stillmotion-part"  # suffix of the hidden folders
 LOCK = ".stillmotion-lock"
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)                      # by another process
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)                      # locked by another process
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # as on exFAT
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
 
 class NewName:
-    """A name in `folder` that nobody has: NAME_00001_EXTENSION, or with the next free number from `number` on."""
+    """An unused name in `folder`: NAME_00001_EXTENSION, or the next free number, starting at `number`."""
 
     def __init__(self, folder: Path, name: str, number: int, extension: str):
         self.folder, self.name, self.number, self.extension = folder, name, number, extension
 
     @property
     def path(self) -> Path:
-        """The name that is tried, and the one that was taken after `new_file`."""
+        """The candidate path; after `new_file`, the path actually used."""
         return self.folder / f"{self.name}_{self.number:05}_{self.extension}"
 
 
 @contextmanager
 def new_file(name: NewName) -> Iterator[Path]:
-    """Yields the path to write a new file or folder at; when the with block ends it gets its name.
+    """Yields a temporary path for a new file or folder, which is renamed when the with block ends.
 
-    Where another process took that name meanwhile, it gets the next one. After an error nothing is left.
+    If another process has taken the name meanwhile, the next one is used. After an error nothing is left behind.
     """
     with saving(name.path):
         work = _Work(name.path)
@@ -58,21 +58,21 @@ def new_file(name: NewName) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """As `new_file`, for a file that may replace the one at `path`."""
+    """Like `new_file`, for a file that may overwrite the one at `path`."""
     with saving(path), _Work(path) as content:
         yield content
         os.replace(content, path)
 
 
 def write_file(path: str | Path, data: bytes) -> None:
-    """Write data to path in one step, in place of what may be there; OSError says what to do."""
+    """Write data to path atomically, overwriting any existing file; OSError says what to do."""
     with replacing(Path(path)) as content:
         content.write_bytes(data)
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Raise an OSError of the with block again, with advice."""
+    """Re-raise an OSError of the with block with advice in its message."""
     try:
         yield
     except OSError as error:
@@ -83,9 +83,9 @@ def saving(path: Path) -> Iterator[None]:
 
 @contextmanager
 def holding(folder: Path, what: str) -> Iterator[None]:
-    """Keeps other processes from `folder` (`what` names it in messages) until the with block ends.
+    """Locks `folder` against other processes until the with block ends; `what` names it in messages.
 
-    ValueError where another one has it, with its number and computer.
+    Raises ValueError if another process holds the lock, with its process ID and computer.
     """
     path = folder / LOCK
     with saving(folder):
@@ -96,12 +96,12 @@ def holding(folder: Path, what: str) -> Iterator[None]:
                          "again, or name another folder.")
     try:
         file.truncate(1)
-        file.seek(1)  # Windows keeps others from reading the first byte
+        file.seek(1)  # Windows blocks others from reading the locked first byte
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         if fcntl:
-            path.unlink(missing_ok=True)  # before it is unlocked: afterwards it could be another one's
+            path.unlink(missing_ok=True)  # before unlocking: afterwards it could belong to another process
         file.close()
 
 
@@ -110,12 +110,12 @@ def _holder(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             file.seek(1)
             return file.read(300).decode(errors="replace") or "another run"
-    except OSError:  # it has just ended
+    except OSError:  # that run has just ended
         return "another run"
 
 
 class _Work:
-    """A hidden folder beside `path`, locked; `content` in it is to be written. Used as a context manager."""
+    """A locked hidden folder next to `path`; the caller writes `content` in it. Used as a context manager."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class _Work:
             self.folder.mkdir()
             try:
                 self.lock = _open_locked(self.folder / "lock")
-            except FileNotFoundError:  # another process took the new folder for a left one
+            except FileNotFoundError:  # another process mistook the new folder for a leftover
                 pass
         self.content = self.folder / "content"
 
@@ -139,23 +139,23 @@ class _Work:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove from `folder` what killed processes were writing there."""
+    """Remove unfinished output of killed processes from `folder`."""
     for left in folder.glob(f".*.{MARK}"):
         try:
             file = (left / "lock").open("r+b")
-        except OSError:  # it is being made, or removed
+        except OSError:  # it is being created or removed
             continue
         with file:
             ours = _lock(file)
             if ours:
                 shutil.rmtree(left, ignore_errors=True)
         if ours:
-            shutil.rmtree(left, ignore_errors=True)  # what Windows does not remove while it is open
+            shutil.rmtree(left, ignore_errors=True)  # Windows does not remove files while they are open
             log.info("%s, left behind by a run that was killed, is removed.", left)
 
 
 def _open_locked(path: Path) -> BinaryIO | None:
-    """The file `path`, made if need be, locked until it is closed; None where another process has it locked."""
+    """Open the file `path`, created if missing, locked until it is closed; None if another process has it locked."""
     while True:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
@@ -164,11 +164,11 @@ def _open_locked(path: Path) -> BinaryIO | None:
             return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # its last holder removed it just now
+        file.close()  # the previous lock owner has just removed it
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """True: the open file is locked for this process. False: another one has it. None: no locks on this file system."""
+    """True: this process now holds the lock. False: another one does. None: the file system has no locks."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,9 +180,9 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def _take(content: Path, path: Path) -> bool:
-    """Give `content` the name `path` in one step; False where something has it already."""
+    """Rename `content` to `path` atomically; False if `path` already exists."""
     try:
-        if content.is_dir() or not fcntl:  # on Windows no rename replaces anything, elsewhere one of files does
+        if content.is_dir() or not fcntl:  # on Windows rename never overwrites, elsewhere it does for files
             os.rename(content, path)
         else:
             _link(content, path)
@@ -199,5 +199,5 @@ def _link(content: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        path.open("xb").close()  # a file system without links: the name is taken first
+        path.open("xb").close()  # a file system without links: reserve the name first
         os.replace(content, path)

@@ -1,4 +1,4 @@
-"""Node schemas with entries that only newer ComfyUI releases have."""
+"""Node schemas with entries that only newer ComfyUI releases support."""
 from dataclasses import fields
 
 from comfy_api.latest import io
@@ -7,8 +7,8 @@ from comfy_api.latest import io
 def schema(search_aliases, advanced=(), **values):
     """io.Schema(**values) with `search_aliases` and with the inputs named in `advanced` marked as advanced.
 
-    Releases that do not know the one (before 0.11) or the other (before 0.10) get the schema without. There is no
-    essentials_category: with one, the page counts a node as core's and no longer lists it among the extensions.
+    They are omitted on releases that do not support them (before 0.11 and 0.10 respectively). essentials_category is
+    not set: with it, the frontend treats a node as core's and no longer lists it among the extensions.
     """
     if "search_aliases" in {field.name for field in fields(io.Schema)}:
         values["search_aliases"] = search_aliases

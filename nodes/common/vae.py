@@ -8,8 +8,8 @@ import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 
-# Pixels processed between two progress updates (and chances to interrupt): one frame of 512 x 320, or 40 of 64 x 64.
-# ComfyUI splits these further if there is less free memory.
+# Pixels processed between progress updates (and interrupt checks): one frame of 512 x 320, or 40 of 64 x 64.
+# ComfyUI splits them further if less memory is free.
 PIXELS_PER_TICK = 512 * 320
 
 
@@ -21,7 +21,7 @@ def vae_shapes(ddconfig, embed_dim):
 
 
 class FoldedFrames:
-    """Mixin for an image VAE class: it also takes and returns latents [B, C, T, h, w].
+    """Mixin for an image VAE class that adds support for latents [B, C, T, h, w].
 
     Encoding N images [N, H, W, C] gives one clip [1, C, N, h, w], the posterior mean; decoding 5-D latents gives
     [B, T, H, W, C] in 0..1, decoding 4-D latents gives images as usual.
@@ -84,12 +84,12 @@ class VideoVAE(FoldedFrames, comfy.sd.VAE):
 
 
 def pixel_vae():
-    """For models in pixels: core's conversion between 0..1 and -1..1, on clips [B, 3, T, H, W]."""
+    """For pixel-space models: core's conversion between 0..1 and -1..1, on clips [B, 3, T, H, W]."""
     return fold_frames(comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}))
 
 
 def fold_frames(vae):
-    """The same VAE for clips; one that takes frames already (a video VAE, or folded) is returned unchanged."""
+    """The same VAE for clips; one that already takes frames (a video VAE, or folded) is returned unchanged."""
     if vae.latent_dim == 3 or isinstance(vae, FoldedFrames):
         return vae
     folded = copy.copy(vae)
@@ -98,11 +98,11 @@ def fold_frames(vae):
 
 
 def _in_chunks(work, frames, pixels_per_frame):
-    """`work` on a few frames at a time; progress is reported and the run can be interrupted between them."""
+    """Apply `work` to a few frames at a time, reporting progress and checking for an interrupt in between."""
     progress = comfy.utils.ProgressBar(len(frames))
     done = []
     for chunk in frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame)):
-        comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the bar skips updates
+        comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the progress bar skips updates
         done.append(work(chunk))
         progress.update(len(chunk))
     return torch.cat(done)

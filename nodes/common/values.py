@@ -1,13 +1,13 @@
-"""Values from headers and configurations: type and range are checked before anything is built."""
+"""Validates the type and range of values from headers and configurations before anything is built."""
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
 
-WIDEST = 65536   # of any layer; the widest published one has 49408 rows
-DEEPEST = 256    # layers of a kind
-LONGEST_NAME = 240  # bytes of one name in a path: file systems take 255, and numbers and endings need some
+WIDEST = 65536   # maximum layer width; the widest published one has 49408 rows
+DEEPEST = 256    # maximum number of layers of a kind
+LONGEST_NAME = 240  # bytes per path component: file systems allow 255, less room for numbers and extensions
 LONGEST_PATH = 1000
 
 
@@ -39,20 +39,20 @@ def flag(value, name):
 
 
 def word(value, name):
-    """`value`, if it can be part of a file name: only letters, digits and . _ - +."""
+    """`value`, if it can be part of a file name: only letters, digits and any of `. _ - +`."""
     if not isinstance(value, str) or not 0 < len(value) <= 100 or not all(c.isalnum() or c in "._-+" for c in value):
         raise ValueError(f"{name} is {shown(value)}. It may only have letters, digits and . _ - +.")
     return value
 
 
 def check_text(name, text):
-    """Raise ValueError for characters that no text has: NUL, and halves of others, which no file can hold."""
+    """Raise ValueError for NUL and lone surrogates, which cannot be written to a file."""
     if any(letter == "\0" or unicodedata.category(letter) == "Cs" for letter in text):
         raise ValueError(f"{name} is {shown(text)}, which holds NUL or half a character: type it anew.")
 
 
 def check_path(name, text):
-    """Raise ValueError unless `text` can be a path: the input `name` may bring any text."""
+    """Raise ValueError unless `text`, the value of input `name`, can be a path."""
     check_text(name, text)
     if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise ValueError(f"{name} is {shown(text)}, which holds line ends or control characters: give letters, digits "
@@ -64,7 +64,7 @@ def check_path(name, text):
 
 
 def parse_json(text, source):
-    """The JSON object in `text`; `source` says in messages where it comes from."""
+    """The JSON object in `text`; `source` names its origin in messages."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -77,6 +77,6 @@ def parse_json(text, source):
 
 
 def shown(value):
-    """A value for a message, cut to a readable length."""
+    """A value formatted for a message, truncated to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -19,16 +19,16 @@ from .saving import replacing
 from .values import shown
 
 FORMATS = ("mp4", "gif", "png frames")
-BT709 = 1  # primaries and transfer in H.273; PyAV before 17 has no names for them
+BT709 = 1  # colour primaries and transfer in H.273; PyAV before 17 has no names for them
 AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 MAX_FPS = 240
-MAX_GIF_FPS = 50  # a GIF counts in 1/100 s and browsers slow anything under 2/100 s down to 10/100 s
+MAX_GIF_FPS = 50  # GIF delays are in 1/100 s, and browsers slow anything under 2/100 s down to 10/100 s
 
 
 def frames_uint8(images_NHWC: torch.Tensor) -> Iterator[np.ndarray]:
     """Yield frames [H,W,3] uint8 from images [N,H,W,3 or 4] in 0..1, clamped and rounded; alpha is dropped.
 
-    ValueError for another shape, no frames, or NaN / infinite pixels (named by frame), before the first frame.
+    Raises ValueError for a wrong shape, no frames, or NaN / infinite pixels (named by frame), before the first frame.
     """
     if images_NHWC.ndim != 4 or images_NHWC.shape[-1] not in (3, 4):
         raise ValueError(f"images of shape {tuple(images_NHWC.shape)} were given; "
@@ -43,23 +43,23 @@ def frames_uint8(images_NHWC: torch.Tensor) -> Iterator[np.ndarray]:
 
 
 def hearing_cancel(items: Iterable) -> Iterator:
-    """The items; a cancel is heard before each, as InterruptProcessingException."""
+    """Yield the items, raising InterruptProcessingException before the next one if the run is cancelled."""
     for item in items:
         comfy.model_management.throw_exception_if_processing_interrupted()
         yield item
 
 
 def frame_rate(fps: float | Fraction, form: str = "mp4") -> Fraction:
-    """fps as an exact fraction that containers accept; ValueError outside what `form` can play."""
+    """fps as an exact fraction that containers accept; ValueError outside the range that `form` supports."""
     highest = MAX_GIF_FPS if form == "gif" else MAX_FPS
-    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= highest else 0  # NaN, too, is in no range
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= highest else 0  # NaN fails the comparison too
     if not rate:
         raise ValueError(f"fps = {float(fps):g} was given; {form} allows more than 0 and at most {highest}.")
     return rate
 
 
 def pad_to_even(frame_HWC: np.ndarray) -> np.ndarray:
-    """Repeat the last row or column where a side is odd: 4:2:0 chroma needs even sides."""
+    """Repeat the last row or column if a side is odd: 4:2:0 chroma needs even sides."""
     height, width = frame_HWC.shape[:2]
     return np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
@@ -72,7 +72,7 @@ def encode_mp4(frames: Iterable[np.ndarray], fps: float | Fraction, crf: int = 1
 
 
 def check_mp4(fps: float | Fraction, crf: int) -> None:
-    """Raise ValueError for what no MP4 is made with."""
+    """Raise ValueError for an fps or crf that MP4 encoding does not support."""
     frame_rate(fps)
     if not 1 <= crf <= 51:
         raise ValueError(f"crf = {crf} was given; allowed are 1 (best) to 51 (smallest file).")
@@ -83,8 +83,8 @@ def open_mp4(path: Path, fps: float | Fraction, crf: int, tags: dict | None = No
              audio: dict | None = None) -> Iterator[Callable]:
     """H.264 4:2:0 MP4 in the new file `path`: yields add(frame), which encodes one more frame [H,W,3] uint8.
 
-    Odd sides are padded by one pixel, see pad_to_even. crf 1 (best) .. 51. tags: one container tag a key, values as
-    JSON. audio: ComfyUI's AUDIO, cut at the last frame. add raises InterruptProcessingException at a cancel.
+    Odd sides are padded by one pixel, see pad_to_even. crf 1 (best) .. 51. tags: one container tag per key, values as
+    JSON. audio: ComfyUI's AUDIO, truncated at the last frame. add raises InterruptProcessingException on cancel.
     """
     check_mp4(fps, crf)
     rate = frame_rate(fps)
@@ -93,17 +93,17 @@ def open_mp4(path: Path, fps: float | Fraction, crf: int, tags: dict | None = No
         target.flush()
         return path.open("rb")
 
-    # use_metadata_tags: without it the MP4 muxer drops every tag that is not in Apple's list. faststart: in a second
-    # pass the tags and the index go to the front, as ComfyUI's page looks for them in the first 64 MB.
+    # use_metadata_tags: without it the MP4 muxer drops every tag that is not in Apple's list. faststart: a second pass
+    # moves the tags and the index to the front, because ComfyUI's frontend looks for them in the first 64 MB.
     with path.open("xb") as target, av.open(
             target, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"},
             io_open=read_again) as container:
         for key, value in (tags or {}).items():
             container.metadata[key] = json.dumps(value)
         stream = container.add_stream("libx264", rate=rate)
-        # With B-frames x264 gives other pixels now and then, from the same frames.
+        # With B-frames, x264 occasionally produces different pixels from the same frames.
         stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), "bf": "0"}
-        # Players guess the matrix of untagged files by their size, and guess differently: say BT.709.
+        # Players guess the colour matrix of untagged files from their size, and disagree: tag it as BT.709.
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries = codec.color_trc = BT709
@@ -139,9 +139,9 @@ def has_sound(audio: dict | None) -> bool:
 
 
 class Sound:
-    """A track of AAC: the first item of AUDIO (waveform [1,C,S] in -1..1), as mono or stereo.
+    """An AAC track: the first item of AUDIO (waveform [1,C,S] in -1..1), as mono or stereo.
 
-    AAC has few sample rates; sound of another one is resampled to the next one above.
+    AAC supports few sample rates; audio at any other rate is resampled to the next higher one.
     """
 
     def __init__(self, container, audio: dict):
@@ -153,7 +153,7 @@ class Sound:
         self.stream = container.add_stream("aac", rate=self.rate)
 
     def write(self, seconds: Fraction) -> None:
-        """Encode it up to `seconds`."""
+        """Encode the audio up to `seconds`."""
         layout = "mono" if len(self.wave_CS) == 1 else "stereo"
         wave_CS = self.wave_CS[:, :max(1, int(seconds * self.given))].contiguous().numpy()
         sound = av.AudioFrame.from_ndarray(wave_CS, format="fltp", layout=layout)
@@ -165,7 +165,7 @@ class Sound:
 
 
 def encode_gif(frames: Iterable[np.ndarray], fps: float | Fraction) -> bytes:
-    """Looping GIF of frames [H,W,3] uint8: one palette made from all frames, so that still areas do not flicker."""
+    """Looping GIF of frames [H,W,3] uint8, with one palette for all frames so that static areas do not flicker."""
     rate = frame_rate(fps, "gif")
     pictures = [Image.fromarray(frame) for frame in hearing_cancel(frames)]
     # A few thousand pixels of each frame are enough to choose 256 colours; whole clips would be slow.
@@ -173,7 +173,7 @@ def encode_gif(frames: Iterable[np.ndarray], fps: float | Fraction) -> bytes:
     pixels = np.concatenate([np.asarray(p).reshape(-1, 3)[::step] for p in pictures])
     palette = Image.fromarray(pixels[None]).quantize(256, Image.Quantize.MEDIANCUT)
     indexed = [p.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for p in hearing_cancel(pictures)]
-    # Whole 1/100 s only: rounding the running time, not each frame, keeps the clip's length right.
+    # Whole 1/100 s only: rounding the elapsed time, not each frame's duration, preserves the clip's length.
     ends = [round(100 * (i + 1) / rate) for i in range(len(indexed))]
     durations = [10 * (end - start) for start, end in zip([0, *ends], ends)]
     buffer = io.BytesIO()
@@ -194,8 +194,8 @@ def encode_png(frame: np.ndarray, tags: dict | None = None) -> bytes:
 
 def write_video(path: Path, images_NHWC: torch.Tensor, fps: float | Fraction, form: str, crf: int = 16,
                 tags: dict | None = None, audio: dict | None = None) -> list[str]:
-    """Write images [N,H,W,3] in 0..1 as the new file `path` (mp4, gif) or into the new folder `path` (numbered PNGs,
-    whose names are returned). ValueError for bad frames, fps or crf; OSError as it comes."""
+    """Write images [N,H,W,3] in 0..1 to the new file `path` (mp4, gif) or the new folder `path` (numbered PNGs,
+    whose names are returned). Raises ValueError for invalid frames, fps or crf; OSError is passed through."""
     frames = frames_uint8(images_NHWC)
     if form == "png frames":
         path.mkdir()
@@ -213,10 +213,10 @@ def write_video(path: Path, images_NHWC: torch.Tensor, fps: float | Fraction, fo
 
 def save_video(videos: torch.Tensor, path: str | Path, fps: float, form: str = "mp4", crf: int = 16,
                tags: dict | None = None, audio: dict | None = None) -> None:
-    """Save frames [N,H,W,3] in 0..1 as the file `path`, in place of what may be there, or as the new folder `path`.
+    """Save frames [N,H,W,3] in 0..1 to the file `path`, overwriting an existing one, or to the new folder `path`.
 
-    ValueError for bad frames, fps, crf or format, OSError where the disk is full or the folder not writable; in both
-    cases nothing is left.
+    Raises ValueError for invalid frames, fps, crf or format, OSError if the disk is full or the folder not writable;
+    in both cases nothing is left behind.
     """
     check_format(form)
     with replacing(Path(path)) as content:

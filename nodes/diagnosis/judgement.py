@@ -1,7 +1,8 @@
-"""Judges a model, its inputs and a short sampling run: good, doubtful or bad, with figures and what to try.
+"""Rates a model, its inputs and a short sampling run as good, doubtful or bad, with figures and suggestions.
 
-The verdict on the sampling run itself is `SamplingReport.verdict`. Usual values: latents about +-2.5, decoded pictures
-in 0..1 with a mean of 0.3 to 0.7 and a standard deviation of 0.1 to 0.3. A reference picture widens these limits.
+The verdict on the sampling run itself is `SamplingReport.verdict`. Typical values: latents about +-2.5, decoded
+pictures in 0..1 with a mean of 0.3 to 0.7 and a standard deviation of 0.1 to 0.3. A reference picture widens these
+limits.
 """
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from .probe import finite
 
 LEVELS = ("good", "doubtful", "bad")
 MEAN, STD = (0.3, 0.7), (0.1, 0.3)            # of decoded pictures
-FLAT = 0.01                                   # standard deviation of a picture of one colour
-RMS_USUAL, RMS_BAD = (0.3, 2.5), 5.0          # of latents after the model's scale factor; 1 as trained
+FLAT = 0.01                                   # standard deviation below which a picture counts as a single colour
+RMS_USUAL, RMS_BAD = (0.3, 2.5), 5.0          # of latents after the model's scale factor; 1 in training
 RMS_TOKENS = 100.0
 RMS_WEIGHT = 10.0
-LOST_USUAL, LOST_BAD = 0.25, 0.8              # fraction of a picture's variance that encoding and decoding lose
-GAIN = 3.0                                    # dB by which clipping must change a result to be reported
+LOST_USUAL, LOST_BAD = 0.25, 0.8              # fraction of a picture's variance lost by encoding and decoding
+GAIN = 3.0                                    # minimum change in dB for clipping to be reported
 NAMED = 4                                     # layers named in a sentence
 
 
@@ -34,13 +35,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, and the report of the sampling run (None where bad inputs prevented it)."""
+    """All findings, and the report of the sampling run (None if bad inputs prevented it)."""
     findings: tuple[Finding, ...]
     report: SamplingReport | None
 
     @property
     def level(self) -> str:
-        """The worst of the findings."""
+        """The worst level among the findings."""
         return max((finding.level for finding in self.findings), key=LEVELS.index)
 
     def text(self) -> str:
@@ -61,7 +62,7 @@ class Diagnosis:
 
 
 def judge_latent(topic: str, latent: Tensor) -> Finding:
-    """A latent in the model's own scale (any shape): finite and about as large as in training, ignoring zeros."""
+    """A latent in the model's own scale (any shape): finite and of about the training magnitude, ignoring zeros."""
     if not finite([latent]):
         return _not_finite(topic, latent)
     filled = latent[latent != 0]
@@ -92,7 +93,7 @@ def judge_tokens(topic: str, tokens: Tensor) -> Finding:
 
 
 def judge_parameters(topic: str, network: nn.Module) -> Finding:
-    """Norm of each part; the names of tensors that are not finite, of zero matrices and of huge values."""
+    """Norm of each part; names of tensors with non-finite or huge values, and of all-zero matrices."""
     parts, broken, zero, huge, count = {}, [], [], [], 0
     for name, value in network.named_parameters():
         count += value.numel()
@@ -162,7 +163,7 @@ def ema_pairs(file_tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor
 
 
 def judge_round_trip(picture_HWC: Tensor, back_HWC: Tensor) -> Finding:
-    """The VAE on a picture in 0..1: decoding its latent must give that picture."""
+    """VAE round trip of a picture in 0..1: decoding its latent must reproduce the picture."""
     if not finite([back_HWC]):
         return _not_finite("VAE", back_HWC, "load the VAE as fp32 or bf16 (fp16 overflows in some).")
     error = (picture_HWC - back_HWC).square().mean().item()
@@ -177,7 +178,7 @@ def judge_round_trip(picture_HWC: Tensor, back_HWC: Tensor) -> Finding:
 
 
 def judge_decoded(frames_THWC: Tensor, reference_THWC: Tensor | None) -> Finding:
-    """Decoded frames: 0..1, mean and standard deviation of a usual picture, or of the reference."""
+    """Decoded frames: in 0..1, with the mean and standard deviation of a typical picture, or of the reference."""
     if not finite([frames_THWC]):
         return _not_finite("decoded frames", frames_THWC, "check the finding on sampling first, then on the VAE.")
     mean, std = frames_THWC.mean().item(), frames_THWC.std().item()
@@ -203,7 +204,7 @@ def judge_decoded(frames_THWC: Tensor, reference_THWC: Tensor | None) -> Finding
 
 
 def judge_clipping(plain: SamplingReport, clipped: SamplingReport, quality: tuple[float, float] | None) -> Finding:
-    """The same run without and with clipped x0. quality: PSNR in dB of both against the true frames, if known."""
+    """The same run without and with x0 clipping. quality: PSNR in dB of both against the true frames, if known."""
     counts = ", ".join(f"{count:g}" for count in clipped.columns["beyond"])
     reach = [max(-run.columns["x_min"][-1], run.columns["x_max"][-1]) for run in (plain, clipped)]
     needed = plain.verdict()[0] == "bad" != clipped.verdict()[0]
@@ -222,7 +223,7 @@ def judge_clipping(plain: SamplingReport, clipped: SamplingReport, quality: tupl
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures or clips of one shape in 0..1."""
+    """Peak signal-to-noise ratio in dB of two pictures or clips of the same shape in 0..1."""
     return -10 * (a - b).square().mean().clamp(min=1e-10).log10().item()
 
 

@@ -11,7 +11,7 @@ LINE, TOP, CHARACTERS = 19, 60, 112
 
 
 def draw_diagnosis(diagnosis: Diagnosis) -> Image.Image:
-    """RGB picture, WIDTH pixels wide and as high as its findings need."""
+    """RGB picture, WIDTH pixels wide and as high as the findings require."""
     texts = [textwrap.wrap(f"{f.topic}: {f.text}", CHARACTERS) for f in diagnosis.findings]
     height = TOP + LINE * sum(len(lines) + 1 for lines in texts)
     image = blank(WIDTH, height)

@@ -35,7 +35,7 @@ class Origin:
 
 
 class Probe:
-    """What `watch` has seen so far: forward passes of the network, and the first `Origin` or None."""
+    """State of `watch` so far: number of forward passes of the network, and the first `Origin` or None."""
 
     def __init__(self):
         self.evaluations = 0
@@ -44,9 +44,9 @@ class Probe:
 
 @contextmanager
 def watch(network: nn.Module) -> Iterator[Probe]:
-    """Check what each layer of `network` returns while the context is open, until the first NaN or Inf.
+    """Check the outputs of each layer of `network` while the context is open, until the first NaN or Inf.
 
-    Each check synchronises with the device: meant for a few steps, not for production runs.
+    Each check synchronises with the device, so use this for a few steps, not for production runs.
     """
     probe = Probe()
 
@@ -91,5 +91,5 @@ def tensors(found) -> Iterator[Tensor]:
 
 
 def finite(found) -> bool:
-    """Whether no tensor holds NaN or Inf. 8-bit types, which have no Inf, are widened first."""
+    """Whether no tensor contains NaN or Inf. 8-bit types, which have no Inf, are upcast first."""
     return all(bool((t if t.element_size() > 1 else t.to(torch.bfloat16)).isfinite().all()) for t in found)

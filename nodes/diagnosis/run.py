@@ -1,4 +1,4 @@
-"""Runs a model for a few steps and collects the findings on it and its inputs."""
+"""Runs a model for a few steps and collects findings on the model and its inputs."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ TEST_COLOUR, TEST_GROUND = (0.88, 0.18, 0.18), 0.48
 
 @dataclass(frozen=True)
 class Request:
-    """What to check. depth: one of DEPTHS; checkpoint: file whose averaged weights are checked, if any."""
+    """What to check. depth: one of DEPTHS; checkpoint: file whose EMA weights are checked, if any."""
     seed: int
     steps: int
     cfg: float
@@ -37,16 +37,16 @@ class Request:
             raise ValueError(f"depth is '{self.depth}'. Choose one of {', '.join(DEPTHS)}.")
 
     def settings(self, clip_x0: str) -> DDIMSettings:
-        """Deterministic DDIM (eta 0), otherwise the model's recommended settings."""
+        """Deterministic DDIM (eta 0) with otherwise the model's recommended settings."""
         return DDIMSettings(self.steps, self.cfg, 0.0, "auto", -1.0, 1.0, 0.0, Clip(clip_x0, self.clip_value, False), 0,
                             NUM_TIMESTEPS, "fixed")
 
 
 def diagnose(model, positive, negative, latent: dict, vae, request: Request, reference_THWC: Tensor | None,
              callback: Callable | None = None) -> tuple[Diagnosis, Tensor | None]:
-    """(diagnosis, decoded frames [T, H, W, C] or None where nothing could be sampled).
+    """(diagnosis, decoded frames [T, H, W, C] or None if nothing could be sampled).
 
-    reference: the start image, or the true clip, in 0..1. Raises ValueError for inputs that do not fit together;
+    reference: the start image, or the true clip, in 0..1. Raises ValueError for inconsistent inputs;
     NaN or Inf in them is a finding and ends the diagnosis before sampling.
     """
     findings = _look_at_inputs(model, positive, negative, latent)
@@ -107,7 +107,7 @@ def _look_at_file(path):
 
 
 def _look_at_vae(vae, picture_HWC):
-    """Weights and round trip."""
+    """Check the VAE's weights and round trip."""
     weights = judge.judge_parameters("VAE weights", vae.first_stage_model)
     encoded = vae.encode(picture_HWC[None])
     back = vae.decode(encoded).reshape(-1, *picture_HWC.shape)[0].float().to(picture_HWC.device)

@@ -1,4 +1,4 @@
-"""How close a video is to the true one: PSNR, SSIM and motion error, with scikit-image."""
+"""Compares a video with the ground truth: PSNR, SSIM and motion error, using scikit-image."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from torch import Tensor
 from ..common.extras import import_extra
 from ..common.video import hearing_cancel
 
-SAME = 100.0           # dB of two equal frames
-SSIM_WINDOW = 11       # pixels, of the Gaussian window of the paper
-FLOW_EDGE = 128        # motion is measured on pictures no larger than this
+SAME = 100.0           # dB reported for identical frames
+SSIM_WINDOW = 11       # pixels: size of the Gaussian window in the paper
+FLOW_EDGE = 128        # maximum side, in pixels, of the frames on which motion is measured
 FLOW_RADIUS = 7        # pixels
-MOVING = 0.1           # pixels per frame: slower places count as still
-STRUCTURE = 0.05       # of the range of brightness: where it varies less, motion cannot be measured
+MOVING = 0.1           # pixels per frame: anything slower counts as static
+STRUCTURE = 0.05       # fraction of the brightness range: where it varies less, motion cannot be measured
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Measures by clip and frame, arrays [clips, T]; of motion [clips, T - 1], from each frame to the next."""
+    """Metrics per clip and frame, arrays [clips, T]; for motion [clips, T - 1], from each frame to the next."""
 
     psnr: np.ndarray    # dB
-    ssim: np.ndarray    # 1 is equal
+    ssim: np.ndarray    # 1: identical
     motion: np.ndarray  # pixels per frame
 
     def mean(self) -> tuple[float, float, float | None]:
@@ -33,7 +33,7 @@ class Scores:
         return float(self.psnr.mean()), float(self.ssim.mean()), float(self.motion.mean()) if self.motion.size else None
 
     def table(self) -> str:
-        """The means, those of each clip if there are several, and those of each frame, as text."""
+        """Text table of the overall means, the means per clip if there are several, and the means per frame."""
         def row(name: str, psnr: float, ssim: float, motion: float | None) -> str:
             return f"{name:<10}{psnr:>10.2f}{ssim:>10.4f}{'' if motion is None else f'{motion:.3f}':>14}"
 
@@ -49,11 +49,11 @@ class Scores:
 
 
 def compare(result_NHWC: Tensor, truth_NHWC: Tensor, clip_frames: int = 0) -> Scores:
-    """Compare a video, RGB in 0..1, with the true one; `clip_frames` above 0: clips of that length in a row.
+    """Compare a video, RGB in 0..1, with the true one; `clip_frames` above 0: consecutive clips of that length.
 
     PSNR; SSIM with the Gaussian window of Wang et al. (2004); motion error: the mean distance between the optical flow
     (iterative Lucas-Kanade, Le Besnerais and Champagnat 2005) of both videos from one frame to the next, over textured
-    places where either moves. ValueError if the videos do not fit each other.
+    areas where either moves. Raises ValueError if the videos do not match.
     """
     result, truth = (images_NHWC[..., :3].float().cpu().clamp(0, 1) for images_NHWC in (result_NHWC, truth_NHWC))
     if result.shape != truth.shape:
@@ -108,7 +108,7 @@ def _motion_errors(result_THWC: Tensor, truth_THWC: Tensor) -> list[float]:
 
 
 def _flow(grey_THW: list[np.ndarray], scale: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(flow [2, H, W] in pixels of the full-size frame, mask of textured places [H, W]) from each frame to the next."""
+    """(flow [2, H, W] in pixels of the full-size frame, mask of textured areas [H, W]) from each frame to the next."""
     registration = import_extra("skimage.registration", "scikit-image", "Evaluate Video")
     from scipy.ndimage import uniform_filter  # a dependency of scikit-image
     window = 2 * FLOW_RADIUS + 1
@@ -118,7 +118,7 @@ def _flow(grey_THW: list[np.ndarray], scale: float) -> Iterator[tuple[np.ndarray
 
 
 def _brightness(truth_THWC: Tensor) -> tuple[Tensor, float, float]:
-    """(colour axis [3], lowest value, range): the axis along which the true colours differ most.
+    """(colour axis [3], lowest value, range): the axis along which the true colours vary most.
 
     Plain brightness may not separate a blue shape from a grey background.
     """

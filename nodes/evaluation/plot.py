@@ -22,7 +22,7 @@ def draw_scores(scores: Scores) -> Image.Image:
         bottom = top + PANEL
         low = min(0.0, values_CT.min()) if number == 2 else values_CT.min()
         span = max(values_CT.max() - low, 1e-3)
-        first = frames - values_CT.shape[1]  # motion begins at the second frame
+        first = frames - values_CT.shape[1]  # motion starts at the second frame
 
         def place(frame: int, value: float) -> tuple[float, float]:
             return LEFT + (frame + 0.5) * (RIGHT - LEFT) / frames, bottom - (value - low) / span * PANEL
@@ -34,7 +34,7 @@ def draw_scores(scores: Scores) -> Image.Image:
             pen.text(LEFT - 8, y, f"{level:.4g}", 12, SOFT, "rm")
         for values_T in [*(values_CT if len(values_CT) > 1 else ()), values_CT.mean(0)]:
             points = [place(first + i, value) for i, value in enumerate(values_T)]
-            if len(points) == 1:  # a single frame must be visible too
+            if len(points) == 1:  # a single point must be visible too
                 points = [(points[0][0] - 8, points[0][1]), (points[0][0] + 8, points[0][1])]
             pen.path(points, colour, 0.6)
         pen.path(points, colour, 2.2)
