@@ -1,4 +1,4 @@
-"""Time and memory of a model in ComfyUI, and how much faster it is than a plain loop in the same run.
+"""Time and memory of a model in ComfyUI, and its speedup over a plain loop in the same run.
 
     python tests/bench.py                                       DynamiCrafter, the demo model
     python tests/bench.py --preset 512 --dtype fp16             full size with random weights: 256, 512, 1024
@@ -8,9 +8,9 @@
     python tests/bench.py --case FOLDER                         a reference case of either family (see parity.py)
     python tests/bench.py --family causal_wan --help            all options of a family
 
-The plain loop runs the same network in the same precision with the same attention; what it does without is said in
-bench_dynamicrafter.py and bench_causal_wan.py. All loops run in turns; a ratio is the median over the runs. Their
-latents have to agree. The figures are the last line, as JSON. Exits 1 if the latents differ.
+The plain loop runs the same network in the same precision with the same attention; bench_dynamicrafter.py and
+bench_causal_wan.py say which optimizations it lacks. The loops alternate; a ratio is the median over the runs. Their
+latents must agree. The last line is the figures as JSON. Exits 1 if the latents differ.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ import bench_training  # noqa: E402
 import host  # noqa: E402
 from bench_tools import TOLERANCE  # noqa: E402
 
-# A family adds its options and gives all figures of a model as a dict with "latents_agree".
+# A family adds its options and returns all figures of a model as a dict with "latents_agree".
 FAMILIES = {"dynamicrafter": bench_dynamicrafter, "causal_wan": bench_causal_wan, "training": bench_training}
 
 
@@ -54,7 +54,7 @@ def parse_arguments():
 
 
 def prepare_host(options):
-    """Re-executes in the host's Python; afterwards ComfyUI and the pack can be imported."""
+    """Re-execute in the host's Python; afterwards ComfyUI and the pack are importable."""
     host.check_python()
     host.reexec(options.comfyui)
     import torch

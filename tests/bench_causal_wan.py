@@ -1,9 +1,10 @@
-"""The causal Wan part of bench.py: the pack's block sampler with its ring cache against a plain rolling loop.
+"""The causal Wan part of bench.py: the pack's block sampler with its ring cache vs. a plain rolling loop.
 
-The plain loop runs the same network in the same precision with the same attention and noise. For every layer of every
-evaluation it joins the kept keys with the new ones, and where they outgrow the window joins sink and window anew; it
-projects the context at every evaluation. A second one, "plain_kept", projects the context once, so that what remains
-is the cache alone. Prompts are random: they do not matter for time. With --compile the plain loops stay eager.
+The plain loop runs the same network in the same precision with the same attention and noise. In every
+layer of every forward pass it concatenates the cached keys with the new ones and, once they exceed the window,
+concatenates sink and window again; it projects the context in every forward pass. A second one, "plain_kept", projects
+the context once, so that only the cache differs. Prompts are random: they do not affect the time. With --compile the
+plain loops stay eager.
 """
 import json
 import statistics
@@ -65,7 +66,7 @@ def load_model(options):
 
 
 def make_conditionings(params, frames, height, width, words):
-    """(positive, negative), random; for image to video with an image in the first frame."""
+    """Random (positive, negative); for image-to-video with an image in the first frame."""
     import torch
     generator = torch.Generator().manual_seed(1)
     image = {}
@@ -81,7 +82,7 @@ def make_conditionings(params, frames, height, width, words):
 # ---- the plain loop --------------------------------------------------------------------------------------
 
 class RollingCache:
-    """Kept keys and values of every layer, joined with those of each evaluation. Stands in for the pack's `KVCache`."""
+    """Cached keys and values of every layer, concatenated with those of each pass. Replaces the pack's `KVCache`."""
 
     def __init__(self, layers, window, sink, frame_tokens):
         self.kept, self.joined = [None] * layers, [None] * layers
@@ -92,7 +93,7 @@ class RollingCache:
         return make_rotation(*given)
 
     def place(self, start, count, sink_mode):
-        if start != self.start:  # the block before is finished
+        if start != self.start:  # the previous block is finished
             self.start, self.kept = start, list(self.joined)
         return SimpleNamespace(sink_start=None)
 
@@ -109,7 +110,7 @@ class RollingCache:
 
 
 def plain_loop(model, conditionings, shape, settings, seed, keep_context):
-    """The latent [1, C, T, h, w] in the VAE's scale; nothing of the host around the network."""
+    """The latent [1, C, T, h, w] in the VAE's scale; runs the network without ComfyUI around it."""
     import torch
     from stillmotion.nodes.causal_wan.noise import seeded_noise
     from stillmotion.nodes.causal_wan.run import inference_dtype, parse_steps
@@ -159,14 +160,14 @@ def plain_loop(model, conditionings, shape, settings, seed, keep_context):
 # ---- figures ---------------------------------------------------------------------------------------------
 
 def cache_share(kind, loop, device):
-    """Part of a loop's time that is spent in the methods of a cache class."""
+    """Fraction of a loop's time spent in the methods of a cache class."""
     import torch
     spent = []
 
     def watch(method):
         def call(*args):
             if device.type == "cuda":
-                torch.cuda.synchronize()  # or what is still running would count
+                torch.cuda.synchronize()  # otherwise pending kernels would be counted
             result, seconds = timed(lambda: method(*args))
             spent.append(seconds)
             return result
@@ -196,7 +197,7 @@ def make_settings(options, windowed):
 
 
 def make_loops(model, running, settings, conditionings, shape):
-    """The loops to compare by name, each without arguments; `running` is the model of ours, compiled or not."""
+    """The loops to compare, by name, each without arguments; `running` is our model, compiled or not."""
     import torch
     from stillmotion.nodes.causal_wan.run import prepare
 
@@ -211,7 +212,7 @@ def make_loops(model, running, settings, conditionings, shape):
 
 
 def measure_length(options, model, running, settings, shape, words):
-    """Figures of one length, with a window or without."""
+    """Figures for one length, with or without a window."""
     import torch
     from stillmotion.nodes.causal_wan.cache import KVCache
     from stillmotion.nodes.causal_wan.run import inference_dtype, make_plan
@@ -221,14 +222,14 @@ def measure_length(options, model, running, settings, shape, words):
     loops, eager = make_loops(model, running, settings,
                               make_conditionings(params, frames, height, width, words), shape)
     latents, peaks = {}, {}
-    for name, loop in loops.items():  # loads the weights and warms up
+    for name, loop in loops.items():  # load the weights and warm up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         latents[name], peaks[name] = loop(), round(peak_megabytes(device))
     rounds = [{name: timed(loop)[1] for name, loop in loops.items()} for _ in range(options.runs)]
     seconds = {name: statistics.median(one[name] for one in rounds) for name in loops}
     ratio = {name: round(statistics.median(one[name] / one["ours"] for one in rounds), 3) for name in loops}
-    video = frames if params.out_dim == 4 else 4 * frames - 3  # small models have a VAE of single frames
+    video = frames if params.out_dim == 4 else 4 * frames - 3  # small models have a per-frame VAE
     figures = {
         "blocks": frames // settings.block, "latent_frames": frames, "video_frames": video, "window": settings.window,
         "seconds": round(seconds["ours"], 4), "fps": round(video / seconds["ours"], 3),
@@ -244,7 +245,7 @@ def measure_length(options, model, running, settings, shape, words):
 
 
 def measure(options, folder):
-    """All figures of one model as a dict; `folder` is not needed."""
+    """All figures of one model as a dict; `folder` is unused."""
     model, name, height, width, words = load_model(options)
     running = compiled(model) if options.compile else model
     rows = []

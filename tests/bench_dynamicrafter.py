@@ -1,7 +1,7 @@
-"""The DynamiCrafter part of bench.py: the pack's DDIM sampler against a plain sampling loop.
+"""The DynamiCrafter part of bench.py: the pack's DDIM sampler vs. a plain sampling loop.
 
-The plain loop runs the same network in the same precision with the same attention, but condition and negative one
-after the other and with the context projected anew at every step.
+The plain loop runs the same network in the same precision with the same attention, but evaluates positive and negative
+one after the other and projects the context again at every step.
 """
 import json
 import statistics
@@ -44,7 +44,7 @@ def load_model(options, folder):
 
 
 def write_random_checkpoint(path, variant, dtype):
-    """A published checkpoint without towers, with random weights."""
+    """Write a checkpoint in a published layout, without towers and with random weights."""
     import torch
     from safetensors.torch import save_file
     from stillmotion.nodes.common.vae import vae_shapes
@@ -63,7 +63,7 @@ def write_random_checkpoint(path, variant, dtype):
 
 
 def make_conditioning(loaded, width, height, frames):
-    """(positive, negative, latent shape): encoded where the file has towers, else random of the published shapes."""
+    """(positive, negative, latent shape): encoded if the file has towers, else random in the published shapes."""
     import torch
     from stillmotion.nodes.dynamicrafter.conditioning import image_conditions
 
@@ -92,7 +92,7 @@ def make_settings(options):
 
 
 def plain_loop(model, positive, negative, shape, settings, seed):
-    """Two passes a step, nothing kept between steps, no host around it: the latent [B, 4, T, h, w], VAE scale."""
+    """Two forward passes per step, no caching between steps, no ComfyUI: the latent [B, 4, T, h, w], VAE scale."""
     import comfy.sample
     import torch
     from stillmotion.nodes.ddim import guidance
@@ -142,7 +142,7 @@ def measure(options, folder):
     def plain():
         return plain_loop(model, positive, negative, shape, settings, 1)
 
-    latent, expected = ours(), plain()  # loads the weights and warms up
+    latent, expected = ours(), plain()  # load the weights and warm up
     error = ((latent.cpu() - expected).norm() / expected.norm()).item()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,10 @@
-"""What the parts of bench.py share: clocks, memory, random weights."""
+"""Shared by the parts of bench.py: timing, memory, random weights."""
 import sys
 import time
 from pathlib import Path
 
 NODES = Path(__file__).resolve().parents[1] / "nodes"
-# How far the latents of the two loops may lie apart: rounding differs with the size of batches and order of sums.
+# Tolerance between the latents of the two loops: rounding depends on batch size and summation order.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 
@@ -15,7 +15,7 @@ def pixels(size):
 
 
 def random_weights(shapes, dtype):
-    """Tensors of these shapes by name, random but of a size that keeps activations in range."""
+    """Random tensors of these shapes by name, scaled to keep activations in range."""
     import torch
     generator = torch.Generator().manual_seed(0)
 
@@ -30,7 +30,7 @@ def random_weights(shapes, dtype):
 
 
 def describe(options, device):
-    """What the figures were taken on."""
+    """The environment of the measurement."""
     import torch
     return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "weights": options.dtype,
             "torch": torch.__version__, "threads": torch.get_num_threads()}

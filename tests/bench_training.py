@@ -1,14 +1,14 @@
-"""A training step of the video U-Net: samples a second and peak memory, with and without gradient checkpointing.
+"""A training step of the video U-Net: samples per second and peak memory, with and without gradient checkpointing.
 
-Each way runs in a process of its own, so that its peak is its own. The network, clips and loss are those of
-workflows/train.py; memory is what the steps add to the loaded process (on a GPU: what PyTorch allocates in all).
+Each variant runs in its own process, so that the peaks are independent. The network, clips and loss are those of
+workflows/train.py; memory is what the steps add to the loaded process (on a GPU: PyTorch's total allocation).
 """
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-# model_channels, levels, blocks a level, latent edge
+# model_channels, levels, blocks per level, latent edge
 PRESETS = {"demo": (48, (1, 2), 1, 8), "document": (128, (1, 2, 4), 2, 8), "256": (128, (1, 2, 4), 2, 32)}
 CHANNELS, CONTEXT, WARM = 4, 32, 1
 
@@ -20,7 +20,7 @@ def add_arguments(parser):
 
 
 def measure(options, folder):
-    """Figures of both ways; the losses of the same steps have to agree."""
+    """Figures of both variants; the losses of the same steps must agree."""
     figures = {"preset": options.preset, "batch": options.batch, "frames": options.frames}
     for name, checkpointed in (("plain", False), ("checkpointed", True)):
         job = {"preset": options.preset, "batch": options.batch, "frames": options.frames, "runs": options.runs,
@@ -32,8 +32,8 @@ def measure(options, folder):
 
 
 def run(job):
-    """One way, in this process: the median step of `runs`."""
-    import conftest  # noqa: F401  the pack, importable without a server
+    """Run one variant in this process: the median step of `runs`."""
+    import conftest  # noqa: F401  makes the pack importable without a server
     import torch
     from bench_tools import peak_megabytes, timed
     from stillmotion.nodes.ddim.schedule import DiffusionParams, make_alphas_cumprod

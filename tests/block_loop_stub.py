@@ -1,4 +1,4 @@
-"""A tiny causal Wan with random weights, and the block loop evaluated the slow way: without cache, video by video."""
+"""A tiny causal Wan with random weights, and a slow reference for the block loop: no cache, one video at a time."""
 
 import torch
 from stillmotion.nodes.causal_wan.blocks import BlockLoop, Plan
@@ -12,7 +12,7 @@ STEPS = make_steps([1000, 500], 5.0, warp=True)
 
 
 def make_network(i2v=False, layers=2):
-    """Head width 12, so that all three axes turn."""
+    """Head width 12, so that all three axes have rotary embeddings."""
     params = WanParams(in_dim=2 * CHANNELS + 4 if i2v else CHANNELS, out_dim=CHANNELS, dim=24, ffn_dim=32, num_heads=2,
                        num_layers=layers, text_dim=TEXT, freq_dim=16, i2v=i2v, clip_dim=CLIP if i2v else 0)
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def make_plan(blocks, **changes):
 
 
 def make_inputs(plan, batch=1, i2v=False, seed=1):
-    """Random texts (the prompts in order, the negative one last), image tokens [branch], y, and a noise function."""
+    """Random text embeddings (prompts in order, negative last), image tokens [branch], y, and a noise function."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -57,15 +57,15 @@ def make_loop(network, plan, inputs, **changes):
 
 @torch.inference_mode()
 def sample(network, plan, inputs, context=None, held=None, recall=None):
-    """Latents of all generated blocks."""
+    """The latents of all generated blocks."""
     blocks = make_loop(network, plan, inputs).run(context, held, recall)
     return torch.cat([block.latent_BCFHW for block in blocks], dim=2)
 
 
 def visible_frames(plan, origin=0, joined=0):
-    """Mask [F, F]: a frame sees the sink and the window that ends with its block.
+    """Mask [F, F]: a frame attends to the sink and the window that ends with its block.
 
-    After a prompt switch nothing before `origin` counts, and all frames from there to `joined` see each other.
+    After a prompt switch frames before `origin` are masked, and all frames from there to `joined` attend to each other.
     """
     mask, end = torch.zeros(plan.frames, plan.frames, dtype=torch.bool), 0
     for count in plan.blocks:
@@ -79,7 +79,7 @@ def visible_frames(plan, origin=0, joined=0):
 
 @torch.inference_mode()
 def sample_slowly(network, plan, inputs, context=None, held=None):
-    """What `sample` computes: every step evaluates the whole video so far, one video of the batch at a time."""
+    """Same result as `sample`, but every step evaluates the whole video so far, one video of the batch at a time."""
     return torch.cat([sample_video(network, plan, inputs, slice(row, row + 1), context, held)
                       for row in range(len(inputs["texts"][0]))])
 
@@ -102,7 +102,7 @@ def sample_video(network, plan, inputs, row, context, held):
     for index in range(plan.leading_blocks(given), len(plan.blocks)):
         count = plan.blocks[index]
         end = start + count
-        if sum(start >= frame for frame in plan.switches) > prompt:  # the sink goes to the new prompt as well
+        if sum(start >= frame for frame in plan.switches) > prompt:  # the sink uses the new prompt as well
             prompt, origin = prompt + 1, max(0, start - plan.capacity)
             keys, mask, labels = project(prompt), visible_frames(plan, origin, start), [plan.context_noise] * start
         steps = plan.first_steps if start == given else plan.steps

@@ -28,7 +28,7 @@ def tensors(kind="t2v", seed=0):
 
 
 @cache
-@torch.inference_mode(False)  # whichever test asks first: they are kept for all
+@torch.inference_mode(False)  # cached across tests, whatever the first caller's mode
 def _tensors(kind, seed):
     generator = torch.Generator().manual_seed(seed)
     network = CausalWan(SIZES[kind], torch.nn, torch_attention, device="meta").state_dict()
@@ -53,7 +53,7 @@ def prefixed(prefix, found):
 
 
 def run(model, kind="t2v"):
-    """The loaded MODEL's x0 for a fixed input, by the way of core's samplers."""
+    """The loaded MODEL's x0 for a fixed input, computed the way core's samplers do."""
     generator = torch.Generator().manual_seed(9)
 
     def noise(*shape):
@@ -93,7 +93,7 @@ EIGHT = torch.float8_e4m3fn
 
 
 def stored(kind=EIGHT):
-    """A tiny model with `SMALL` in 8 bits: the file's tensors without their scales, the scales, and what they mean."""
+    """A tiny model with `SMALL` in 8 bits: its tensors without scales, the scales, and the dequantized values."""
     found, scales, meant = tensors(), {}, tensors()
     largest = 127 if kind == torch.int8 else torch.finfo(kind).max
     for layer in SMALL:
@@ -120,7 +120,7 @@ HEIGHT, WIDTH = 4, 6
 
 
 def strong_tensors(kind="t2v"):
-    """Weights large enough for cache, prompt and image to show in the result."""
+    """Weights large enough for cache, prompt and image to affect the result."""
     return {key: 3 * value for key, value in tensors(kind).items()}
 
 
@@ -139,7 +139,7 @@ def draw(seed, *shape):
 
 
 def conditioning(kind, frames, seed):
-    """A prompt of random tokens; for image to video with y and image tokens."""
+    """A prompt of random tokens; for image-to-video also y and image tokens."""
     params, values = SIZES[kind], {}
     if params.i2v:
         mask = torch.ones(1, 1, frames, HEIGHT, WIDTH)

@@ -11,7 +11,7 @@ FOLDERS = tempfile.TemporaryDirectory(prefix="stillmotion-tests-")  # models, in
 
 
 def comfyui_root():
-    """The ComfyUI that tests/run.py chose, or the one beside this Python's virtual environment."""
+    """The ComfyUI chosen by tests/run.py, or the one next to this Python's virtual environment."""
     root = Path(os.environ.setdefault("STILLMOTION_COMFYUI", str(Path(sys.prefix).parent / "ComfyUI")))
     if not (root / "comfy").is_dir():
         raise RuntimeError(f"no ComfyUI at {root}: run `python tests/run.py`, which sets one up")
@@ -19,7 +19,7 @@ def comfyui_root():
 
 
 def use_comfyui(root):
-    """Make ComfyUI importable, on the CPU where there is no GPU, with folders of its own."""
+    """Make ComfyUI importable, on the CPU if there is no GPU, with its own folders."""
     import torch
 
     sys.path.insert(0, str(root))
@@ -30,7 +30,7 @@ def use_comfyui(root):
 
 
 def import_pack():
-    """The pack as package `stillmotion`, as ComfyUI imports it under a name of its own."""
+    """Import the pack as the package `stillmotion`, as ComfyUI imports it under its own name."""
     spec = importlib.util.spec_from_file_location(
         "stillmotion", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     sys.modules["stillmotion"] = module = importlib.util.module_from_spec(spec)

@@ -1,22 +1,22 @@
-"""What ComfyUI's own modules offer, release by release: names, parameters, classes and their bases.
+"""The API of ComfyUI's own modules, release by release: names, parameters, classes and their bases.
 
     python tests/core_api.py --record COMFYUI_FOLDER VERSION    add a release, or read one again
     python tests/core_api.py --show NAME                        the history of one name: comfy.sd:VAE.decode
 
-Run --record with the folder of any ComfyUI when a release comes out; the tests then hold the pack against it, too.
-Nothing of ComfyUI is imported: names are read from the syntax trees, so no release needs to be installed. They are in
-cases/core_api/names.json, one name a line with what it is: in all releases, or since which ("" where it is gone):
+When a release comes out, run --record with a ComfyUI folder; the tests then check the pack against it as well.
+Nothing of ComfyUI is imported: names are read from the ASTs, so no release needs to be installed. They are in
+cases/core_api/names.json, one name per line with its kind: for all releases, or by first release ("" once removed):
 
     "comfy.ldm.wan.vae": {
     "count_conv3d": {"0.3.75": "(model)", "0.18.1": ""},
 
     (a, b=, *, c=)              a function; `=` marks a default; staticmethod( and classmethod( before it
-    property                    what it says
+    property                    a property
     class nn.Module, Base       a class and its bases, as its module writes them
     import comfy.ops.cast_to    a name from elsewhere; "import *" lists the modules that all names come from
     as other.name               another name for the same thing, looked up in its module
     value                       anything else
-    set                         an attribute that a class's __init__ sets; its other methods: a value
+    set                         an attribute set in a class's __init__; one set in other methods is a value
 """
 import argparse
 import ast
@@ -26,7 +26,7 @@ from pathlib import Path
 
 FILE = Path(__file__).resolve().parent / "cases" / "core_api" / "names.json"
 
-# What the pack may lean on; the networks of other models, and what lists them, are left out.
+# Modules the pack may depend on; networks of other models, and modules that list them, are excluded.
 RECORDED = ["comfy/*.py", "comfy/ldm/common_dit.py", "comfy/ldm/models/autoencoder.py",
             "comfy/ldm/modules/attention.py", "comfy/ldm/wan/ar_model.py", "comfy/ldm/wan/model.py",
             "comfy/ldm/wan/vae*.py", "comfy/taesd/*.py", "comfy_api/internal/__init__.py", "comfy_api/latest/*.py",
@@ -38,7 +38,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def parameters(arguments: ast.arguments) -> list[str]:
-    """As in a definition, without annotations: "a", "b=" with a default, "*", "*rest", "**more"."""
+    """As in the definition, without annotations: "a", "b=" with a default, "*", "*rest", "**more"."""
     positional = [*arguments.posonlyargs, *arguments.args]
     bare = len(positional) - len(arguments.defaults)
     listed = [arg.arg if number < bare else arg.arg + "=" for number, arg in enumerate(positional)]
@@ -52,7 +52,7 @@ def parameters(arguments: ast.arguments) -> list[str]:
 
 
 def described(function) -> str:
-    """What is recorded of a function or method."""
+    """The record of a function or method."""
     marks = {ast.unparse(mark) for mark in function.decorator_list}
     if any(mark == "property" or mark.endswith(("property", ".setter")) for mark in marks):
         return "property"
@@ -61,7 +61,7 @@ def described(function) -> str:
 
 
 def flat(body):
-    """Statements that run where `body` runs: those inside if, try, with and loops too."""
+    """Statements in the scope of `body`, including those inside if, try, with and loops."""
     for statement in body:
         yield statement
         if not isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
@@ -72,14 +72,14 @@ def flat(body):
 
 
 def targets(statement) -> list[ast.expr]:
-    """What an assignment assigns to, tuples taken apart."""
+    """The targets of an assignment, with tuples unpacked."""
     found = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     return [each for target in found
             for each in (target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target])]
 
 
 def imported(statement, package: str):
-    """(name bound, dotted path) of an import statement; relative paths are made absolute. A star binds "*"."""
+    """(bound name, dotted path) of an import statement; relative paths are made absolute. A star import binds "*"."""
     if isinstance(statement, ast.Import):
         for alias in statement.names:
             yield (alias.asname, alias.name) if alias.asname else (alias.name.split(".")[0],) * 2
@@ -91,7 +91,7 @@ def imported(statement, package: str):
 
 
 class ModuleNames:
-    """Names of one module and what is recorded of each."""
+    """The names of one module and the record of each."""
 
     def __init__(self, source: str, package: str):
         self.names, self.package = {}, package
@@ -115,7 +115,7 @@ class ModuleNames:
                 self.add_option(statement.value)
 
     def add(self, name: str, entry: str) -> None:
-        """A name that is assigned different things is a value."""
+        """A name that is bound to different things is recorded as a value."""
         self.names[name] = entry if self.names.get(name, entry) == entry else "value"
 
     def alias(self, statement) -> str:
@@ -126,7 +126,7 @@ class ModuleNames:
         return "value"
 
     def add_option(self, call) -> None:
-        """Options of a command line, as attributes of `args`: parser.add_argument("--preview-size", ...)."""
+        """Command-line options, as attributes of `args`: parser.add_argument("--preview-size", ...)."""
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
             words = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
             name = next((word for word in words if word.startswith("--")), words[0] if words else "")
@@ -148,15 +148,15 @@ class ModuleNames:
 
 
 def attributes_set(method, owners: set[str]) -> set[str]:
-    """Attributes that a method assigns to one of `owners`: self.x = 1."""
+    """Attributes that a method sets on one of `owners`: self.x = 1."""
     return {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)
             and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id in owners}
 
 
 def read_release(root: Path) -> dict[str, str]:
-    """What the ComfyUI at `root` has: "module:name" -> what it is. A module itself has the empty name.
+    """The names of the ComfyUI at `root`: "module:name" -> record. A module itself has the empty name.
 
-    Raises ValueError where no ComfyUI is.
+    Raises ValueError if there is no ComfyUI.
     """
     found = {}
     paths = {path for pattern in RECORDED for path in root.glob(pattern)}
@@ -173,7 +173,7 @@ def read_release(root: Path) -> dict[str, str]:
 
 
 def order(version: str) -> tuple[int, ...]:
-    """Releases in the order of their numbers. Raises ValueError for another version than numbers with dots."""
+    """Sort key for releases. Raises ValueError for a version that is not dotted numbers."""
     if not all(part.isdecimal() for part in version.split(".")):
         raise ValueError(f"{version!r} is no version: give numbers with dots between, as 0.3.75.")
     return tuple(map(int, version.split(".")))
@@ -194,7 +194,7 @@ def load(path: Path = FILE) -> dict[str, dict[str, str]]:
 
 
 def save(releases: dict[str, dict[str, str]], path: Path = FILE) -> None:
-    """Write what `load` reads. Raises ValueError for a version that is none."""
+    """Write the file that `load` reads. Raises ValueError for an invalid version."""
     versions = sorted(releases, key=order)
     modules = {}
     for name in sorted(set().union(*releases.values())):

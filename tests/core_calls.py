@@ -1,4 +1,4 @@
-"""What the tests do as core does it, in the words of every release, and what graphs save."""
+"""Calls into core that work in every release, and helpers to read what graphs save."""
 from io import BytesIO
 
 import graph
@@ -13,19 +13,19 @@ SAVER = "Stillmotion_SaveVideo"
 
 
 def with_hidden(node, prompt, extra_pnginfo):
-    """A node class as ComfyUI executes it, with its hidden inputs."""
+    """A node class prepared as ComfyUI executes it, with its hidden inputs."""
     hidden = HiddenHolder.from_dict({io.Hidden.prompt: prompt, io.Hidden.extra_pnginfo: extra_pnginfo})
     return type(node.__name__, (node,), {"hidden": hidden})
 
 
 def saved_by_core(model, path):
-    """The tensors that core's Save Checkpoint writes of a MODEL."""
+    """The tensors that core's Save Checkpoint writes for a MODEL."""
     sd.save_checkpoint(str(path), model)
     return load_file(path)
 
 
 def lossless_frames(client, job, progress=None):
-    """Run the graph with PNG frames in place of its MP4, which x264 does not write the same way twice.
+    """Run the graph with PNG frames instead of its MP4, because x264 output is not deterministic.
 
     Returns the frames as [T, H, W, 3] uint8.
     """

@@ -1,8 +1,8 @@
-"""Whether a recorded release of ComfyUI has what the pack uses.
+"""Check that a recorded release of ComfyUI has what the pack uses.
 
-`findings(pack, release)` lists what does not fit: names that are imported or reached but not there, calls whose
-arguments a function or constructor does not take, methods that stand in for core's and cannot be called as those are,
-classes that neither call core's `__init__` nor set what it sets.
+`findings(pack, release)` lists the mismatches: names that are imported or accessed but missing, calls with arguments
+that a function or constructor does not accept, overrides of core's methods with incompatible signatures, and classes
+that neither call core's `__init__` nor set the attributes it sets.
 """
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from core_api import described, flat, imported
 from core_release import UNKNOWN, Found, Release, Signature, last_kept
 from core_uses import OwnClass, Pack, Reader, Ref, Use
 
-# Methods of nodes whose parameters are the node's own inputs.
+# Node methods whose parameters are the node's own inputs.
 INPUTS = {"execute", "validate_inputs", "fingerprint_inputs", "check_lazy_status"}
-# A base class leaves its method bare; the parameters that core passes are another class's.
+# The base class's method is a bare stub; core passes the parameters of another class's method.
 BARE = {"comfy.samplers:Sampler.sample": "comfy.samplers:KSAMPLER.sample"}
-# What core's attributes hold.
+# Types of core's attributes.
 HOLDS = {
     "comfy.clip_vision:ClipVisionModel.model": "comfy.clip_model.CLIPVisionModelProjection",
     "comfy.clip_vision:ClipVisionModel.patcher": "comfy.model_patcher.ModelPatcher",
@@ -34,27 +34,27 @@ HOLDS = {
 class Finding(NamedTuple):
     file: str
     line: int
-    fault: str  # what is used and what is wrong with it
-    release: str  # what the release has
+    fault: str  # what is used and why it does not match
+    release: str  # what the release has instead
 
     def __str__(self):
         return f"{self.file}:{self.line}: {self.fault} ({self.release})"
 
     @property
     def exception(self) -> str:
-        """How lists of exceptions name it."""
+        """Its name in the lists of exceptions."""
         return f"{self.file}: {self.fault}"
 
 
 class Check:
-    """Holds one pack against one release."""
+    """Checks one pack against one release."""
 
     def __init__(self, pack: Pack, release: Release):
         self.pack, self.release, self.found = pack, release, {}
         self.orders = {own: self.order(own) for own in pack.classes}
 
     def order(self, own: OwnClass) -> list:
-        """The class and its bases, ours and core's, in the order that they are searched."""
+        """The class and its bases, ours and core's, in method resolution order."""
         ordered = [own]
         for reader, node, scopes in own.bases:
             reader.scopes, before = scopes, reader.scopes
@@ -80,7 +80,7 @@ class Check:
         return UNKNOWN
 
     def deriving(self, own: OwnClass) -> list[list]:
-        """Orders of all classes that `own` is part of and that have a class of core among their bases."""
+        """The MROs of all classes that include `own` and have a core class among their bases."""
         return [order for order in self.orders.values() if own in order
                 and any(isinstance(each, Found) and each.is_class for each in order)]
 
@@ -116,7 +116,7 @@ class Check:
                 self.report(use.file, use.line, f"{subject}(): {wrong}", f"has {signature.text}")
 
     def meanings(self, ref: Ref):
-        """(name for messages, what the release has, whether it is called on an object) of all that `ref` may be."""
+        """(name for messages, what the release has, whether it is called on an object) for everything `ref` may be."""
         if ref.kind == "core":
             found = self.release.find(ref.name)
             yield ref.name, found, False
@@ -130,7 +130,7 @@ class Check:
             yield from self.attributes(ref.of, ref.name)
 
     def constructor(self, own: OwnClass):
-        """Core's `__init__`, where a class of ours has none."""
+        """Core's `__init__`, for a class of ours without one."""
         order = self.orders[own]
         if not any(isinstance(each, OwnClass) and "__init__" in each.methods for each in order):
             found = self.release.member([each for each in order if isinstance(each, Found)], "__init__")
@@ -148,7 +148,7 @@ class Check:
                 yield f"{subject}.{name}", self.release.inside(found, name), holder.kind != "either"
 
     def of_own(self, own: OwnClass, name: str, holder: Ref):
-        """Attributes of our own classes that core's bases have to have."""
+        """Attributes of our own classes that core's bases must provide."""
         for order in self.deriving(own):
             rest = order[order.index(own) + 1:] if holder.kind == "super" else order
             if not any(isinstance(each, OwnClass) and name in each for each in rest):
@@ -157,7 +157,7 @@ class Check:
                 yield f"{own.name}: {holds}.{name}", self.release.member(cores, name), holder.kind != "own"
 
     def added(self, core: Found, name: str) -> bool:
-        """Whether a class of ours that derives from core's adds the attribute."""
+        """Whether one of our subclasses of a core class adds the attribute."""
         return any(name in each for order in self.orders.values() if core in order
                    for each in order[:order.index(core)] if isinstance(each, OwnClass))
 
@@ -178,7 +178,7 @@ class Check:
                                 f"has {found.key}{core.text}")
 
     def left_unset(self, own: OwnClass) -> None:
-        """A class that does not call core's __init__ has to set what that one sets."""
+        """A class that does not call core's __init__ must set the attributes that __init__ sets."""
         init = own.methods.get("__init__")
         if init is None or any(isinstance(node, ast.Attribute) and node.attr == "__init__" for node in ast.walk(init)):
             return

@@ -1,4 +1,4 @@
-"""Looking names up in what is recorded of one ComfyUI release (core_api.py), and holding parameters together."""
+"""Look up names in the record of one ComfyUI release (core_api.py), and compare signatures."""
 from __future__ import annotations
 
 import builtins
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 
 class Found(NamedTuple):
-    """`entry` as in core_api.py, imports and second names followed; `key` is "module:name".
+    """`entry` as in core_api.py, with imports and aliases resolved; `key` is "module:name".
 
-    Two entries more: "external", what lies outside the records, `key` its dotted path; "unknown", what cannot be told.
+    Two more entries: "external" for names outside the records, with the dotted path as `key`; "unknown" otherwise.
     """
 
     key: str
@@ -30,7 +30,7 @@ UNKNOWN = Found("", "unknown")
 
 
 class Release:
-    """Names of one release: `find` and `inside` give None for what it does not have."""
+    """Names of one release: `find` and `inside` return None for a missing name."""
 
     def __init__(self, version: str, names: dict[str, str]):
         self.version, self.names = version, names
@@ -52,7 +52,7 @@ class Release:
         return any(name == root or name.startswith(root + ".") for name in self.packages)
 
     def inside(self, found: Found, name: str) -> Found | None:
-        """The attribute `name` of what was found."""
+        """The attribute `name` of `found`."""
         if found.entry == "module":
             return self.in_module(found.key[:-1], name)
         if found.is_class:
@@ -72,18 +72,18 @@ class Release:
         return next(filter(None, (self.in_module(star, name) for star in stars)), None)
 
     def settled(self, key: str) -> Found | None:
-        """What `key` stands for, imports and second names followed."""
+        """What `key` refers to, with imports and aliases resolved."""
         entry = self.names.get(key)
         if entry is None:
             return None
         kind, _, rest = entry.partition(" ")
         if kind == "import":
-            # a module that the records leave out, or a name in it
+            # a module excluded from the records, or a name in it
             return self.find(rest) or UNKNOWN
         return self.named(key, rest) if kind == "as" else Found(key, entry)
 
     def named(self, key: str, path: str) -> Found:
-        """What a name written as `path` beside the definition of `key` stands for."""
+        """What the name `path` refers to in the scope where `key` is defined."""
         module, _, inside = key.partition(":")
         first, *rest = path.split(".")
         around = inside.rpartition(".")[0]
@@ -96,7 +96,7 @@ class Release:
         return found or UNKNOWN
 
     def mro(self, found: Found) -> list[Found]:
-        """A class and its bases in the order that they are searched."""
+        """A class and its bases in method resolution order."""
         bases = found.entry.removeprefix("class").strip()
         ordered = [found]
         for base in filter(None, bases.split(", ")):
@@ -105,7 +105,7 @@ class Release:
         return last_kept(ordered)
 
     def member(self, mro: list[Found], name: str) -> Found | None:
-        """The attribute `name` of a class with that order of bases."""
+        """The attribute `name` of a class with this MRO."""
         for owner in mro:
             if owner.is_class and f"{owner.key}.{name}" in self.names:
                 return self.settled(f"{owner.key}.{name}")
@@ -118,7 +118,7 @@ class Release:
 
 @cache
 def outside(path: str):
-    """The class `path` of Python, or torch's Module; None where it is another's, whose objects may have anything."""
+    """The Python class `path`, or torch's Module; None for other libraries, whose objects may have any attribute."""
     root, *names = path.split(".")
     if root not in sys.stdlib_module_names and path != "torch.nn.Module":
         return None
@@ -129,7 +129,7 @@ def outside(path: str):
 
 
 def last_kept(ordered: list) -> list:
-    """Without repetitions; of equal ones the last stays, as a shared base comes after all that derive from it."""
+    """Remove duplicates, keeping the last, because a shared base comes after all classes derived from it."""
     return list(reversed(dict.fromkeys(reversed(ordered))))
 
 
@@ -150,7 +150,7 @@ class Signature:
         self.more = any(name.startswith("**") for name in listed)
 
     def takes(self, positional: int, keywords: set[str], spread: bool, partial: bool = False) -> str:
-        """What is wrong with a call, or "". `spread` if it has *args or **kwargs, whose contents are not known."""
+        """What is wrong with a call, or "". `spread`: it has *args or **kwargs, whose contents are unknown."""
         if positional > len(self.positional) and not self.rest:
             return f"{positional} positional arguments, at most {len(self.positional)} allowed"
         unknown = keywords - {*self.positional, *self.keyword_only}
@@ -163,9 +163,9 @@ class Signature:
         return f"{', '.join(missing)} not given" if missing and not spread and not partial else ""
 
     def stands_in_for(self, core: Signature) -> str:
-        """Why an override with these parameters cannot be called as core's own, or "".
+        """Why an override with these parameters is incompatible with core's method, or "".
 
-        Core passes what it requires by position, so names may differ there; what it leaves open may come by keyword.
+        Core passes required parameters by position, so their names may differ; optional ones may come by keyword.
         """
         for number, name in enumerate(core.positional):
             if number >= len(self.positional):

@@ -1,8 +1,8 @@
-"""What the pack uses of ComfyUI, read from its syntax trees.
+"""What the pack uses of ComfyUI, found by static analysis of its ASTs.
 
-Only what the text says is followed: imports, second names (`kinds = comfy.model_base.ModelType`), parameters that are
-annotated or named as in GIVEN, attributes that hold such a thing, objects made by a call of a class or of a function
-that says what it returns, `self` and `super()` in classes that derive from core's.
+Tracked are: imports, aliases (`kinds = comfy.model_base.ModelType`), parameters that are annotated or named as in
+GIVEN, attributes that hold such an object, objects returned by a class or by a function with a return annotation,
+`self` and `super()` in classes that derive from core's.
 """
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import NamedTuple
 from core_api import FUNCTIONS, attributes_set, flat, imported, targets
 
 CORE = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server")
-# What parameters of these names are when nothing else is said. Networks take their layer classes as a parameter.
+# Types of unannotated parameters with these names. Networks take their layer classes as a parameter.
 GIVEN_CLASSES = {"operations": "comfy.ops.manual_cast", "conv3d": "comfy.ops.manual_cast.Conv3d"}
 GIVEN = {"clip": "comfy.sd.CLIP", "clip_vision": "comfy.clip_vision.ClipVisionModel",
          "executor": "comfy.patcher_extension.WrapperExecutor", "guider": "comfy.samplers.CFGGuider",
          "model": "comfy.model_patcher.ModelPatcher", "patcher": "comfy.model_patcher.ModelPatcher",
          "vae": "comfy.sd.VAE"}
-# Files whose `model` is another.
+# Files where `model` means something else.
 OTHER_MODEL = {"nodes/causal_wan/sampler.py": "comfy.model_base.BaseModel", "nodes/ddim/official.py": "elsewhere"}
 
 
 class Ref(NamedTuple):
-    """What an expression stands for.
+    """What an expression refers to.
 
-    "core": the dotted path `name`. "module", "own": of the pack, a module and a class. "made": what the function `of`
+    "core": the dotted path `name`. "module", "own": a module or a class of the pack. "made": what the function `of`
     returns. "instance", "super": of the class `of`. "attribute": `name` of the object `of`. "either": the first of the
     two in `of` that the release has.
     """
@@ -44,11 +44,11 @@ class Use(NamedTuple):
 
 
 class OwnClass:
-    """A class of the pack. `bases` are (reader, expression, scopes): they are looked up when all modules are read."""
+    """A class of the pack. `bases` are (reader, expression, scopes), resolved after all modules have been read."""
 
     def __init__(self, node: ast.ClassDef, file: str, bases: list):
         self.node, self.name, self.file, self.bases = node, node.name, file, bases
-        self.holds = {}  # attribute -> Ref of what it is
+        self.holds = {}  # attribute -> Ref of its value
         self.methods = {each.name: each for each in flat(node.body) if isinstance(each, FUNCTIONS)}
         self.values = {target.id for each in flat(node.body) if isinstance(each, (ast.Assign, ast.AnnAssign))
                        for target in targets(each) if isinstance(target, ast.Name)}
@@ -61,7 +61,7 @@ class OwnClass:
 
 
 class Pack:
-    """Classes and uses of all sources; `sources` are paths below the pack's folder, "/" between, with their text."""
+    """Classes and uses of all sources; `sources` maps paths below the pack's folder, with "/", to their text."""
 
     def __init__(self, sources: dict[str, str]):
         self.uses: list[Use] = []
@@ -79,13 +79,13 @@ class Pack:
 
 
 def module_name(file: str) -> str:
-    """Dotted, below the pack: "nodes/common/vae.py" is ".nodes.common.vae", "__init__.py" is ""."""
+    """Dotted name relative to the pack: "nodes/common/vae.py" is ".nodes.common.vae", "__init__.py" is ""."""
     parts = file.removesuffix(".py").split("/")
     return "".join("." + part for part in (parts[:-1] if parts[-1] == "__init__" else parts))
 
 
 class Reader(ast.NodeVisitor):
-    """Walks one source with the names that are visible at each place."""
+    """Walks one source file, tracking the names in scope."""
 
     def __init__(self, pack: Pack, file: str, text: str):
         self.pack, self.file, self.tree = pack, file, ast.parse(text)
@@ -98,7 +98,7 @@ class Reader(ast.NodeVisitor):
     # ---- names ----
 
     def bind_names(self) -> None:
-        """Names of the module itself: imports, classes, second names of what core has."""
+        """Module-level names: imports, classes, aliases of core's names."""
         for statement in flat(self.tree.body):
             if isinstance(statement, (ast.Import, ast.ImportFrom)):
                 self.bind_import(statement)
@@ -127,7 +127,7 @@ class Reader(ast.NodeVisitor):
         return self.own(scope.get(name))
 
     def own(self, ref):
-        """A Ref to a module of the pack that is in truth a name in one."""
+        """Correct a Ref to a module of the pack that is actually a name in one."""
         if ref is not None and ref.kind == "module" and ref.name not in self.pack.readers:
             module, _, name = ref.name.rpartition(".")
             reader = self.pack.readers.get(module)
@@ -135,7 +135,7 @@ class Reader(ast.NodeVisitor):
         return ref
 
     def ref(self, node):
-        """What the expression stands for; None where it is not told."""
+        """What the expression refers to; None if unknown."""
         if isinstance(node, ast.Name):
             return self.lookup(node.id)
         if isinstance(node, ast.Attribute):

@@ -20,7 +20,7 @@ HEADER = {"stillmotion.open_clip": json.dumps(OPEN_CLIP)}
 
 
 def tiny(variant="512"):
-    """A published variant's configuration, made small."""
+    """A published variant's configuration, scaled down."""
     config = published(variant)
     params = config["model"]["params"]
     params["unet_config"]["params"] |= {
@@ -41,7 +41,7 @@ def tensors(variant="512"):
 
 
 @cache
-@torch.inference_mode(False)  # whichever test asks first: they are kept for all
+@torch.inference_mode(False)  # cached across tests, whatever the first caller's mode
 def _tensors(variant):
     config = parse(tiny(variant), "test")
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def weights():
     network = VideoUNet(CONFIG.unet, torch.nn, torch_attention, device="meta")
     return {key: torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5 if value.ndim > 1
             else torch.full(value.shape, float(key.endswith("weight")))
-            for key, value in network.state_dict().items()}  # as large out as in: every branch has its say
+            for key, value in network.state_dict().items()}  # keeps the scale: every branch matters
 
 
 def make(given=None):

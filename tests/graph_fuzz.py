@@ -1,4 +1,4 @@
-"""Random graphs over a server's own list of nodes, and what may come of them: results, or refusals in sentences."""
+"""Random graphs over a server's own list of nodes, and their allowed outcomes: results, or readable error messages."""
 import copy
 import json
 import re
@@ -7,14 +7,14 @@ from random import Random
 
 PACK = Path(__file__).resolve().parents[1]
 SHIPPED = [json.loads(path.read_text()) for path in sorted((PACK / "workflows" / "api").glob("*.json"))]
-# of the host, as sources of what the pack's nodes take
+# ComfyUI's nodes, as sources of the types that the pack's nodes take
 HELPERS = ("EmptyImage", "LoadImage", "CLIPTextEncode", "CLIPVisionEncode", "VAEDecode", "VAEEncode",
            "EmptyLatentImage", "EmptyHunyuanLatentVideo", "ConditioningCombine", "RepeatImageBatch", "CreateVideo",
            "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveBoolean", "KSampler")
 PRIMITIVES = {"INT": "PrimitiveInt", "FLOAT": "PrimitiveFloat", "STRING": "PrimitiveString"}
-TRAINING = "Stillmotion_TrainVideoModel"  # too slow to be met often
+TRAINING = "Stillmotion_TrainVideoModel"  # too slow to be drawn often
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-# numbers that make work: always small
+# numbers that determine the run time: always small
 SMALL = {"steps": (1, 2), "first_steps": ("1000",), "width": (64, 32, 48), "height": (64, 32, 48), "size": (64, 16),
          "frames": (4, 2, 1), "length": (4, 5, 1), "batch_size": (1, 2), "count": (2,), "amount": (2,),
          "max_samples": (1, 2), "model_channels": (32,), "sample_every": (1,), "block": (1, 2, 4), "fps": (8.0, 0.5),
@@ -29,7 +29,7 @@ NUMBERS = (-1, 0, 1, 3, 7, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 30, 0.5, -0.5, 1e308
 
 
 class Graphs:
-    """An endless row of API graphs for the server whose /object_info is `info`; the same for the same seed."""
+    """An endless sequence of API graphs for the server whose /object_info is `info`; deterministic for a seed."""
 
     def __init__(self, info: dict, seed: int):
         self.info, self.random = info, Random(seed)
@@ -69,7 +69,7 @@ class Graphs:
             self.graph["sink"] = {"class_type": "PreviewAny", "inputs": {"source": [node, 0]}}
 
     def inputs_of(self, name: str) -> dict:
-        """(kind, options, whether it is optional) by input; kind COMBO also for the older form of lists."""
+        """(kind, options, whether it is optional) by input; the older list form is also reported as COMBO."""
         found = {}
         for section in ("required", "optional"):
             for key, (kind, *rest) in self.info[name]["input"].get(section, {}).items():
@@ -111,7 +111,7 @@ class Graphs:
         if there and (depth > 3 or self.random.random() < 0.6):
             return self.random.choice(there)
         choices = self.sources[kind]
-        if depth > 2:  # what needs least
+        if depth > 2:  # the one with the fewest inputs
             least = min(self.needs(name) for name, _ in choices)
             choices = [choice for choice in choices if self.needs(choice[0]) == least]
         name, slot = self.random.choice(choices)
@@ -121,7 +121,7 @@ class Graphs:
         return sum(kind not in WIDGETS and not optional for kind, _, optional in self.inputs_of(name).values())
 
     def spoil(self):
-        """Give one input of a node of the pack a value that it may not have expected."""
+        """Set one input of one of the pack's nodes to a possibly unexpected value."""
         ours = [node for node in self.graph.values() if node["class_type"] in self.ours]
         node = self.random.choice(ours)
         key, (kind, options, _) = self.random.choice(sorted(self.inputs_of(node["class_type"]).items()))
@@ -132,7 +132,7 @@ class Graphs:
             node["inputs"][key] = self.random.choice(others if others and draw < 0.5 else STRANGE)
         elif draw < 0.2:
             node["inputs"][key] = self.random.choice(STRANGE)
-        elif draw < 0.4 and kind in PRIMITIVES:  # over a link no range is checked by the host
+        elif draw < 0.4 and kind in PRIMITIVES:  # ComfyUI does not check the range of a linked value
             value = self.random.choice((-1, 0, 7, 2 ** 40) if kind == "INT" else NUMBERS if kind == "FLOAT" else TEXTS)
             self.graph["given"] = {"class_type": PRIMITIVES[kind], "inputs": {"value": value}}
             node["inputs"][key] = ["given", 0]
@@ -149,11 +149,11 @@ def _number(value) -> float:
 
 
 def fault(error: dict) -> str | None:
-    """Why the refusal `error` of a node (the data of execution_error) is none that people can use, or None."""
+    """Why a node's error (the data of execution_error) is not a usable message, or None if it is."""
     frames = error["traceback"]
     through_us = any("/stillmotion/" in frame for frame in frames)
     if not through_us and not error["node_type"].startswith("Stillmotion_"):
-        return None  # the host's own
+        return None  # raised by ComfyUI itself
     told = "/stillmotion/" in frames[-1] and re.search(r"\braise\b", frames[-1])
     if told and error["exception_type"].split(".")[-1] in ("ValueError", "OSError", "ImportError", "OutOfMemoryError"):
         return None

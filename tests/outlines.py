@@ -1,6 +1,6 @@
-"""What becomes of an object's outline and hue in a clip, and how a camera moves: measured in frames alone.
+"""Measure an object's outline and hue in a clip, and the camera's motion, from the frames alone.
 
-Knows nothing of how clips are drawn. It gets frames, the true frames, and a picture of the ground without the object.
+Knows nothing about how clips are drawn. It gets frames, the true frames, and the background without the object.
 Frames are [T, H, W, 3] uint8; positions are x, y in pixels.
 """
 import colorsys
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-MIN_AREA = 60      # pixels; less is no object
-MIN_EDGE = 24.0    # RGB distance: less is no object colour, but noise of the ground
-FLOW_BLUR = 2.0    # pixels, before gradients are taken
+MIN_AREA = 60      # pixels; less is not an object
+MIN_EDGE = 24.0    # RGB distance; less is background noise, not the object's colour
+FLOW_BLUR = 2.0    # pixels, applied before the gradients
 
 
 @dataclass(frozen=True)
 class Outlines:
-    """Of T frames; NaN where no object was seen."""
+    """For T frames; NaN where no object was found."""
 
-    iou_T: np.ndarray      # of the object with its true outline, laid on it at the place where it was found
+    iou_T: np.ndarray      # of the object and its true outline, after aligning their centres
     hue_error_T: np.ndarray  # degrees between the object's hue and the true object's
-    path_T2: np.ndarray    # the found object's middle
+    path_T2: np.ndarray    # centre of the found object
     true_path_T2: np.ndarray
 
 
 def segment_distance(rgb_HW3: np.ndarray, ends_23: np.ndarray) -> np.ndarray:
-    """Distance of every colour from the line between two colours."""
+    """Distance of every colour from the segment between two colours."""
     start, line = ends_23[0], ends_23[1] - ends_23[0]
     along = ((rgb_HW3 - start) @ line) / max(float(line @ line), 1e-6)
     return np.linalg.norm(rgb_HW3 - start - along.clip(0, 1)[..., None] * line, axis=-1)
 
 
 def object_colours(true_HW3: np.ndarray, ground_HW3: np.ndarray) -> np.ndarray:
-    """The two colours [2, 3] between which all of an object's lie, from a true frame."""
+    """The two colours [2, 3] that bound all colours of the object, from a true frame."""
     differs = np.linalg.norm(true_HW3 - ground_HW3, axis=-1)
     inside = ndimage.binary_erosion(differs > MIN_EDGE, iterations=2)
     colours = true_HW3[inside if inside.sum() >= MIN_AREA // 2 else differs > MIN_EDGE]
@@ -42,8 +42,8 @@ def object_colours(true_HW3: np.ndarray, ground_HW3: np.ndarray) -> np.ndarray:
 
 
 def find_object(frame_HW3: np.ndarray, ground_HW3: np.ndarray, colours_23: np.ndarray) -> np.ndarray | None:
-    """Mask [H, W] of what is nearer to the object's colours than to the ground at its place: the largest connected
-    part, holes filled. None where there is hardly anything."""
+    """Mask [H, W] of the pixels closer to the object's colours than to the background at that pixel: the largest
+    connected component, with holes filled. None if it is too small."""
     of_ground = np.linalg.norm(frame_HW3 - ground_HW3, axis=-1)
     mask = (segment_distance(frame_HW3, colours_23) < of_ground) & (of_ground > MIN_EDGE)
     labels, count = ndimage.label(mask)
@@ -59,19 +59,19 @@ def middle_of(mask_HW: np.ndarray) -> np.ndarray:
 
 
 def iou_at_place(found_HW: np.ndarray, true_HW: np.ndarray) -> float:
-    """Intersection over union after the true mask is moved onto the middle of the found one."""
+    """Intersection over union after moving the true mask to the centre of the found one."""
     x, y = middle_of(found_HW) - middle_of(true_HW)
     moved = ndimage.shift(true_HW.astype(np.float32), (y, x), order=1) >= 0.5
     return float((found_HW & moved).sum() / (found_HW | moved).sum())
 
 
 def hue(rgb_N3: np.ndarray) -> float:
-    """Degrees, of the mean colour."""
+    """Hue of the mean colour, in degrees."""
     return 360 * colorsys.rgb_to_hsv(*(rgb_N3.mean(0) / 255))[0]
 
 
 def follow(frames_THWC: np.ndarray, true_THWC: np.ndarray, ground_HWC: np.ndarray) -> Outlines:
-    """Compare the object in every frame with the true one. Raises ValueError where the truth has no object."""
+    """Compare the object in every frame with the true one. Raises ValueError if a true frame has no object."""
     frames, true, ground = (np.asarray(a, dtype=np.float32) for a in (frames_THWC, true_THWC, ground_HWC))
     colours = object_colours(true[0], ground)
     count = len(frames)
@@ -96,10 +96,10 @@ def follow(frames_THWC: np.ndarray, true_THWC: np.ndarray, ground_HWC: np.ndarra
 # ---- the camera ----------------------------------------------------------------------------------------------------
 
 def flow_between(first_HW3: np.ndarray, second_HW3: np.ndarray, rounds: int = 4) -> np.ndarray:
-    """(x, y, s): a picture's content moves by (x, y) pixels in its middle, and grows by the factor exp(s).
+    """(x, y, s): the picture's content moves by (x, y) pixels at its centre and scales by exp(s).
 
-    Least squares on brightness and colour (Lucas and Kanade 1981, with one scale for the whole picture), the second
-    picture being turned back by what was found, and looked at again.
+    Least squares on brightness and colour (Lucas and Kanade 1981, with one scale for the whole picture). Iterative:
+    the second picture is warped back by the estimate and measured again.
     """
     height, width = first_HW3.shape[:2]
     first, second = (ndimage.gaussian_filter(a.astype(np.float32), (FLOW_BLUR, FLOW_BLUR, 0)) for a in
@@ -122,5 +122,5 @@ def flow_between(first_HW3: np.ndarray, second_HW3: np.ndarray, rounds: int = 4)
 
 
 def camera_flow(frames_THWC: np.ndarray) -> np.ndarray:
-    """(x, y, s) from the first frame to the last, added up over neighbouring frames."""
+    """(x, y, s) from the first frame to the last, summed over consecutive frames."""
     return sum(flow_between(a, b) for a, b in zip(frames_THWC, frames_THWC[1:]))

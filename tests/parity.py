@@ -1,13 +1,13 @@
-"""Hold the pack against recorded runs of the official DynamiCrafter, Self-Forcing and LongLive.
+"""Compare the pack with recorded runs of the official DynamiCrafter, Self-Forcing and LongLive.
 
     python tests/parity.py CASE_FOLDER...      options: --comfyui PATH
 
 A case folder holds model.safetensors, case.json and expected.safetensors, for DynamiCrafter config.yaml too. Pictures,
-prompt, start noise and step noise of the case go in (causal Wan, told by `kind` in case.json: given latents and
-embeddings too); everything else is computed by the pack's own loader, conditioning and sampler and compared with what
-was recorded. Prints the relative L2 error of every tensor; the last line is JSON. Exits 1 if a part is off by more
-than 1e-4, or a whole run by more than 1e-3. Where DynamiCrafter's official table has another length or other timesteps
-than the fixed one (uniform spacing, steps that do not divide 1000), the tables `original` are sampled.
+prompt, start noise and step noise of the case are the inputs (causal Wan, identified by `kind` in case.json: also given
+latents and embeddings); everything else is computed by the pack's own loader, conditioning and sampler and compared
+with the recorded values. Prints the relative L2 error of every tensor; the last line is JSON. Exits 1 if a part is off
+by more than 1e-4, or a whole run by more than 1e-3. Where DynamiCrafter's official table has another length or other
+timesteps than the fixed one (uniform spacing, steps that do not divide 1000), the tables `original` are sampled.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ PART, RUN = 1e-4, 1e-3
 
 
 def relative_error(ours, expected) -> float:
-    """||ours - expected|| / ||expected|| in float64; infinite where the shapes differ."""
+    """||ours - expected|| / ||expected|| in float64; infinite if the shapes differ."""
     if ours.shape != expected.shape:
         return float("inf")
     ours, expected = ours.double(), expected.double()
@@ -60,7 +60,7 @@ def main():
     for folder in options.cases:
         try:
             errors = run_case(folder)
-        except Exception as error:  # the other cases still count
+        except Exception as error:  # still run the other cases
             logging.exception("%s", folder)
             errors = {type(error).__name__: float("inf")}
         for name, error in errors.items():

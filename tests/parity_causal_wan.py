@@ -3,8 +3,8 @@ from pathlib import Path
 
 
 def official_switches(blocks: tuple[int, ...], frames: list[int]) -> tuple[int, ...]:
-    """First frames of the blocks at which the official loop changes the prompt: once a block, and never after the last
-    one. (The pack takes the newest of several prompts that begin within one block.)"""
+    """First frames of the blocks at which the official loop switches the prompt: at most once per block, never after
+    the last. (The pack uses the latest of several prompts that start within one block.)"""
     starts = [sum(blocks[:index]) for index in range(len(blocks))]
     found = []
     for frame in frames:
@@ -16,7 +16,7 @@ def official_switches(blocks: tuple[int, ...], frames: list[int]) -> tuple[int, 
 
 
 def make_plan(case: dict):
-    """The settings of a case as the pack states them; a setting that is missing or null is the official default."""
+    """The settings of a case in the pack's terms; a missing or null setting is the official default."""
     from stillmotion.nodes.causal_wan.blocks import Plan, split_frames
     from stillmotion.nodes.causal_wan.schedule import make_steps
     stated = {name: value for name, value in case.items() if value is not None}
@@ -31,12 +31,12 @@ def make_plan(case: dict):
 
 
 def official_cache():
-    """The cache class of LongLive 1.0's code, which writes a frame of the sink once only: where a block after the first
-    reaches into the sink, its noisiest step decides. (The pack writes it in every step, as all other frames.)"""
+    """LongLive 1.0's cache class, which writes each sink frame only once: if a block after the first reaches into the
+    sink, its noisiest step determines the entry. (The pack writes it in every step, like all other frames.)"""
     from stillmotion.nodes.causal_wan.cache import KVCache
 
     class WriteOnceCache(KVCache):
-        end = 0  # of the frames seen so far
+        end = 0  # end of the frames seen so far
 
         def place(self, start, count, sink_mode):
             placement = super().place(start, count, sink_mode)
@@ -46,7 +46,7 @@ def official_cache():
             return placement._replace(segments=tuple(filter(None, map(self.behind_sink, placement.segments))))
 
         def behind_sink(self, segment):
-            """The part of a segment that lies outside the sink's slots, None where there is none."""
+            """The part of a segment outside the sink's slots, or None."""
             skip = max(0, self.layout.sink - segment.slot)
             if skip >= segment.length:
                 return None
@@ -56,7 +56,7 @@ def official_cache():
 
 
 def recorded_noise(plan, given: dict):
-    """The start noise by frame and the step noise in the order in which it was drawn."""
+    """The start noise by frame, and the step noise in the order it was drawn."""
     start_noise = given["noise"].transpose(1, 2)
     step_noise = iter(given["step_noise"].transpose(2, 3))
     first = plan.frames - start_noise.shape[2]
@@ -68,7 +68,7 @@ def recorded_noise(plan, given: dict):
 
 
 def run_case(folder: Path, case: dict) -> dict:
-    """What the pack computes and what was recorded, for every recorded tensor of one case."""
+    """The pack's result and the recorded one, for every recorded tensor of one case."""
     import torch
     from safetensors.torch import load_file
     from stillmotion.nodes.causal_wan import checkpoint

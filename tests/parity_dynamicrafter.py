@@ -1,16 +1,16 @@
 """The DynamiCrafter cases of parity.py: prompts and pictures to the decoded video."""
 from pathlib import Path
 
-START, END, PADDING = 49406, 49407, 0  # of CLIP's vocabulary
+START, END, PADDING = 49406, 49407, 0  # in CLIP's vocabulary
 
 
 def prompts(clip, case: dict) -> dict:
-    """Tokens and embeddings of the prompt and of the empty prompt; the official code knows no weights (in brackets)."""
+    """Tokens and embeddings of the prompt and the empty prompt; the official code has no prompt weights (brackets)."""
     import torch
     tokens = [clip.tokenize(text, disable_weights=True) for text in (case["prompt"], "")]
     for text in tokens:
         name, chunks = next(iter(text.items()))
-        if len(chunks) > 1:  # and it cuts a prompt that is too long
+        if len(chunks) > 1:  # and it truncates a prompt that is too long
             words = [token for chunk in chunks for token in chunk if token[0] not in (START, END, PADDING)]
             text[name] = [[(START, 1.0), *words[:75], (END, 1.0)]]
     ids = torch.tensor([[token[0] for token in chunk] for text in tokens for chunk in text[next(iter(text))]])
@@ -19,7 +19,7 @@ def prompts(clip, case: dict) -> dict:
 
 
 def images(loaded, case: dict, given: dict) -> dict:
-    """Vision tokens, image context and condition frames of the case's pictures."""
+    """Vision tokens, image context and condition frames for the case's pictures."""
     from stillmotion.nodes.dynamicrafter.conditioning import encode_images, image_conditions
     start, end = (given[name].movedim(0, -1)[None] for name in ("image", "image_end"))
     mode = "interpolate" if case["interp"] else "loop" if case["loop"] else "animate"
@@ -44,7 +44,7 @@ def network_outputs(loaded, case: dict, given: dict, ours: dict) -> dict:
 
 
 def sampling_run(loaded, case: dict, given: dict, ours: dict, eta: int) -> dict:
-    """A whole run of the sampler, the recorded noise injected, and its decoded video."""
+    """A full run of the sampler with the recorded noise injected, and its decoded video."""
     import torch
     from stillmotion.nodes.ddim.sampler import DDIMSettings, make_sampler, sample_latent
     from stillmotion.nodes.ddim.schedule import make_timesteps
@@ -74,7 +74,7 @@ def sampling_run(loaded, case: dict, given: dict, ours: dict, eta: int) -> dict:
 
 
 def schedule(loaded, expected: dict) -> dict:
-    """The float64 schedule, and the official timestep tables as the switch `original` reproduces them."""
+    """The float64 schedule, and the official timestep tables as reproduced by the `original` setting."""
     import torch
     from stillmotion.nodes.ddim.schedule import make_alphas_cumprod, make_scale_arr, make_timesteps
     params = loaded.model.model.diffusion_params
@@ -90,7 +90,7 @@ def schedule(loaded, expected: dict) -> dict:
 
 
 def run_case(folder: Path, case: dict) -> dict:
-    """What the pack computes and what was recorded, for every recorded tensor of one case."""
+    """The pack's result and the recorded one, for every recorded tensor of one case."""
     import torch
     from safetensors.torch import load_file
     from stillmotion.nodes.common.files import read_checkpoint
@@ -109,10 +109,10 @@ def run_case(folder: Path, case: dict) -> dict:
 
 
 def comparable(name, expected, ours):
-    """The recorded tensor in the form that the pack computes it."""
+    """The recorded tensor in the form the pack computes."""
     if name in ("vae_mean", "z"):  # recorded for every frame; the pack encodes the start image once
         expected = expected[:1] if name == "vae_mean" else expected[:, :, 0]
-    if name.endswith("_video"):  # ComfyUI's images end at black and white
+    if name.endswith("_video"):  # ComfyUI clamps images to 0..1
         expected = expected.clamp(-1, 1)
     if name.startswith("clip_image_tokens"):
         expected = expected.reshape(ours.shape)

@@ -1,4 +1,4 @@
-"""How well the causal Wan demo follows image and prompt: one direction for twice its window, and a change of prompt."""
+"""How well the causal Wan demo follows image and prompt: one direction for twice its window, and a prompt switch."""
 import re
 from dataclasses import replace
 from random import Random
@@ -6,8 +6,8 @@ from random import Random
 from quality_common import by_held_out, only, share
 
 GRAPHS = ("causal_image_to_video", "causal_long_video")
-WINDOW = 16  # frames that training saw at once
-FS = 18      # the one speed that it knows
+WINDOW = 16  # frames per training clip
+FS = 18      # the only speed it was trained on
 BARS = {"direction_right": 0.90, "shape_kept_at_twice_the_length": 0.90, "new_direction_followed": 0.80}
 
 
@@ -16,12 +16,12 @@ def start_frames(timeline: str) -> list[str]:
 
 
 def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
-    """`pairs` cases of one direction (four an image), and as many that begin so and then turn."""
+    """`pairs` cases with one direction (four per image), and as many that start that way and then turn."""
     turn = int(start_frames(only(graphs["causal_long_video"], "Stillmotion_PromptTimeline")["prompts"])[1])
     rng, cases = Random(seed), []
     for image in range(-(-pairs // 4)):
         clip = data.random_clip(rng, held_out=True)
-        while clip.fs != FS:  # drawn again: the margin that keeps a shape inside belongs to its speed
+        while clip.fs != FS:  # redraw: the margin that keeps a shape inside depends on its speed
             clip = data.random_clip(rng, held_out=True)
         others = [d for d in data.DIRECTIONS if d != clip.direction]
         rng.shuffle(others)
@@ -40,7 +40,7 @@ def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
 
 
 def truth(case: dict, data):
-    """The start image: the rest of a video is judged by the tracker alone."""
+    """The start image; the rest of the video is judged by the tracker alone."""
     return data.draw_clip(case["clip"], 1).numpy()
 
 
@@ -62,7 +62,7 @@ def fill(graph: dict, case: dict, images: list[str]) -> dict:
 
 
 def measure(case: dict, frames, truth, data) -> dict:
-    """What the tracker says about a video before and after its turn, or its first window and what follows that."""
+    """The tracker's results before and after the turn, or for the first window and the frames after it."""
     from tracking import psnr, track
     clip, edge = case["clip"], case.get("turn", WINDOW)
     begin, end = (track(part, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS)
@@ -77,7 +77,7 @@ def measure(case: dict, frames, truth, data) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The figures that are held against the bars, and those that explain them."""
+    """The figures that are compared with the thresholds, and those that explain them."""
     straight, turned = ([r for r in rows if r["graph"] == g] for g in GRAPHS)
     images = {r["image"] for r in straight}
     right = {i for i in images if all(r["direction_right"] for r in straight if r["image"] == i)}

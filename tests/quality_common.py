@@ -1,15 +1,15 @@
-"""What the families' quality measurements share: cases run on a server, saved videos read back, figures and pictures.
+"""Shared by the families' quality measurements: run cases on a server, read saved videos back, figures and pictures.
 
 A family is a module `quality_<family>` with
     GRAPHS                                  names of the shipped API graphs that it runs
-    BARS                                    figure -> least value
+    BARS                                    figure -> minimum value
     make_cases(data, graphs, seed, pairs)   list of dicts with at least graph, image (number), prompt, seed
     truth(case, data)                       the true frames [T, H, W, 3] uint8
-    stills(case, truth)                     pictures that the graph gets; one with a time axis is uploaded as an MP4
+    stills(case, truth)                     pictures for the graph; one with a time axis is uploaded as an MP4
     fill(graph, case, images)               the shipped graph with the case's prompt, seed and picture names
-    measure(case, frames, truth, data)      what is found in the saved video, a dict for JSON
+    measure(case, frames, truth, data)      measurements of the saved video, a dict for JSON
     summary(rows)                           figures of all cases
-    verdict(row)                            (words for the contact sheet, whether it is good)
+    verdict(row)                            (text for the contact sheet, whether it is good)
 """
 import io
 import json
@@ -22,8 +22,8 @@ DEMO = PACK / "nodes" / "demo"
 
 
 def load_data(name: str = "shapes"):
-    """The module with the drawing code and the palette ("shapes", or "scenes" of the larger demos); a file of its own,
-    so that no server is needed."""
+    """The module with the drawing code and the palette ("shapes", or "scenes" for the larger demos), loaded as a single
+    file, so that no server is needed."""
     from importlib.util import module_from_spec, spec_from_file_location
     spec = spec_from_file_location("shapes_data", PACK / "nodes" / "training" / "data" / f"{name}.py")
     sys.modules[spec.name] = module = module_from_spec(spec)
@@ -36,7 +36,7 @@ def load_graphs(names) -> dict[str, dict]:
 
 
 def only(graph: dict, class_type: str) -> dict:
-    """Inputs of the graph's one node of this class."""
+    """Inputs of the graph's only node of this class."""
     found = [node["inputs"] for node in graph.values() if node["class_type"] == class_type]
     if len(found) != 1:
         raise ValueError(f"the graph has {len(found)} nodes {class_type}, not 1")
@@ -52,7 +52,7 @@ def read_video(path: Path):
 
 
 def picture_file(picture, name: str) -> tuple[bytes, str]:
-    """A picture [H, W, 3] as PNG, or a clip [T, H, W, 3] as MP4 of hardly any loss, with the file's name."""
+    """A picture [H, W, 3] as PNG, or a clip [T, H, W, 3] as nearly lossless MP4, with the file's name."""
     import av
     from PIL import Image
     file = io.BytesIO()
@@ -69,7 +69,7 @@ def picture_file(picture, name: str) -> tuple[bytes, str]:
 
 
 def run_case(client, family, graph: dict, case: dict, data, folder: Path):
-    """Frames decoded from the MP4 that the server saved for this case, and the true frames."""
+    """The frames decoded from the MP4 that the server saved for this case, and the true frames."""
     truth = family.truth(case, data)
     names = [client.upload(*picture_file(picture, f"{case['graph']}_{case['image']:03}_{i}"))
              for i, picture in enumerate(family.stills(case, truth))]
@@ -85,7 +85,7 @@ def share(rows: list[dict], test) -> float:
 
 
 def by_held_out(rows: list[dict], name: str) -> dict[str, float]:
-    """The share of rows where `name` holds, apart for what training has seen and what it has not."""
+    """The fraction of rows where `name` is true, separately for seen and held-out cases."""
     figures = {}
     for kind in ("combination", "phrasing", None):
         figure = f"{name}_held_out_{kind}" if kind else f"{name}_seen"
@@ -94,14 +94,14 @@ def by_held_out(rows: list[dict], name: str) -> dict[str, float]:
 
 
 def judge(figures: dict, bars: dict) -> dict:
-    """Rounded figures, the bars that they miss, and whether there are none."""
+    """Rounded figures, the thresholds that they miss, and whether all are met."""
     figures = {k: round(v, 3) for k, v in figures.items()}
     missed = [name for name, bar in bars.items() if figures[name] < bar]
     return figures | {"missed": missed, "passed": not missed}
 
 
 def contact_sheet(shown: list[tuple], verdict, path: Path, columns: int = 8, scale: int = 2) -> None:
-    """Picture of (row, frames) results: one a line, `columns` frames of each, the prompt and verdict above."""
+    """Picture of (row, frames) results: one per line, `columns` frames each, with the prompt and verdict above."""
     from PIL import Image, ImageDraw
     side, gap, text = shown[0][1].shape[1] * scale, 4, 18
     sheet = Image.new("RGB", (columns * (side + gap) + gap, len(shown) * (side + text + gap) + gap), (32, 32, 36))

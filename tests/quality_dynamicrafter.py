@@ -6,15 +6,15 @@ from random import Random
 from quality_common import DEMO, by_held_out, only, share
 
 GRAPHS = ("animate", "interpolate", "loop")
-MIN_PSNR = 22.0        # dB, of a frame against the picture it should show
-MAX_LOOP_GAP = 1.0     # pixels between the shape in a loop's first and last frame: dB alone forgive a small shape
-MIDDLE_PIXELS = 6.0    # an interpolated shape passes the middle of its way within this
+MIN_PSNR = 22.0        # dB, of a frame against its target picture
+MAX_LOOP_GAP = 1.0     # pixels between the shape in a loop's first and last frame: PSNR alone ignores small shapes
+MIDDLE_PIXELS = 6.0    # an interpolated shape passes within this distance of its path's midpoint
 BARS = {"direction_right": 0.95, "images_with_all_four": 0.85, "colour_kept": 0.95, "background_kept": 0.95,
         "first_frame_kept": 0.95, "interpolate_ends_kept": 0.95, "interpolate_middle_passed": 0.95, "loop_closed": 0.95}
 
 
 def default_fs() -> int:
-    """Frames a second that the demo model takes where the graph says 0, from its header."""
+    """The fps that the demo model uses if the graph says 0, from its header."""
     from safetensors import safe_open
     with safe_open(DEMO / "dynamicrafter_demo.safetensors", "pt") as file:
         config = json.loads(file.metadata()["stillmotion.config"])
@@ -22,7 +22,7 @@ def default_fs() -> int:
 
 
 def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
-    """`pairs` animate cases (four an image) and for every image one interpolate and one loop case."""
+    """`pairs` animate cases (four per image), and one interpolate and one loop case per image."""
     fs = only(graphs["animate"], "Stillmotion_DynamiCrafterImageToVideo")["fs"] or default_fs()
     rng, cases = Random(seed), []
     for image in range(-(-pairs // 4)):
@@ -58,7 +58,7 @@ def fill(graph: dict, case: dict, images: list[str]) -> dict:
 
 
 def measure(case: dict, frames, truth, data) -> dict:
-    """What the tracker says about one result."""
+    """The tracker's measurements of one result."""
     import numpy as np
     from tracking import psnr, track
     found = track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS)
@@ -79,7 +79,7 @@ def measure(case: dict, frames, truth, data) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The figures that are held against the bars, and those that explain them."""
+    """The figures that are compared with the thresholds, and those that explain them."""
     animate, between, loop = ([r for r in rows if r["graph"] == g] for g in GRAPHS)
     images = {r["image"] for r in animate}
     right = {i for i in images if all(r["direction_right"] for r in animate if r["image"] == i)}

@@ -1,4 +1,4 @@
-"""How well a DynamiCrafter demo of 96x96 follows image and prompt: patterned objects, and pictures under a camera."""
+"""How well a 96x96 DynamiCrafter demo follows image and prompt: patterned objects, and camera moves over pictures."""
 from dataclasses import replace
 from random import Random
 
@@ -9,15 +9,15 @@ GRAPHS = ("animate", "interpolate", "loop")
 BARS = {"direction_right": 0.98, "colour_kept": 0.98, "outline_mean": 0.85, "outline_last_frame": 0.80,
         "first_frame_kept": 0.95, "images_with_all_four": 0.90, "camera_right": 0.95, "interpolate_ends_kept": 0.95,
         "interpolate_middle_passed": 0.95, "loop_closed": 0.95}
-MIN_PSNR = 28.0         # of a kept frame
+MIN_PSNR = 28.0         # of a given frame
 MAX_HUE_ERROR = 10.0    # degrees, in every frame
-FLOW_TOLERANCE = 0.2    # of the motion asked for
+FLOW_TOLERANCE = 0.2    # of the requested motion
 MIDDLE_PIXELS, LOOP_PIXELS = 6.0, 2.0
 
 
 def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
-    """`pairs` animate cases of objects (four an image), for every image an interpolate and a loop case, and one of a
-    camera move."""
+    """`pairs` animate cases with objects (four per image); for every image one interpolate, one loop and one camera
+    case."""
     rng, cases, fs = Random(seed), [], data.FS_RANGE[0]  # the demo's own speed
     for image in range(-(-pairs // 4)):
         scene = data.random_object(rng, held_out=True, fs=fs)
@@ -53,7 +53,7 @@ def fill(graph: dict, case: dict, images: list[str]) -> dict:
 
 
 def measure(case: dict, frames, truth, data) -> dict:
-    """What is found in one video: of the object, or of the camera."""
+    """Measurements of one video: of the object, or of the camera."""
     from tracking import psnr
     row = {"graph": case["graph"], "image": case["image"], "prompt": case["prompt"], "held_out": case["held_out"],
            "first_psnr": psnr(frames[0], truth[0]), "last_psnr": psnr(frames[-1], truth[-1]),
@@ -70,7 +70,7 @@ def measure_object(scene, frames, truth, data) -> dict:
     found = follow(frames, truth, ground)
     seen = not np.isnan(found.path_T2).any()
     direction, motion = find_direction(found.path_T2, data.DIRECTIONS) if seen else (None, (0.0, 0.0))
-    hue_error = found.hue_error_T.max() if seen else 180.0  # NaN where an object is too small to have an inside
+    hue_error = found.hue_error_T.max() if seen else 180.0  # NaN if an object is too small to have an interior
     off = np.linalg.norm(np.nan_to_num(found.path_T2 - found.true_path_T2, nan=1e3), axis=1)
     away = np.linalg.norm(np.nan_to_num(found.path_T2 - found.path_T2[0], nan=1e3), axis=1)
     middle = len(frames) // 2
@@ -82,11 +82,11 @@ def measure_object(scene, frames, truth, data) -> dict:
 
 
 def measure_camera(scene, frames, truth, data) -> dict:
-    """The flow along what was asked for, and the rest of it, as shares of the true flow."""
+    """The flow along the requested motion, and the residual, as fractions of the true flow."""
     import numpy as np
     from outlines import camera_flow
     found, true = camera_flow(frames), camera_flow(truth)
-    weight = np.array((1, 1, frames.shape[1] / 4))  # growth as pixels, half way to the edge
+    weight = np.array((1, 1, frames.shape[1] / 4))  # scale in pixels, halfway to the edge
     error = np.linalg.norm((found - true) * weight) / np.linalg.norm(true * weight)
     return {"kind": "camera", "found": scene.move if error <= FLOW_TOLERANCE else None,
             "motion": [round(float(f), 3) for f in found], "flow_error": float(error),
@@ -94,7 +94,7 @@ def measure_camera(scene, frames, truth, data) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The figures that are held against the bars, and those that explain them."""
+    """The figures that are compared with the thresholds, and those that explain them."""
     def mean(of: list[dict], name: str) -> float:
         return sum(r[name] for r in of) / len(of)
     objects, camera = ([r for r in rows if r["kind"] == kind] for kind in ("object", "camera"))

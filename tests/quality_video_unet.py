@@ -6,12 +6,12 @@ from quality_common import by_held_out, only, share
 GRAPHS = ("video_unet_text_to_video", "video_unet_predict")
 TEXT, PREDICT = GRAPHS
 BARS = {"direction_right": 0.90, "prediction_psnr_mean": 24.0}
-KINDS = ("combination", "phrasing", None, None)  # what of a prompt training never saw
+KINDS = ("combination", "phrasing", None, None)  # which part of a prompt is held out from training
 
 
 def make_cases(data, graphs: dict, seed: int, pairs: int) -> list[dict]:
-    """`pairs` prompts, and as many clips of which the first frames are given (without a prompt, as shipped); a quarter
-    of each are held-out combinations of shape, colour and direction, a quarter of the prompts held-out phrasings."""
+    """`pairs` prompts, and as many clips whose first frames are given (without a prompt, as shipped). A quarter of each
+    are held-out combinations of shape, colour and direction; a quarter of the prompts are held-out phrasings."""
     rng, cases = Random(seed), []
     for i in range(pairs):
         held_out = KINDS[i % len(KINDS)]
@@ -28,7 +28,7 @@ def truth(case: dict, data):
 
 
 def stills(case: dict, truth):
-    """The whole clip as one file: the graph cuts its first frames out."""
+    """The whole clip as one file: the graph extracts the first frames."""
     return [truth] if case["graph"] == PREDICT else []
 
 
@@ -43,7 +43,7 @@ def fill(graph: dict, case: dict, images: list[str]) -> dict:
 
 
 def measure(case: dict, frames, truth, data) -> dict:
-    """What the tracker says about a video, and how near predicted frames are to those that followed."""
+    """The tracker's measurements of a video, and how close predicted frames are to the true ones."""
     from tracking import psnr, track
     clip, found = case["clip"], track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS)
     row = {"graph": case["graph"], "image": case["image"], "held_out": case["held_out"], "prompt": case["prompt"],
@@ -60,7 +60,7 @@ def measure(case: dict, frames, truth, data) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """The figures that are held against the bars, and those that explain them."""
+    """The figures that are compared with the thresholds, and those that explain them."""
     text, predicted = ([r for r in rows if r["graph"] == graph] for graph in GRAPHS)
     return {
         "pairs": len(text), "frames": text[0]["frames"], "frames_predicted": predicted[0]["predicted"],

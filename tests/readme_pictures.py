@@ -1,4 +1,4 @@
-"""Make the README's two pictures again: a video of the demo model, and the graph that made it.
+"""Regenerate the README's two pictures: a video of the demo model, and the graph that made it.
 
     python tests/readme_pictures.py
 
@@ -32,25 +32,25 @@ NODES_BOX = """() => {
     return {x: at.x + (left + offset[0]) * scale - 20, y: at.y + (top + offset[1]) * scale - 20,
             width: (right - left) * scale + 40, height: (bottom - top) * scale + 40};
 }"""
-# the node draws the video only after it has been loaded
+# the node draws the video only once it has loaded
 SHOWN = """name => [...document.querySelectorAll("video")].some(
     v => v.currentSrc.includes(name) && v.readyState >= 2)"""
 
 
 def run_in_page(page):
-    """Open the template and run it; the video as an output entry of the server, and a PNG of the nodes."""
+    """Open the template and run it; returns the video as an output entry of the server, and a PNG of the nodes."""
     page.load(json.loads(TEMPLATE.read_text()))
     saver, = [i for i, node in page.run_js("async () => Object.entries((await app.graphToPrompt()).output)")
               if node["class_type"] == SAVER]
     video, = page.run()[saver]["images"]
     page.page.wait_for_function(SHOWN, arg=video["filename"])
     page.run_js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.page.wait_for_timeout(2000)  # the view moves smoothly
+    page.page.wait_for_timeout(2000)  # wait for the view's animation
     return video, page.page.screenshot(clip=page.run_js(NODES_BOX))
 
 
 def side_by_side(frames):
-    """Pictures of the start image beside each frame."""
+    """The start image next to each frame."""
     from PIL import Image
     start = Image.open(START).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     for frame in frames:

@@ -25,7 +25,7 @@ TRAINER = "Stillmotion_TrainVideoModel"
 
 
 def shipped_graphs():
-    """{name: API graph}, with few steps: whether it runs counts, not how it looks."""
+    """{name: API graph}, with few steps: it only has to run, not look good."""
     graphs = {}
     for path in sorted((host.WORKFLOWS / "api").glob("*.json")):
         graphs[path.stem] = json.loads(path.read_text())
@@ -36,12 +36,12 @@ def shipped_graphs():
 
 
 def version(comfyui):
-    """Release of a ComfyUI folder, as it names itself."""
+    """The version that a ComfyUI folder reports."""
     return re.search(r'"(.+)"', (comfyui / "comfyui_version.py").read_text())[1]
 
 
 def run_release(found, options):
-    """(nodes that are there, {graph: what went wrong, "" where nothing did})."""
+    """(nodes that are present, {graph: error message, "" if none})."""
     import client
     import launch
 

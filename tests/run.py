@@ -34,7 +34,7 @@ def main():
                  f" To install:\n  {sys.executable} -m pip install {' '.join(missing)}")
     import pytest
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only add overhead
     if options.server:
         os.environ["STILLMOTION_SERVER"] = options.server
     os.chdir(TESTS)

@@ -1,4 +1,4 @@
-"""A stub network inside ComfyUI's sampling machinery, and the sampling loop written down once more."""
+"""A stub network inside ComfyUI's sampling code, and a second implementation of the sampling loop."""
 import dataclasses
 from fractions import Fraction
 
@@ -97,7 +97,7 @@ def run(kind, chosen, latent=None, seed=5, **kwargs):
 
 
 def plain_ddim(kind, chosen, x, step_noise, latent=None, mask=None, noise=None):
-    """The variance-preserving loop written down once more, in float64, without ComfyUI and without our tables."""
+    """A second implementation of the variance-preserving loop, in float64, without ComfyUI and without our tables."""
     params = PARAMS[kind]
     net = stub_model(kind).model.diffusion_model.double()
     (text, image), (empty, grey) = [(c[0][0].double(), c[0][1]["image_tokens"].double()) for c in conditioning()]

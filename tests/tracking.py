@@ -1,26 +1,26 @@
-"""Finds what happens in a clip of one plain shape on a plain ground: colours, path and direction.
+"""Track one uniform shape on a uniform background: colours, path and direction.
 
-Knows nothing of how such clips are drawn: it gets frames and the palette's names and colours, nothing else.
+Knows nothing about how such clips are drawn: it gets only frames and the palette's names and colours.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
 MIN_MOTION = 2.5      # pixels between first and last frame below which a shape counts as standing still
-MIN_DOMINANCE = 1.5   # motion along the main axis against the other one
-MIN_ORDER = 0.8       # rank correlation of position and time: shuffled frames do not reach it
-MIN_AREA = 20         # pixels; less is no shape
+MIN_DOMINANCE = 1.5   # ratio of motion along the main axis to the other one
+MIN_ORDER = 0.8       # rank correlation of position and time; shuffled frames stay below it
+MIN_AREA = 20         # pixels; less is not a shape
 WINDOW = 9            # half width in pixels of the search window around the shape's densest spot
 
 
 @dataclass(frozen=True)
 class Track:
-    """What was found in T frames; names are None where no name fits (in every frame)."""
+    """The result for T frames; a name is None if no single name fits every frame."""
 
     background: str | None
     colour: str | None
     direction: str | None
-    path_T2: np.ndarray    # centroid x, y in pixels, NaN where no shape was seen
+    path_T2: np.ndarray    # centroid x, y in pixels, NaN where no shape was found
     motion: tuple[float, float]  # fitted displacement x, y from first to last frame in pixels
 
 
@@ -32,7 +32,7 @@ def nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: fl
 
 
 def same_name(colours_TC: np.ndarray, palette: dict) -> str | None:
-    """The one name that all frames' colours have, None if they differ or have none."""
+    """The name shared by all frames' colours, None if they differ or have none."""
     names = {nearest(colour, palette) for colour in colours_TC}
     return names.pop() if len(names) == 1 else None
 
@@ -52,9 +52,9 @@ def box_sum(image_HW: np.ndarray, half: int) -> np.ndarray:
 
 
 def find_shape(frame_HWC: np.ndarray, ground: np.ndarray):
-    """(centroid x, y; colour) of what stands out from the ground, or None."""
+    """(centroid x, y; colour) of what stands out from the background, or None."""
     distance = np.linalg.norm(frame_HWC - ground, axis=-1)
-    peak = np.percentile(distance, 99.5)  # about 20 pixels of 64 x 64: the shape's inside
+    peak = np.percentile(distance, 99.5)  # about 20 pixels of 64 x 64: the shape's interior
     if peak < 30:
         return None
     cover = np.clip(distance / peak, 0, 1) * (distance > 0.3 * peak)
@@ -73,7 +73,7 @@ def rank(values: np.ndarray) -> np.ndarray:
 
 
 def find_direction(path_T2: np.ndarray, directions: dict[str, tuple[int, int]]):
-    """(name or None, fitted displacement) of a path: enough motion, along one axis, in the order of time."""
+    """(name or None, fitted displacement) of a path. A name needs enough motion, along one axis, in temporal order."""
     time = np.arange(len(path_T2))
     motion = np.polyfit(time, path_T2, 1)[0] * (len(path_T2) - 1)
     axis = int(abs(motion).argmax())

@@ -1,9 +1,9 @@
-"""Three steps of a small training, started by a launcher or alone: `two_processes.py OUT ACCUMULATION`."""
+"""Three training steps of a small model, run by a launcher or directly: `two_processes.py OUT ACCUMULATION`."""
 
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401  the pack, importable without a server
+import conftest  # noqa: F401  makes the pack importable without a server
 import torch
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.parallel import make_processes

@@ -1,4 +1,4 @@
-"""A small untrained video U-Net, and what the tests need around it."""
+"""A small untrained video U-Net, and helpers for the tests."""
 import torch
 from stillmotion.nodes.common.files import Checkpoint
 from stillmotion.nodes.video_unet import checkpoint as loader
@@ -20,7 +20,7 @@ def make_config(params=None, **changes) -> VideoUNetConfig:
 
 
 def random_network(params, seed=1):
-    """As at the start of training, but with all layers at work."""
+    """Initialized as for training, but with no layer at zero."""
     net = new_network(params, seed)
     generator = torch.Generator().manual_seed(seed)
     for value in net.parameters():
@@ -35,13 +35,13 @@ def as_checkpoint(net, config) -> Checkpoint:
 
 
 def make_model(config=None, network=None, **changes):
-    """A MODEL around a small network."""
+    """A MODEL wrapping a small network."""
     config = config or make_config(**changes)
     return loader.load(as_checkpoint(network or random_network(config.params), config), "fp32")
 
 
 class LoudnessUNet(VideoUNet):
-    """Conditions of another kind: loudness over time [B, S], read by an encoder of its own."""
+    """Another kind of condition: loudness over time [B, S], with its own encoder."""
 
     def __init__(self, params, operations, attention, dtype=None, device=None):
         super().__init__(params, operations, attention, dtype, device)

@@ -13,7 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -67,7 +67,7 @@ def open_folder(options, **settings):
 
 
 def check_folder(options):
-    logging.disable(logging.WARNING)  # the summary says it all
+    logging.disable(logging.WARNING)  # the summary is enough
     try:
         clips = open_folder(options)
         clips.skipped += clips.damaged()
@@ -89,7 +89,7 @@ def pack_folder(options):
 
 
 def load_vae(name):
-    """The VAE of the demo, of a DynamiCrafter checkpoint, or a VAE file as core's Load VAE takes it."""
+    """The demo's VAE, the VAE of a DynamiCrafter checkpoint, or a VAE file that core's Load VAE accepts."""
     import comfy.sd
     from stillmotion.nodes.common.files import read_checkpoint
     from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter

@@ -18,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -64,7 +64,7 @@ def parse(arguments):
 
 
 def check(options):
-    """What is wrong with the options, or None; found before anything is set up or started."""
+    """What is wrong with the options, or None. Checked before anything is set up or started."""
     if options.clip_value is not None and not 0.1 <= options.clip_value <= 100:
         return f"--clip_value is {options.clip_value}: choose 0.1 to 100 (3 suits image latents)"
     for name in ("image", "video"):
@@ -79,7 +79,7 @@ def check(options):
 
 
 def fill(pipe, options):
-    """The shipped graph for this model with what the options say."""
+    """The shipped graph for this model, with the options filled in."""
     config = None if pipe.checkpoint == "demo" else generate.read_config(pipe)
     job = video_unet_graph(pipe, options, config) if options.clipping or config else image_graph(pipe, options)
     preset = commands.PRESETS[options.preset]
@@ -111,7 +111,7 @@ def image_graph(pipe, options):
 
 
 def video_unet_graph(pipe, options, config):
-    """A video U-Net on the first frames of a clip. config: of its checkpoint, None for the one that the graph names."""
+    """A video U-Net on the first frames of a clip. config: its checkpoint's, None to use the graph's."""
     if options.image:
         raise host.HostError(f"{pipe.checkpoint} is a video U-Net: it predicts a clip, so give --video, not --image.")
     job = json.loads((host.WORKFLOWS / "api" / "clipping.json").read_text())

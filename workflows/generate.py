@@ -20,7 +20,7 @@ import sys
 import urllib.parse
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -36,7 +36,7 @@ from progress import Progress  # noqa: E402
 LOADER = "Stillmotion_LoadVideoUNet"
 CONDITIONS = "Stillmotion_VideoUNetConditions"
 HEADER = "stillmotion.video_unet"
-FORMATS = {"mp4": "", "gif": "-gif", "png frames": "-frames"}  # ending of the saving node's id
+FORMATS = {"mp4": "", "gif": "-gif", "png frames": "-frames"}  # suffix of the save node's id
 SHOWN = 8  # frames of a video on the preview sheet
 
 
@@ -69,14 +69,14 @@ def parse(arguments):
 
 
 def check(options):
-    """What is wrong with the options, or None; found before anything is set up or started."""
+    """What is wrong with the options, or None. Checked before anything is set up or started."""
     if any(not prompt.strip() for prompt in options.prompts):
         return "--prompts holds an empty prompt: say what to see, or leave --prompts out to be asked"
     return commands.check(options, ("steps", "num_frames", "fps", "width", "height"))
 
 
 def ask(stream):
-    """Prompts from a stream, one a line, until an empty line or its end."""
+    """Read prompts from a stream, one per line, until an empty line or EOF."""
     while True:
         if stream.isatty():
             print("prompt (an empty line ends): ", end="", flush=True)
@@ -87,16 +87,16 @@ def ask(stream):
 
 
 def file_stem(number, prompt):
-    """A file name for the prompt: its words, and its number so that no two are one."""
+    """A file name for the prompt: its words, plus its number to make it unique."""
     return f"{number:02}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:60]}".rstrip("_")
 
 
 def read_config(pipe):
-    """What `adapt` needs of the header of the chosen checkpoint; None for a file that is no video U-Net."""
+    """What `adapt` needs from the chosen checkpoint's header; None if the file is not a video U-Net."""
     query = urllib.parse.urlencode({"filename": pipe.checkpoint})
     try:
         found = pipe.client.json(f"/view_metadata/checkpoints?{query}") or {}
-    except client.BadStatus:  # not a .safetensors file, or one without a header of its own
+    except client.BadStatus:  # not a .safetensors file, or one without our header
         return None
     with pipe.client.understood("/view_metadata"):
         if HEADER not in found:
@@ -106,7 +106,7 @@ def read_config(pipe):
 
 
 def adapt(job, config, clip, vae):
-    """Wire the text encoder and the VAE that the model was trained with into a graph made for the demo's."""
+    """Replace the demo's text encoder and VAE in the graph with those the model was trained with."""
     loader, towers = graph.find_node(job, LOADER), graph.find_node(job, pipeline.LOADER)
 
     def rewire(old, new):
@@ -131,7 +131,7 @@ def adapt(job, config, clip, vae):
 
 
 def prepare(pipe, options):
-    """(graph, ids of its saving nodes by format) with everything but the prompt."""
+    """(graph, ids of its save nodes by format), with everything set except the prompt."""
     job = json.loads((host.WORKFLOWS / "api" / "video_unet_text_to_video.json").read_text())
     if pipe.checkpoint != "demo":
         config = read_config(pipe)
@@ -158,8 +158,8 @@ def prepare(pipe, options):
 
 
 def generate(pipe, options, prompts):
-    """Make and save the video of every prompt; one that fails does not stop the others. Returns (rows of the preview
-    sheet, how many failed, how many there were)."""
+    """Generate and save the video of every prompt; a failure does not stop the others. Returns (rows of the preview
+    sheet, number of failures, number of prompts)."""
     job, savers = prepare(pipe, options)
     text = job[graph.find_node(job, CONDITIONS)]["inputs"]["positive"][0]
     rows, failed, number = [], 0, 0
@@ -185,7 +185,7 @@ def save(pipe, options, stem, found):
     kinds = {".mp4": True, ".gif": options.save_gif, "": options.save_frames}
     name = client.FreeName(options.output / stem)
     while not options.overwrite and any(os.path.lexists(f"{name.path}{kind}") for kind, made in kinds.items() if made):
-        name.number += 1  # so that what belongs together has one name
+        name.number += 1  # files of one prompt share one name
     for kind in ("mp4", "gif"):
         if kind in found:
             path = commands.save(pipe, found[kind][0], Path(f"{name.path}.{kind}"), options.overwrite)
@@ -195,15 +195,15 @@ def save(pipe, options, stem, found):
         print(f"saved {save_frames(pipe, frames, name, options.overwrite).resolve()}", flush=True)
     if not options.visualize:
         return []
-    count = min(SHOWN, len(frames))  # evenly chosen, from the first to the last
+    count = min(SHOWN, len(frames))  # evenly spaced, from first to last
     return [pipe.client.view(frames[i * (len(frames) - 1) // max(1, count - 1)]).read() for i in range(count)]
 
 
 def save_frames(pipe, entries, name, overwrite):
-    """Save frames as numbered files in a new folder, whole or not at all; returns it. HostError."""
+    """Save frames atomically as numbered files in a new folder; returns the folder. Raises HostError."""
     with commands.saving(name.path, pipe), common("saving").new_file(name) as content:
         content.mkdir()
-        for i, entry in enumerate(entries, 1):  # the server's own names could lead anywhere
+        for i, entry in enumerate(entries, 1):  # names from the server could point anywhere
             with open(content / f"frame_{i:04}.png", "xb") as file:
                 pipe.client.fetch(entry, file)
         if overwrite:
@@ -212,7 +212,7 @@ def save_frames(pipe, entries, name, overwrite):
 
 
 def draw_sheet(rows, path, overwrite=False, edge=128, gap=4, line=20):
-    """One row a video: the prompt, and its frames below. Saved as Client.download saves; returns the path."""
+    """One row per video: the prompt, with its frames below. Saved like Client.download; returns the path."""
     from PIL import Image, ImageDraw, ImageFont
     sheet = Image.new("RGB", (SHOWN * (edge + gap) + gap, len(rows) * (edge + line + gap) + gap), (32, 32, 36))
     pen = ImageDraw.Draw(sheet)

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -27,8 +27,8 @@ import errors  # noqa: E402
 from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
-EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # the workflow has its prompt
-LONGEST_NAME = 60  # characters of an image's name in the video's; a file system allows 255 bytes
+EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
+LONGEST_NAME = 60  # characters of the image's name used in the video's; file systems allow 255 bytes
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
 
@@ -69,7 +69,7 @@ def parse(arguments):
 
 
 def check(options):
-    """What is wrong with the options, or None; found before anything is set up or started."""
+    """What is wrong with the options, or None. Checked before anything is set up or started."""
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
     if options.prompt_dir and not options.prompt_dir.is_dir():
@@ -82,7 +82,7 @@ def check(options):
 
 
 def jobs(options):
-    """[(image, prompt, path of the video without its extension)]; what a folder holds besides is named. HostError."""
+    """[(image, prompt, path of the video without extension)]; reports other files in a folder. Raises HostError."""
     if not options.prompt_dir:
         image = options.image or EXAMPLE
         folder = options.output or Path("results")
@@ -106,7 +106,7 @@ def short(image):
 
 
 def animate(pipe, options, todo):
-    """Make all videos; an image that fails does not stop the others. Returns how many failed."""
+    """Make all videos; a failed image does not stop the others. Returns the number of failures."""
     settings = dict(negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,
                     guidance_scale=options.guidance_scale, eta=options.eta, frames=options.frames, fps=options.fps,
                     frame_stride=options.frame_stride, width=options.width, height=options.height)

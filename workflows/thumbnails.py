@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -16,7 +16,7 @@ FRAME, GAP = 192, 4  # pixels
 
 
 def grid(frames):
-    """Four of the frames [T, H, W, 3], two in a row."""
+    """Four of the frames [T, H, W, 3] in a 2 x 2 grid."""
     from PIL import Image
     edge = 2 * FRAME + 3 * GAP
     picture = Image.new("RGB", (edge, edge), (32, 32, 36))

@@ -20,7 +20,7 @@ import signal
 import sys
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -30,7 +30,7 @@ import inprocess  # noqa: E402
 
 
 class Stop:
-    """Remembers that the run was asked to stop, so that it ends after a whole step."""
+    """Records a stop request, so that the run ends after a complete step."""
 
     def __init__(self):
         self.asked = False
@@ -44,7 +44,7 @@ class Stop:
 
 
 def show(progress, stop):
-    """One line that grows on a terminal; stops the run where it was asked to."""
+    """Update the progress line on a terminal; stops the run if requested."""
     if sys.stderr.isatty():
         print(f"\r{progress.text}   ", end="", file=sys.stderr, flush=True)
     if stop.asked:
@@ -52,7 +52,7 @@ def show(progress, stop):
 
 
 def train(settings):
-    """Train as the settings say; returns the result's path."""
+    """Train with these settings; returns the path of the result."""
     import torch
     from stillmotion.nodes.training import load as parts
     from stillmotion.nodes.training.families.inflate import inflate

@@ -11,7 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
-import runner  # noqa: F401  brings host, client, ... within reach
+import runner  # noqa: F401  makes host, client, ... importable
 
 import host
 
@@ -31,7 +31,7 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import sys
     sys.path.insert(0, str(host.PACK / "tests"))
-    import conftest  # noqa: F401  ComfyUI and the pack, importable without a server
+    import conftest  # noqa: F401  makes ComfyUI and the pack importable without a server
     import torch
     torch.set_num_threads(options.threads)
     from stillmotion.nodes.training.recipes import autoencoder, dynamicrafter_96, video_unet_96

@@ -1,4 +1,4 @@
-"""A ComfyUI server with the pack and a real browser page on it; skipped where there is no Chromium."""
+"""A ComfyUI server with the pack and a real browser page on it; skipped without Chromium."""
 import json
 import os
 import shutil
@@ -16,7 +16,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
            && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
 
-# without these the Templates dialog covers a first-time user's page
+# without these the Templates dialog covers the page for a first-time user
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9"}
 
 
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def server(browser):
-    """The server of all browser tests; asked for after the browser, so that a skip costs nothing."""
+    """The server for all browser tests; requested after the browser, so that a skip costs nothing."""
     if os.environ.get("STILLMOTION_SERVER"):
         pytest.skip("needs a server of its own")
     import folder_paths
@@ -46,7 +46,7 @@ def server(browser):
 
 
 class Page:
-    """What the tests do in ComfyUI's page."""
+    """ComfyUI's page, with the actions the tests need."""
 
     def __init__(self, page):
         self.page = page
@@ -54,11 +54,11 @@ class Page:
         page.set_default_timeout(60000)
 
     def load(self, workflow: dict):
-        """Put a UI workflow on the canvas as opening a template does."""
+        """Load a UI workflow onto the canvas, as opening a template does."""
         self.run_js("wf => app.loadGraphData(wf, true, true, 'test')", workflow)
 
     def drop(self, path: Path, mime: str):
-        """Drop a file on the canvas."""
+        """Drop a file onto the canvas."""
         data = self.run_js("() => app.graph.clear()") or list(path.read_bytes())
         transfer = self.page.evaluate_handle(
             """([bytes, name, type]) => { const d = new DataTransfer();
@@ -73,7 +73,7 @@ class Page:
         return self.run_js("() => [...document.querySelectorAll('[role=dialog]')].map(d => d.innerText)")
 
     def run(self) -> dict:
-        """Queue the graph and wait for its end; the outputs by node id. Raises where the server complains."""
+        """Queue the graph and wait for it to finish; returns the outputs by node id. Raises on a server error."""
         return self.run_js("""async () => {
             const ended = new Promise((good, bad) => {
               app.api.addEventListener('execution_success', good, {once: true});

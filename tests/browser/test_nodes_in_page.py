@@ -1,7 +1,7 @@
-"""How the page of newer releases shows the nodes: found by what they are for, rarely changed inputs folded away."""
+"""How the page of newer releases shows the nodes: searchable by purpose, advanced inputs collapsed."""
 import pytest
 
-FOUND = {  # what is typed -> a node that has to be listed
+FOUND = {  # search text -> a node that must be listed
     "image to video": "DynamiCrafter Image to Video",
     "i2v": "Causal Wan Image to Video",
     "animate": "DynamiCrafter Image to Video",

@@ -1,9 +1,9 @@
-"""Save Video in the page: the result is shown, and a saved file dropped on the canvas brings its graph back."""
+"""Save Video in the page: the result is shown, and dropping a saved file on the canvas restores its graph."""
 import pytest
 
 VIDEO_SHOWN = """name => [...document.querySelectorAll('video')].some(
     v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth == 64)"""
-# drawn on the canvas by the classic nodes, an element of the page with Nodes 2.0
+# drawn on the canvas by the classic nodes, a DOM element with Nodes 2.0
 PICTURE_SHOWN = """name => [...app.graph._nodes.flatMap(n => n.imgs ?? []), ...document.querySelectorAll('img')].some(
     i => i.src.includes(name) && i.complete && i.naturalWidth == 63)"""
 

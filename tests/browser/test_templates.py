@@ -1,4 +1,4 @@
-"""The workflow templates in the page: complete, equal to their API graphs, and they run with the demo model."""
+"""The workflow templates in the page: they are complete, match their API graphs, and run with the demo model."""
 import json
 from pathlib import Path
 
@@ -20,14 +20,14 @@ VIDEOS = [name for name in NAMES if any(node["class_type"] == SAVER for node in 
 
 @pytest.fixture(scope="module")
 def known(server):
-    """{class: names of its inputs} of the server."""
+    """{class: names of its inputs} on the server."""
     schemas = Client(server.url, server).json("/object_info")
     return {kind: {name for section in ("required", "optional") for name in schema["input"].get(section, {})}
             for kind, schema in schemas.items()}
 
 
 def inputs(graph, known):
-    """{node id: (class, inputs)} without what the page adds for itself (Preview Any's text, a player once it shows)."""
+    """{node id: (class, inputs)} without what the page adds (Preview Any's text, a video player once visible)."""
     return {i: (n["class_type"], {k: v for k, v in n["inputs"].items() if k in known[n["class_type"]]})
             for i, n in graph.items()}
 
@@ -54,12 +54,12 @@ def test_a_template_opens_whole_runs_and_shows_its_video(page, server, known, na
 
     saver, = [i for i, node in api.items() if node["class_type"] == SAVER]
     for node, given in ((i, found["inputs"]) for i, found in api.items() if "steps" in found["inputs"]):
-        given["steps"] = 2 if isinstance(given["steps"], int) else "1000, 500"  # 2 are fast to run
+        given["steps"] = 2 if isinstance(given["steps"], int) else "1000, 500"  # 2 steps are fast
         page.run_js("([id, steps]) => app.graph.getNodeById(id).widgets.find(w => w.name == 'steps').value = steps",
                     [int(node), given["steps"]])
     saved = page.run()[saver]["images"][0]
     page.page.wait_for_function("""name => [...document.querySelectorAll('video')].some(
         v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth == 64)""", arg=saved["filename"])
     page.drop(server.base / "output" / saved["subfolder"] / saved["filename"], "video/mp4")
-    page.page.wait_for_function("count => app.graph._nodes.length == count", arg=len(api) + 1)  # and the note
+    page.page.wait_for_function("count => app.graph._nodes.length == count", arg=len(api) + 1)  # plus the note
     assert inputs(page.run_js(TO_API), known) == inputs(api, known)

@@ -1,4 +1,4 @@
-"""One ComfyUI server for all tests over HTTP, with the pack in it."""
+"""One ComfyUI server with the pack, shared by all tests over HTTP."""
 
 import os
 
@@ -7,12 +7,12 @@ import host
 import launch
 import pytest
 
-FOREIGN = os.environ.get("STILLMOTION_SERVER")  # of tests/run.py --server
+FOREIGN = os.environ.get("STILLMOTION_SERVER")  # set by tests/run.py --server
 
 
 @pytest.fixture(scope="session")
 def server():
-    """A server of the tests' own, whose folders they may use."""
+    """A server started by the tests, whose folders they may use."""
     if FOREIGN:
         pytest.skip("needs a server of its own")
     with launch.Server(host.find_host()) as running:

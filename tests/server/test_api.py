@@ -58,7 +58,7 @@ def test_every_api_graph_runs_with_the_demo(client, path):
     for entry in videos:
         frames = frames_of(client, entry)
         assert len(frames) >= 15 and frames[0].shape == (64, 64, 3)
-        assert frames[0].std() > 5  # a picture, not a plain ground
+        assert frames[0].std() > 5  # a picture, not a uniform background
 
 
 def test_the_saved_video_carries_the_workflow(client):
@@ -91,7 +91,7 @@ def test_interrupt_stops_at_once_and_the_server_goes_on(client):
 
     with pytest.raises(JobError, match="interrupted"):
         client.run(job, progress=interrupt_after_three_steps)
-    # the step in flight, and what was on its way: newer releases tell of steps ten times a second only
+    # the step in flight, plus delayed messages: newer releases report steps at most ten times per second
     assert seen[-1] < seen[0] + 50
     sampler["steps"] = 1
     assert client.run(job)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 LOADER, I2V, TIMELINE, SAMPLER, TO_FILE = ("Stillmotion_" + name for name in (
     "LoadCausalWan", "CausalWanImageToVideo", "PromptTimeline", "BlockAutoregressiveSampler",
     "BlockAutoregressiveToFile"))
-FRAMES, BLOCK, STEPS = 32, 4, 4  # of the shipped graphs
+FRAMES, BLOCK, STEPS = 32, 4, 4  # as in the shipped graphs
 
 
 def shipped(name):
@@ -65,7 +65,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_other_settings_are_refused(s
     asked = []
 
     def interrupt_in_the_third_block(node, value, maximum):
-        if node == sampler and value > 2 * STEPS and not asked:  # newer releases leave out some steps
+        if node == sampler and value > 2 * STEPS and not asked:  # newer releases skip some steps
             asked.append(value)
             client.json("/interrupt", {})
 
@@ -136,7 +136,7 @@ def test_bad_input_is_refused_in_words(client, class_type, given, words):
     job = shipped("long_video")
     inputs(job, class_type).update(given)
     for name, value in given.items():
-        if value is None:  # an input left open
+        if value is None:  # an unset input
             del inputs(job, class_type)[name]
     with pytest.raises(JobError) as error:
         client.run(job)

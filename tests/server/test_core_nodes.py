@@ -1,4 +1,4 @@
-"""Core's nodes for U-Nets between our loaders and samplers in a real ComfyUI server, loaded as a user has them."""
+"""Core's U-Net nodes between our loaders and samplers in a real ComfyUI server, with the pack loaded as usual."""
 
 import json
 
@@ -22,13 +22,13 @@ NODES = {"FreeU": dict(b1=1.1, b2=1.2, s1=0.9, s2=0.2), "FreeU_V2": dict(b1=1.3,
          "RenormCFG": dict(cfg_trunc=100.0, renorm_cfg=1.0), "ContextWindowsManual": dict(
              context_length=8, context_overlap=4, context_schedule="standard_static", context_stride=1,
              closed_loop=False, fuse_method="pyramid", dim=2)}
-# The demos attend within the frame at half size alone, and the video U-Net has no level 2 or 4 times as wide.
+# The demos have spatial attention only at half size, and the video U-Net has no level with 2 or 4 times the width.
 REFUSED = {"animate": {"HyperTile", "TomePatchModel", "SelfAttentionGuidance"}}
 REFUSED["video_unet_text_to_video"] = REFUSED["animate"] | {"FreeU", "FreeU_V2"}
 
 
 def make_job(client, name, steps, frames, node=None, **inputs):
-    """A shipped graph of few steps, with a node of core on the model's way to the sampler."""
+    """A shipped graph with few steps and a core node between the model and the sampler."""
     job = json.loads((host.WORKFLOWS / "api" / f"{name}.json").read_text())
     for entry in job.values():
         if "frames" in entry["inputs"]:
@@ -59,7 +59,7 @@ def test_every_node_acts_or_says_why_not(client, name):
 
 
 def test_a_long_clip_in_windows_moves_without_a_jump(client):
-    """48 frames in windows of the 16 that the demo was trained with."""
+    """48 frames in windows of 16, the length the demo was trained with."""
     windows = NODES["ContextWindowsManual"] | {"context_length": 16, "context_overlap": 8}
     frames = lossless_frames(client, make_job(client, "animate", 8, 48, "ContextWindowsManual", **windows))
     path_T2 = track(frames.astype(float), data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS).path_T2

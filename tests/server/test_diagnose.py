@@ -1,4 +1,4 @@
-"""workflows/diagnose.py and workflows/generate.py on a server, as a user starts them."""
+"""workflows/diagnose.py and workflows/generate.py on a server, run as a user would."""
 import json
 import os
 import re
@@ -38,7 +38,7 @@ def test_a_quick_diagnosis_as_json(server, tmp_path):
 
 
 def test_clipping_saves_a_model_early_in_its_training(server, tmp_path):
-    """The shipped file, its measured figures: PSNR against the true clip, and values clipped at each step."""
+    """Measured figures of the shipped file: PSNR against the true clip, and values clipped at each step."""
     out, err, code = call("diagnose.py", "--server", server.url, "--clipping", cwd=tmp_path)
     without, with_clip = map(float, re.search(r"PSNR ([\d.]+) dB without, ([\d.]+) dB with clipping", out).groups())
     assert code == 0 and with_clip - without >= 3, out + err
@@ -57,7 +57,7 @@ def test_bad_options_of_diagnose(server, tmp_path, arguments, words):
 
 @pytest.fixture
 def early(server):
-    """Name of the shipped early checkpoint among the server's checkpoints."""
+    """The name of the shipped early checkpoint in the server's list."""
     folder = Path(server.base) / "models" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(EARLY, folder / EARLY.name)
@@ -84,7 +84,7 @@ def test_generate_saves_what_was_asked_for(server, early, tmp_path):
         assert len(list(container.decode(video=0))) == 16
     again = ["generate.py", "--server", server.url, "--checkpoint", early, "--steps", "1", "--prompts",
              "a red circle moves left", "--save_frames", "--output", tmp_path / "made"]
-    call(*again, cwd=tmp_path)  # another seed, another video: what was made stays, and the new files have one name
+    call(*again, cwd=tmp_path)  # another seed, another video: old files are kept, and the new ones share one name
     assert {path.name for path in (tmp_path / "made").iterdir()} == expected | {f"{names[0]}-2", f"{names[0]}-2.mp4"}
     call(*again, "--overwrite", cwd=tmp_path)
     assert len(list((tmp_path / "made").iterdir())) == len(expected) + 2

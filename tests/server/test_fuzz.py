@@ -1,4 +1,4 @@
-"""Random graphs: every refusal is a sentence, nothing is written outside the server's folders, the server lives on."""
+"""Random graphs: every error is a readable sentence, nothing is written outside the server's folders, no crash."""
 import json
 import os
 import sys
@@ -16,13 +16,13 @@ from graph_fuzz import Graphs, fault
 
 pytestmark = pytest.mark.skipif("STILLMOTION_SERVER" in os.environ, reason="needs a server of its own")
 SEED = 20261126
-PATIENCE = 30   # seconds for one graph, and for a cancel to be heard
-OWN = ("output", "input", "temp", "user", "models", "server.log")  # of a ComfyUI's base folder
+PATIENCE = 30   # seconds for one graph, and for a cancel to take effect
+OWN = ("output", "input", "temp", "user", "models", "server.log")  # in ComfyUI's base folder
 
 
 @pytest.fixture(scope="module")
 def fenced(tmp_path_factory):
-    """A server whose home, temporary files and surroundings lie in one folder; (that folder, server)."""
+    """(folder, server): a server whose home, temp files and surroundings are all in that folder."""
     outer = tmp_path_factory.mktemp("fence")
     for name in ("home", "tmp"):
         (outer / name).mkdir()
@@ -41,7 +41,7 @@ def fenced(tmp_path_factory):
 
 
 def files_outside(outer, server):
-    """Files around the server's own folders, in its code and in the pack, with size and time of change."""
+    """Files around the server's own folders, in its code and in the pack, with size and mtime."""
     found = {}
     for root in (outer, host.PACK, Path(os.environ["STILLMOTION_COMFYUI"])):
         for folder, folders, names in os.walk(root):
@@ -53,10 +53,10 @@ def files_outside(outer, server):
 
 
 def run(client, graph):
-    """The data of the error that ended the graph, or None."""
+    """The data of the error that stopped the graph, or None."""
     body = json.dumps({"prompt": graph, "client_id": client.id}).encode()
     request = urllib.request.Request(client.url + "/prompt", body, {"Content-Type": "application/json"})
-    try:  # the client would put the whole answer in words
+    try:  # the client would turn the whole response into a message
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             prompt = json.load(answer)["prompt_id"]
     except urllib.error.HTTPError as error:

@@ -1,4 +1,4 @@
-"""A server that is killed at any moment: nothing half-written under a final name, the rerun makes the same bytes."""
+"""A server killed at random times: no partial file under a final name, and a rerun produces the same bytes."""
 import copy
 import io
 import json
@@ -27,7 +27,7 @@ def shipped(name):
 
 
 def saving():
-    """Two savers of a clip that takes them a while; no model."""
+    """Two save nodes with a clip that takes a while to write; no model."""
     made = {"1": {"class_type": "LoadImage", "inputs": {"image": "stillmotion_start.png"}},
             "2": {"class_type": "ImageScale", "inputs": {"image": ["1", 0], "upscale_method": "bilinear", "width": 512,
                                                          "height": 512, "crop": "disabled"}},
@@ -67,7 +67,7 @@ JOBS = {"save": saving, "to file": to_file, "resume": resume, "training": traini
 
 
 class Killable:
-    """A server that can be killed and started again on its folders."""
+    """A server that can be killed and restarted on the same folders."""
 
     def __init__(self):
         found = host.Host(Path(sys.executable), Path(os.environ["STILLMOTION_COMFYUI"]))
@@ -75,7 +75,7 @@ class Killable:
         self.client = http.Client(self.server.url, self.server)
 
     def kill_in(self, job, seconds):
-        """Kill the server so long after this job was queued."""
+        """Kill the server `seconds` after queueing this job."""
         self.client.queue(job)
         time.sleep(seconds)
         self.server.process.kill()
@@ -85,7 +85,7 @@ class Killable:
         self.client = http.Client(self.server.url, self.server)
 
     def run(self, job):
-        """Bytes of what the job saved, by the order of its nodes."""
+        """The bytes of the job's saved files, in the order of its nodes."""
         outputs = self.client.run(job)
         if any(node["class_type"] == TRAIN for node in job.values()):
             with safetensors.safe_open(max(self.results(), key=lambda path: path.stat().st_mtime_ns), "np") as file:
@@ -97,7 +97,7 @@ class Killable:
         return list((self.server.base / "models").rglob("killed_*.safetensors"))
 
     def check_files(self):
-        """Every file with a final name can be read to its end."""
+        """Every file with a final name can be read to the end."""
         for path in [*(self.server.base / "output" / "kill").rglob("*"), *self.results()]:
             if path.is_dir() or any(part.startswith(".") for part in path.relative_to(self.server.base).parts):
                 continue
@@ -126,7 +126,7 @@ def killable():
 def test_a_killed_server_leaves_nothing_half_written_and_the_rerun_is_equal(killable, name, kills):
     job, random = JOBS[name](), Random(f"{name} {kills}")
     fresh = copy.deepcopy(job)
-    for node in fresh.values():  # the same numbers, without stored blocks
+    for node in fresh.values():  # the same values, without stored blocks
         if "resume_folder" in node["inputs"]:
             node["inputs"]["resume_folder"] = ""
     began = time.monotonic()
@@ -143,7 +143,7 @@ def test_a_killed_server_leaves_nothing_half_written_and_the_rerun_is_equal(kill
 
 
 def without_prompts(files):
-    """The tags of two jobs differ in the resume folder's name; frames and weights do not."""
+    """Reduce MP4s to frames: the tags of two jobs differ in the resume folder's name; frames and weights do not."""
     return [frames(data) if data[4:8] == b"ftyp" else data for data in files]
 
 

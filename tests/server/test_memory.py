@@ -1,4 +1,4 @@
-"""A server that works for hours: its memory stays flat and nothing temporary stays, whatever is interrupted."""
+"""A long-running server: memory stays flat and no temp files remain, whatever is interrupted."""
 import copy
 import json
 import os
@@ -18,7 +18,7 @@ GRAPHS = ("animate", "video_unet_text_to_video", "causal_text_to_video", "causal
 
 
 def resident(process):
-    """Bytes of the process in memory."""
+    """Resident memory of the process in bytes."""
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -45,7 +45,7 @@ def test_memory_stays_flat_over_a_hundred_prompts_with_interrupts():
     with launch.Server(found, "cpu", threads=1) as server:
         client = http.Client(server.url, server)
         for number in range(PROMPTS):
-            # the first ones are whole: all models and code paths have been used before memory is looked at
+            # the first ones run to the end: all models and code paths are used before memory is measured
             name = GRAPHS[number % len(GRAPHS)] if number < WARM else random.choice(GRAPHS)
             prompt = client.queue(copy.deepcopy(shortened(name, random)))
             if number >= WARM and random.random() < 0.4:

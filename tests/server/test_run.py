@@ -1,4 +1,4 @@
-"""workflows/run.py and the Python call, as a user starts them."""
+"""workflows/run.py and the Python API, run as a user would."""
 
 import json
 import os
@@ -28,7 +28,7 @@ EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
 def start(*arguments, cwd, **environment):
     environment = dict(os.environ, PYTHONUNBUFFERED="1", **environment)
-    # a suite started in the background ignores Ctrl+C, and so would what it starts
+    # a test run started in the background ignores Ctrl+C, and its child processes inherit that
     listen = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), *map(str, arguments)], cwd=cwd,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -41,7 +41,7 @@ def run(*arguments, cwd, **environment):
 
 
 def until(process, words):
-    """Read the output up to the first line with these words."""
+    """Read the output up to the first line that contains `words`."""
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -83,7 +83,7 @@ def test_a_folder_of_prompts_in_batches_on_a_running_server(server, tmp_path):
     assert [path.name for path in made] == ["one_0.mp4", "one_1.mp4", "two_0.mp4", "two_1.mp4"]
     clips = [frames_and_tags(path)[0] for path in made]
     assert [len(clip) for clip in clips] == [8] * 4
-    # noise of their own, and more than what x264 changes from one time to the next
+    # different noise; the difference is larger than x264's variation between runs
     assert abs(clips[0][4].astype(int) - clips[1][4]).mean() > 0.7
 
 
@@ -113,7 +113,7 @@ def test_a_finished_video_is_kept_when_it_cannot_be_saved(tmp_path):
 
 def test_another_prompt_does_not_replace_the_first_video(server, tmp_path):
     arguments = ["--server", server.url, "--steps", "1", "--frames", "2", "--image", EXAMPLE, "--prompt"]
-    for prompt in ("a red circle moves up", "\u732b"):  # the second one is not in the console's code page
+    for prompt in ("a red circle moves up", "\u732b"):  # the second one is outside the console's code page
         text, code = run(*arguments, prompt, cwd=tmp_path, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
         assert code == 0, text
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
@@ -163,7 +163,7 @@ def test_no_server_is_left_by_a_runner_that_ends_early(tmp_path, number):
 def test_ctrl_c_ends_the_job_and_the_server(tmp_path):
     process = start("--steps", "1000", cwd=tmp_path)
     url = until(process, "ready").split()[-1]
-    until(process, "/1000")  # newer releases leave out some steps
+    until(process, "/1000")  # newer releases skip some steps
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=30)[0]
     assert process.returncode == 130 and "the job was cancelled" in text and "Traceback" not in text
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_job_and_the_server(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_cancels_the_job_on_somebody_elses_server(server, client, tmp_path):
     process = start("--server", server.url, "--steps", "1000", cwd=tmp_path)
-    until(process, "/1000")  # newer releases leave out some steps
+    until(process, "/1000")  # newer releases skip some steps
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     deadline = time.monotonic() + 20

@@ -1,4 +1,4 @@
-"""Causal Wan as a MODEL of ComfyUI: weight types, the host's layers and attention, conditioning."""
+"""Causal Wan as a ComfyUI MODEL: weight dtypes, ComfyUI's layers and attention, conditioning."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def test_eight_bits_for_matrices_only(kind):
 
 
 def test_the_network_answers_as_the_plain_one():
-    """Through the host's attention and layers, for core's samplers: x0 = x - sigma * flow, all frames seen."""
+    """With ComfyUI's attention and layers, for core's samplers: x0 = x - sigma * flow, with full attention."""
     for kind, params in SIZES.items():
         plain = CausalWan(params, torch.nn, torch_attention)
         plain.load_state_dict(tensors(kind))
@@ -64,7 +64,7 @@ def conditioning(**changes):
 
 
 def test_the_image_condition():
-    """Four channels that are 1 where a frame is given, then the latent as the network knows it."""
+    """Four channels that are 1 where a frame is given, then the latent in the network's scale."""
     model = load(tensors("i2v")).model
     found = model.extra_conds(**conditioning())
     y = found["c_concat"].cond

@@ -1,4 +1,4 @@
-"""The block loop of the causal Wan family: frame arithmetic, plans, and runs against a slow evaluation."""
+"""The block loop of the causal Wan family: frame arithmetic, plans, and runs compared with a slow reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The ring cache against the rolling cache of the official code, written out with copies."""
+"""The ring cache compared with the official code's rolling cache, reimplemented with copies."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TOKENS = 2
 
 
 class RollingCache:
-    """Self-Forcing's and LongLive's bookkeeping: slots of single frames, moved by copying."""
+    """Self-Forcing's and LongLive's bookkeeping: one slot per frame, shifted by copying."""
 
     def __init__(self, capacity, sink, windowed):
         self.keys = torch.zeros(capacity)
@@ -120,7 +120,7 @@ def test_more_frames_than_fit_are_refused():
 
 @pytest.mark.parametrize("capacity, sink", [(7, 3), (5, 1), (6, 2)])
 def test_a_relative_sink_scores_as_a_window_turned_from_zero(capacity, sink):
-    """Against un-rotated keys of the whole window, turned at 0 .. L - 1 for every evaluation (LongLive infinity)."""
+    """Compare with un-rotated keys of the whole window, rotated at 0 .. L - 1 in every pass (LongLive infinity)."""
     block, heads, rows, columns, head_dim = 2, 2, 1, 2, 12
     width = heads * head_dim
     layout = CacheLayout(layers=1, width=width, heads=heads, capacity=capacity, sink=sink, frame_tokens=rows * columns,
@@ -156,7 +156,7 @@ def test_a_relative_sink_scores_as_a_window_turned_from_zero(capacity, sink):
 
 def test_size_is_known_before_anything_is_allocated():
     layout = CacheLayout(layers=30, width=1536, heads=12, capacity=12, sink=3, frame_tokens=1560, relative_sink=False)
-    assert layout.nbytes(1, 2) == 12 * 287_539_200  # 0.288 GB a latent frame of the 1.3B model at 832 x 480
+    assert layout.nbytes(1, 2) == 12 * 287_539_200  # 0.288 GB per latent frame of the 1.3B model at 832 x 480
     small = CacheLayout(layers=2, width=8, heads=2, capacity=5, sink=2, frame_tokens=3, relative_sink=True)
     cache = KVCache(small, 3, torch.bfloat16, "cpu")
     assert sum(tensor.nbytes for tensor in cache.tensors()) == small.nbytes(3, 2)

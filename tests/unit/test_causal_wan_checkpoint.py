@@ -18,7 +18,7 @@ MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "cases" / "m
 
 
 def wrapped(found):
-    """As a network that was compiled, sharded block by block, with activation checkpoints, saves itself."""
+    """Keys as saved from a network that is compiled, sharded per block and uses activation checkpointing."""
     return {"model._fsdp_wrapped_module._orig_mod." + key.replace(
         "blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): value
         for key, value in found.items()}
@@ -53,7 +53,7 @@ def test_prefixes(kind, rename):
     assert same(load(rename(tensors(kind)), weight_dtype="fp32"), tensors(kind))
 
 
-ORIGINALS = {  # top level of the file -> which set each choice takes
+ORIGINALS = {  # top level of the file -> the set that each choice selects
     "self-forcing": (lambda raw, ema: {"generator": prefixed("model.", raw), "generator_ema": prefixed("model.", ema),
                                        "critic": prefixed("model.", raw)}, "ema", ("raw", "ema")),
     "causal-forcing": (lambda raw, ema: {"generator": prefixed("model.", raw), "generator_ema": wrapped(ema)},
@@ -74,7 +74,7 @@ def test_original_files(tmp_path, name):
     torch.save(layout(sets["raw"], sets["ema"]), tmp_path / "causal.pt")
     for choice in ("auto", "raw", "ema"):
         found = read_checkpoint(tmp_path / "causal.pt")
-        checkpoint = Checkpoint(found.path, found.tensors, HEADER)  # so small a model needs its heads named
+        checkpoint = Checkpoint(found.path, found.tensors, HEADER)  # the header sets the number of heads
         if choice != "auto" and choice not in held:
             with pytest.raises(ValueError, match=f"holds no {choice} weights, only {held[0]}. Choose {held[0]}"):
                 loader.load(checkpoint, choice)
@@ -175,7 +175,7 @@ def test_weights_that_are_no_floating_point_numbers(dtype, word):
 
 
 def shaped(in_dim, out_dim, dim=48, image=False):
-    """Keys of a Wan with other channels (weights on the meta device)."""
+    """Keys of a Wan with other channel counts (weights on the meta device)."""
     params = WanParams(**NETWORK | {"in_dim": in_dim, "out_dim": out_dim, "dim": dim, "i2v": image,
                                     "clip_dim": 20 if image else 0})
     return CausalWan(params, torch.nn, torch_attention, device="meta").state_dict()
@@ -260,7 +260,7 @@ def test_bidirectional_weights_are_warned_of(path, config, prefix, warned, caplo
     assert ("does not say that it is causal" in caplog.text) == warned
 
 
-# Full size, from the lists of keys and shapes of the published models.
+# Full size, from the key and shape lists of the published models.
 
 @pytest.mark.parametrize("name, dim, heads, layers, i2v", [
     ("wan21_t2v_1_3b", 1536, 12, 30, False), ("wan21_i2v_1_3b", 1536, 12, 30, True),

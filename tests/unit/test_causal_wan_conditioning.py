@@ -43,7 +43,7 @@ def random_weights(shapes):
 
 @pytest.fixture(scope="module")
 def wan_vae():
-    """Core's VAE of Wan 2.1 at the smallest width that its file format knows."""
+    """Core's Wan 2.1 VAE at the smallest width that its file format supports."""
     with torch.device("meta"):
         network = comfy.ldm.wan.vae.WanVAE(
             dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
@@ -53,7 +53,7 @@ def wan_vae():
 
 @pytest.fixture(scope="module")
 def frame_vae():
-    """The pack's VAE: one latent frame of each video frame."""
+    """The pack's VAE: one latent frame per video frame."""
     return VideoVAE(random_weights(vae_shapes(SMALL, 4)), SMALL, 4)
 
 
@@ -82,7 +82,7 @@ def test_a_prefix_frame(wan_vae):
 def test_a_still_chunk_is_the_image_for_one_block_and_stands_before_the_video(wan_vae):
     _, latent = make(wan_vae, pictures(1), 13, 3)
     assert latent[START_KEY] == StartFrames(CHUNK, 3, 3, True)
-    assert latent["samples"].shape[2] == 3 + 3  # 4 latent frames asked for: the image's and one block
+    assert latent["samples"].shape[2] == 3 + 3  # 4 latent frames requested: the image's and one block
     close(latent["samples"][:, :, :3], wan_vae.encode(pictures(1).expand(9, -1, -1, -1)))
 
 
@@ -162,7 +162,7 @@ def test_a_short_last_block_may_be_allowed():
 
 
 class NoVAE:
-    """Fails where anything is encoded before the checks."""
+    """Fails if anything is encoded before the checks."""
 
     latent_channels = 16
 

@@ -1,4 +1,4 @@
-"""Core's nodes on a causal Wan MODEL: those that change guidance act block by block, those that cannot are refused."""
+"""Core's nodes on a causal Wan MODEL: guidance nodes act on each block, unsupported ones are rejected."""
 
 from inspect import signature
 
@@ -16,7 +16,7 @@ def as_in_the_host():
 
 
 def call(node, **values):
-    """A node of core with those of the values that this release takes."""
+    """Call a core node with those of the values that this release accepts."""
     return node(**{name: value for name, value in values.items() if name in signature(node).parameters})
 
 

@@ -1,4 +1,4 @@
-"""Blocks decoded as they are finished against whole videos decoded at once; the MP4 that grows block by block."""
+"""Blocks decoded as they finish compared with videos decoded at once; the MP4 that is written block by block."""
 
 import gc
 import io
@@ -48,7 +48,7 @@ def as_in_the_host():
 @cache
 @torch.inference_mode(False)
 def wan_vae():
-    """Core's Wan 2.1 VAE, 4 wide."""
+    """Core's Wan 2.1 VAE with width 4."""
     with torch.device("meta"):
         network = comfy.ldm.wan.vae.WanVAE(dim=4, z_dim=16, temperal_downsample=[False, True, True])
     return comfy.sd.VAE(sd=random_weights(network), dtype=torch.float32)
@@ -65,7 +65,7 @@ def tiny_vae(channels=16, weights=torch.float32):
 
 
 def random_weights(network):
-    """Weights for the shapes of a network that keep the signal's size."""
+    """Random weights for a network's shapes that preserve the signal's scale."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for key, value in network.state_dict().items():
@@ -114,7 +114,7 @@ def test_without_the_carried_state_the_frames_would_differ(name):
 
 @pytest.mark.parametrize("channels, weights", [(16, torch.float16), (48, torch.float32)])
 def test_tiny_vaes_scale_and_shuffle_as_core_does(channels, weights):
-    """Core takes 16 channels in half precision for HunyuanVideo's tiny VAE, whose latents are scaled."""
+    """Core treats 16 channels in half precision as HunyuanVideo's tiny VAE, whose latents are scaled."""
     vae = tiny_vae(channels, weights)
     comfy.model_management.load_models_gpu([vae.patcher])
     latent_CTHW = draw(1, channels, 3, 6, 8)
@@ -149,7 +149,7 @@ def test_the_moving_picture_is_one_that_browsers_play():
     frames = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 30, 60, 3)
     buffer = io.BytesIO(b"HEAD")
     buffer.seek(4)
-    MovingPicture(frames, 40).save(buffer, format="PNG", quality=95, compress_level=1)  # as the host calls it
+    MovingPicture(frames, 40).save(buffer, format="PNG", quality=95, compress_level=1)  # as ComfyUI calls it
     found = Image.open(io.BytesIO(buffer.getvalue()[4:]))
     assert found.n_frames == 5 and found.size == (40, 20)
     for index in range(5):
@@ -176,7 +176,7 @@ def test_the_node_shows_every_finished_block(name, monkeypatch):
     found = run_node(name, batch=2, vae=VAES[name]())
     assert torch.equal(found, plain)
     steps = [(value, total) for value, total, _ in told]
-    assert steps == sorted(steps) and steps[0] == (1, 6)  # newer releases pass over some steps that follow closely
+    assert steps == sorted(steps) and steps[0] == (1, 6)  # newer releases skip some steps in quick succession
     pictures = [preview for _, _, preview in told if preview is not None]
     assert [step for step, (_, _, preview) in zip(steps, told) if preview is not None] == [(2, 6), (4, 6), (6, 6)]
     whole = VAES[name]().decode(found[:1])[0].clamp(0, 1)
@@ -214,7 +214,7 @@ def test_the_vae_is_loaded_once_with_the_model_and_counted(monkeypatch):
 
 @pytest.fixture
 def to_file(tmp_path, monkeypatch):
-    """Runs the file node as ComfyUI does; returns the saved frames [N, H, W, 3] and the path."""
+    """Run the file node as ComfyUI does; returns the saved frames [N, H, W, 3] and the path."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def run(name="wan", frames=6, batch=1, model=None, **changes):

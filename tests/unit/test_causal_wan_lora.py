@@ -102,7 +102,7 @@ def test_lora_that_does_not_fit(caplog):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Model folders of their own."""
+    """Separate model folders."""
     for folder in ("diffusion_models", "checkpoints", "loras"):
         (tmp_path / folder).mkdir()
         monkeypatch.setitem(folder_paths.folder_names_and_paths, folder,

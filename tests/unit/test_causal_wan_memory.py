@@ -1,4 +1,4 @@
-"""Memory of the block-autoregressive sampler over a long video, measured in the run."""
+"""Memory of the block-autoregressive sampler over a long video, measured during the run."""
 
 import gc
 from itertools import pairwise
@@ -14,7 +14,7 @@ BLOCK_BYTES = BLOCK * CHANNELS * SIDE * SIDE * 4
 
 
 def in_use():
-    """(bytes of all tensors alive, number of Python objects)"""
+    """(bytes of all live tensors, number of Python objects)"""
     gc.collect()
     found = gc.get_objects()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found
@@ -25,8 +25,7 @@ def in_use():
 
 @pytest.mark.parametrize("streamed, switches", [(True, False), (True, True), (False, False)])
 def test_memory_stays_the_same_over_200_blocks(streamed, switches):
-    """Streamed: not a byte more at the end than soon after the window is full. Otherwise the video is kept, and no
-    more than that."""
+    """Streamed: not a byte more at the end than shortly after the window is full. Otherwise only the video is added."""
     settings = BlockSettings(steps="1000", first_steps="", shift=5.0, warp=True, block=BLOCK, independent_first=False,
                              short_last=False, window=4, sink=1, endless=True, context_noise=0.0,
                              cfg=1.0, global_sink=True)
@@ -51,5 +50,5 @@ def test_memory_stays_the_same_over_200_blocks(streamed, switches):
     kept = 0 if streamed else 159 * BLOCK_BYTES
     assert late - early <= kept
     objects = [count for _, count in measured.values()]
-    # five a block; what something else in this process makes at some time stands in one half alone
+    # five per block; unrelated one-time allocations in this process show up in only one half
     assert min(after - before for before, after in pairwise(objects)) < 400

@@ -1,4 +1,4 @@
-"""The causal Wan network alone: cached against uncached, per-frame timesteps, patches and refusals."""
+"""The causal Wan network alone: cached vs. uncached, per-frame timesteps, patches and rejected inputs."""
 
 import math
 
@@ -21,7 +21,7 @@ def random_inputs(frames, batch=1, channels=CHANNELS):
                                                   ((2, 2, 2, 2), 4, 1), ((3, 1, 2, 3), 5, 2)])
 @torch.inference_mode()
 def test_cached_attention_equals_full_causal_attention(i2v, blocks, window, sink):
-    """Block after block from the cache, against one evaluation of all frames under the causal mask."""
+    """One block at a time with the cache, compared with one forward pass over all frames with the causal mask."""
     network, plan = make_network(i2v), make_plan(blocks, window=window, sink=sink)
     x, t, text, image = random_inputs(plan.frames, 2, network.params.in_dim)
     keys = network.project_context(text, image if i2v else None)
@@ -40,7 +40,7 @@ def test_cached_attention_equals_full_causal_attention(i2v, blocks, window, sink
 
 @torch.inference_mode()
 def test_an_endless_video_never_looks_further_than_the_window():
-    """With one layer a key depends on its own frame alone, so sink and window can be evaluated anew, side by side."""
+    """With one layer a key depends only on its own frame, so sink and window can be recomputed side by side."""
     network, window, sink = make_network(layers=1), 5, 2
     plan = make_plan((2,) * 20, window=window, sink=sink, endless=True)
     x, t, text, _ = random_inputs(plan.frames)
@@ -50,7 +50,7 @@ def test_an_endless_video_never_looks_further_than_the_window():
         end = start + 2
         seen = [*range(min(sink, end)), *range(max(sink, end - (window - sink)), end)]
         virtual = range(len(seen))
-        for _ in range(2):  # a second evaluation of the same block
+        for _ in range(2):  # a second pass over the same block
             flow = network(x[:, :, start:end], t[:, start:end], keys, range(start, end), cache)
             expected = network(x[:, :, seen], t[:, seen], keys, virtual)[:, :, -2:]
             assert ((flow - expected).norm() / expected.norm()).item() < 1e-5
@@ -61,7 +61,7 @@ def test_every_frame_has_a_timestep_of_its_own():
     network = make_network()
     x, t, text, _ = random_inputs(3)
     keys = network.project_context(text)
-    alone = torch.eye(3, dtype=torch.bool)  # no frame sees another
+    alone = torch.eye(3, dtype=torch.bool)  # no frame attends to another
     before = network(x, t, keys, range(3), mask_FF=alone)
     t[:, 1] += 100
     after = network(x, t, keys, range(3), mask_FF=alone)
@@ -71,7 +71,7 @@ def test_every_frame_has_a_timestep_of_its_own():
 
 @torch.inference_mode()
 def test_only_the_distance_between_frames_counts():
-    """Rotary positions far beyond any table: the same flow at frame 0 and at frame 100000."""
+    """Rotary positions far beyond any table: same flow at frame 0 and at frame 100000."""
     network = make_network()
     x, t, text, _ = random_inputs(3)
     keys = network.project_context(text)
@@ -85,9 +85,9 @@ def test_rotation_turns_by_frame_row_and_column():
     rotation = make_rotation([7], 2, 3, 12)
     angle = torch.atan2(rotation.sin_LP, rotation.cos_LP)
     expected = [[0.7168147, 0.07, row, row / 100, column, column / 100] for row in range(2) for column in range(3)]
-    assert torch.allclose(angle, torch.tensor(expected), atol=1e-6)  # 7 rad less one turn, and 7 / 100
+    assert torch.allclose(angle, torch.tensor(expected), atol=1e-6)  # 7 rad minus one turn, and 7 / 100
     ones = rotate(torch.ones(1, 6, 24), rotation, heads=2)
-    cos, sin = math.cos(1), math.sin(1)  # pair 4, 5 turns with the row, here row 1 by one rad
+    cos, sin = math.cos(1), math.sin(1)  # pair 4, 5 rotates with the row, here row 1 by one rad
     assert ones[0, 5, 4:6].tolist() == pytest.approx([cos - sin, sin + cos], abs=1e-6)
     assert torch.equal(ones[..., :12], ones[..., 12:])
 

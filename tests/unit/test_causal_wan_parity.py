@@ -1,4 +1,4 @@
-"""Recorded runs of the official Self-Forcing and LongLive loop against the pack."""
+"""The pack compared with recorded runs of the official Self-Forcing and LongLive loops."""
 
 import json
 import lzma
@@ -14,7 +14,7 @@ CASES = parity.TESTS / "cases"
 
 @pytest.fixture
 def case_folder(tmp_path):
-    """Unpack a case, with some of its settings changed."""
+    """Unpack a case and change some of its settings."""
     def unpack(name, **changes):
         folder = tmp_path / name
         shutil.copytree(CASES / name, folder)
@@ -38,7 +38,7 @@ def test_recorded_run(case_folder, name):
     {"local": -1}, {"local": 9}, {"sink": 0}, {"sink": 2}, {"global_sink": False}, {"switch": [6]}, {"ctx": 100},
     {"shift": 8.0}], ids=str)
 def test_other_settings_are_noticed(case_folder, changes):
-    """The recorded run tells the loop's settings apart, so that meeting it means something."""
+    """The recorded run is sensitive to the loop's settings, so that matching it is meaningful."""
     errors = parity.run_case(case_folder("w_switch", **changes))
     assert errors["latents"] > parity.RUN
 
@@ -49,8 +49,8 @@ def test_other_settings_are_noticed(case_folder, changes):
     ({"init": 4, "frames": 10}, {"blocks": (1, 3, 3, 3)}),
     ({"init": 3}, {"blocks": (3, 3, 3)}),
     ({"init": 1, "block": 1, "frames": 3}, {"blocks": (1, 1, 1)}),
-    ({"switch": [2, 3]}, {"switches": (3, 6)}),           # a prompt a block, as the official loop has it
-    ({"switch": [4, 8]}, {"switches": (6,)}),             # no block begins at 8 or later
+    ({"switch": [2, 3]}, {"switches": (3, 6)}),           # one prompt per block, like the official loop
+    ({"switch": [4, 8]}, {"switches": (6,)}),             # no block starts at 8 or later
     ({"local": 6, "sink": 3, "global_sink": False}, {"window": 6, "sink": 3, "global_sink": False}),
 ], ids=str)
 def test_settings_of_a_case(changes, expected):
@@ -62,7 +62,7 @@ def test_settings_of_a_case(changes, expected):
 
 
 def test_several_given_blocks(case_folder):
-    """Two blocks of a recorded run given instead of made: the third is the same."""
+    """With two blocks of a recorded run given instead of generated, the third is the same."""
     folder = case_folder("w_t2v_seed", init=5)
     path = folder / "expected.safetensors"
     recorded = load_file(path)

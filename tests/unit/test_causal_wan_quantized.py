@@ -1,4 +1,4 @@
-"""Causal Wan in 8 and 4 bits with scale factors: every layout of them gives what the numbers in it mean."""
+"""Causal Wan in 8 and 4 bits with scale factors: every layout is dequantized to the right values."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_what_core_saves_loads_again(tmp_path):
     assert "model.diffusion_model.head.modulation" in saved
     if saved["model.diffusion_model.blocks.0.ffn.0.weight"].dtype == EIGHT:
         close(load(saved), meant)
-    else:  # until 0.9 core saves such layers in full size, and yet marks them
+    else:  # before 0.9 core saves such layers in full precision but still marks them as quantized
         with pytest.raises(ValueError, match="is marked as float8_e4m3fn, but its weight is"):
             load(saved)
 

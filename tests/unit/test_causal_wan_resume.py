@@ -1,4 +1,4 @@
-"""Runs that were interrupted and go on from the blocks on disk, against runs without a break."""
+"""Interrupted runs resumed from the blocks on disk, compared with uninterrupted runs."""
 
 from threading import Thread
 
@@ -22,7 +22,7 @@ def as_in_the_host():
 
 
 def resume(path, callback=None, **arguments):
-    """One queueing of a run that keeps its blocks in `path`."""
+    """Queue a run once that stores its blocks in `path`."""
     run = make_run(**arguments)
     return run.sample(callback, BlockFolder(path, run.fingerprint()))["samples"]
 
@@ -171,7 +171,7 @@ def test_the_text_and_the_image_count(tmp_path):
 def test_lora_strength_function_state_and_use_of_the_model_count_rightly():
     model = lora(0.5)
     before = model_digests(model)
-    sample(model=model)  # its patches now lie in the weights
+    sample(model=model)  # its patches are now merged into the weights
     assert model_digests(model) == before == model_digests(lora(0.5))
     assert model_digests(lora(0.6))["model"] == before["model"]
     assert model_digests(lora(0.6))["model patches"] != before["model patches"]

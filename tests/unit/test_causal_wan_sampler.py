@@ -1,4 +1,4 @@
-"""The block-autoregressive sampler inside ComfyUI's machinery against the block loop run by hand."""
+"""The block-autoregressive sampler inside ComfyUI's sampling code compared with the block loop run directly."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def as_in_the_host():
 
 
 def by_hand(kind, frames, batch, start, switches, seed=3, **changes):
-    """The loop over the plain network, with the same weights, noise and conditions."""
+    """The loop over the bare network, with the same weights, noise and conditions."""
     params, host = SIZES[kind], load(strong_tensors(kind)).model
     network = CausalWan(params, torch.nn, torch_attention)
     network.load_state_dict(strong_tensors(kind))
@@ -98,7 +98,7 @@ def test_a_run_equals_the_loop_by_hand(kind, frames, batch, start, switches, cha
 
 
 def test_every_setting_shows_in_the_result():
-    """So that the runs above would differ, were one forgotten."""
+    """Otherwise the runs above could not detect an ignored setting."""
     frames, switches = 8, (6,)
     base = {"window": 4, "sink": 1, "cfg": 2.0}
     plain = sample(frames=frames, switches=switches, **base)
@@ -154,7 +154,7 @@ def test_interrupt_stops_before_the_next_evaluation(at):
     model.add_wrapper(WrappersMP.DIFFUSION_MODEL, count)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(frames=6, model=model, callback=stop)
-    assert len(calls) == at + 1 + at // 2  # the steps so far and the passes over finished blocks
+    assert len(calls) == at + 1 + at // 2  # the steps so far plus the passes over finished blocks
 
 
 def test_lora_through_cores_patches_equals_merged_weights():

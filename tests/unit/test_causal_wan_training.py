@@ -1,4 +1,4 @@
-"""The recipe of the small causal Wan: one teacher-forced pass is the sampler's evaluations, and the file loads."""
+"""The small causal Wan's recipe: one teacher-forced pass equals the sampler's forward passes, and the file loads."""
 
 import json
 from random import Random
@@ -19,7 +19,7 @@ from stillmotion.nodes.training.recipes import causal_wan as recipe
 
 @pytest.fixture(scope="module")
 def net():
-    """With gates as wide open as training makes them: an untrained network hardly looks at other frames."""
+    """With gates as large as after training: an untrained network hardly attends to other frames."""
     made = recipe.demo_network()
     torch.nn.init.normal_(made.head.head.weight, std=0.05)
     for block in made.blocks:
@@ -85,7 +85,7 @@ def test_one_pass_equals_the_blocks_one_after_the_other_with_a_cache(net, turn):
         start += count
     found = torch.cat(errors, dim=2).mean().item()
     assert loss(context) == pytest.approx(found, abs=1e-5)
-    assert loss(z) != pytest.approx(found, abs=1e-4)  # another context tells
+    assert loss(z) != pytest.approx(found, abs=1e-4)  # another context makes a difference
 
 
 def test_gradients_reach_every_parameter(net):
@@ -138,7 +138,7 @@ def test_excerpts_are_windows_of_the_sampler():
         assert excerpt.frames[-1] == excerpt.end - 1 < recipe.FRAMES
         learned = excerpt.frames[sum(excerpt.blocks[:excerpt.first]):]
         assert learned and (excerpt.first == 0 or learned[0] >= turn)
-        if turn:  # all before the turn is one block, and what is learned follows it without a gap
+        if turn:  # everything before the turn is one block, and the trained frames follow it without a gap
             assert learned[0] == turn and excerpt.first == 1
 
 

@@ -42,7 +42,7 @@ def test_every_weight_arrives():
 
 
 def test_nothing_is_copied():
-    """Weights of the wanted type are taken as they are, so that a mapped file is not held twice."""
+    """Weights that already have the right dtype are not copied, so that a memory-mapped file is not held twice."""
     found = tensors()
     key = "model.diffusion_model.input_blocks.0.0.weight"
     address = found[key].data_ptr()
@@ -58,7 +58,7 @@ def test_weight_types(name, dtype, stored):
 
 
 def run(loaded):
-    """The loaded MODEL's answer to a fixed input."""
+    """The loaded MODEL's output for a fixed input."""
     model = loaded.model.model
     generator = torch.Generator().manual_seed(9)
 
@@ -81,7 +81,7 @@ def test_eight_bits():
 
 @pytest.mark.parametrize("variant", ["256", "512", "512_interp", "1024"])
 def test_a_file_of_every_layout(tmp_path, variant):
-    """The same weights as pickle, safetensors and DeepSpeed file, with YAML or header, give the same MODEL."""
+    """The same weights as a pickle, safetensors or DeepSpeed file, with YAML or header, give the same MODEL."""
     found = tensors(variant)
     if variant == "256":
         found = {key.replace("fps_embedding", "framestride_embed"): value for key, value in found.items()}
@@ -102,7 +102,7 @@ def test_a_file_of_every_layout(tmp_path, variant):
         if expected is None:
             expected, weights = run(loaded), weights_of(loaded)
         assert all(torch.equal(value, weights[key]) for key, value in weights_of(loaded).items())
-        # Mapped weights lie where the file puts them; their alignment changes the last bit.
+        # The alignment of memory-mapped weights depends on the file and changes the last bit.
         assert torch.allclose(run(loaded), expected, rtol=1e-4, atol=1e-5), name
 
 
@@ -171,7 +171,7 @@ def test_options_are_checked():
             load(tensors(), **options)
 
 
-# Full size, from the lists of keys and shapes of the published files. The VAE is copied by core, so it needs memory.
+# Full size, from the key and shape lists of the published files. Core copies the VAE, so it needs memory.
 
 def full(variant, pruned=False):
     found = {key: torch.zeros(()).half().expand(shape) if key.startswith("first_stage_model.")
@@ -191,7 +191,7 @@ def test_full_size(variant, pruned):
     assert not checkpoint.tensors
     values = weights_of(loaded).values()
     assert sum(value.numel() for value in values) == 1438854980 + 48787456 + (16 if variant == "256" else 0)
-    assert {value.device.type for value in values} == {"meta"}  # no weight was copied on the way
+    assert {value.device.type for value in values} == {"meta"}  # no weight was copied
     params = loaded.model.model.diffusion_params
     assert (params.parameterization, params.base_scale) == {
         "256": ("eps", None), "512": ("v", 0.7), "1024": ("v", 0.3)}[variant]

@@ -1,4 +1,4 @@
-"""The client against a server on loopback that answers badly: every fault is one sentence, nothing is half-written."""
+"""The client against a faulty loopback server: every error is one sentence, no partial files are left."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ GRAPH = {"1": {"class_type": "Save", "inputs": {}}}
 
 
 class Fake(BaseHTTPRequestHandler):
-    """Answers as ComfyUI does, but for what a test says of a path: (status, headers, body), or a call."""
+    """Responds like ComfyUI, unless the test overrides a path: with (status, headers, body), or a callable."""
 
     protocol_version = "HTTP/1.1"
 
@@ -47,7 +47,7 @@ class Fake(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        self.close_connection = "Content-Length" in headers  # a false one
+        self.close_connection = "Content-Length" in headers  # a wrong one
 
     do_POST = do_GET
 
@@ -103,7 +103,7 @@ def test_addresses_of_all_forms():
     assert client.Client("https://[::1]:80/comfy/").url == "https://[::1]:80/comfy"
 
 
-# ---- answers ----
+# ---- responses ----
 
 def test_a_server_that_was_never_there_is_gone(monkeypatch):
     monkeypatch.setattr(client, "GONE_AFTER_SECONDS", 1)
@@ -297,11 +297,11 @@ def test_results_that_are_none():
             client.results(outputs, "1")
 
 
-# ---- a server of the runner's own ----
+# ---- the runner's own server ----
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a Unix process group")
 def test_the_guard_ends_a_server_whose_runner_was_killed(tmp_path):
-    """A script in place of ComfyUI's main.py, one that hears Ctrl-C and one that does not."""
+    """A script in place of ComfyUI's main.py, once handling Ctrl-C and once ignoring it."""
     for ignores in (False, True):
         folder, script = tmp_path / "folder", tmp_path / "main.py"
         folder.mkdir()
@@ -311,6 +311,6 @@ def test_the_guard_ends_a_server_whose_runner_was_killed(tmp_path):
         server = subprocess.Popen([sys.executable, str(launch.GUARD), str(folder), str(script), "--port", "1"],
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert server.stdout.readline() == b"['--port', '1'] __main__\n"
-        server.stdin.close()  # as the system does for a dead runner
+        server.stdin.close()  # as the OS does for a dead runner
         server.wait(15)
         assert not folder.exists()

@@ -1,4 +1,4 @@
-"""Towers in core's classes: equal to open_clip's own forward and to core's own loaders, and behaving like core's."""
+"""Towers in core's classes: same output as open_clip's forward and core's own loaders, and same behaviour as core's."""
 
 import json
 
@@ -22,7 +22,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def inference():
-    """As ComfyUI runs nodes."""
+    """ComfyUI runs nodes in inference mode."""
     with torch.inference_mode():
         yield
 
@@ -33,7 +33,7 @@ def case(request):
 
 
 def make(config):
-    """open_clip's model with random weights, our two towers with the same, and the configuration."""
+    """open_clip's model with random weights, our two towers with the same weights, and the configuration."""
     torch.manual_seed(5)
     with torch.inference_mode():
         model = open_clip.CLIP(**config).eval()
@@ -132,7 +132,7 @@ def test_lora_equals_merging(case):
 
 
 def test_text_equals_cores_loader():
-    """Core tells the SD2 text encoder by its depth; its width is changed through core's own option."""
+    """Core detects the SD2 text encoder by its depth; its width is changed through core's own option."""
     config = {"embed_dim": 32, "vision_cfg": CONFIGS["tiny"]["vision_cfg"],
               "text_cfg": {"width": 32, "heads": 4, "layers": 24}}
     _, clip, _, text, *_ = make(config)

@@ -1,4 +1,4 @@
-"""Every command tells how it is called, without a server and without work."""
+"""Every command prints its help without starting a server or doing any work."""
 
 import subprocess
 import sys

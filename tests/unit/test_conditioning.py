@@ -1,4 +1,4 @@
-"""Images into condition frames: modes, cropping, batches, bad input."""
+"""Condition frames from images: modes, cropping, batches, bad input."""
 
 import pytest
 import torch

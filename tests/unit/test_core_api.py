@@ -1,4 +1,4 @@
-"""The pack against what is recorded of ComfyUI's releases: names, parameters, overridden methods.
+"""The pack against the records of ComfyUI's releases: names, parameters, overridden methods.
 
 A release is recorded with `python tests/core_api.py --record COMFYUI_FOLDER VERSION`.
 """
@@ -13,7 +13,7 @@ from core_check import BARE, HOLDS, findings
 from core_release import Release, Signature
 from core_uses import GIVEN, GIVEN_CLASSES, Pack
 
-# What may stay as it is, and why. One that is found in no release any more has to go.
+# Accepted findings, with the reason. Remove an entry once no release reports it.
 EXCEPTIONS = {
     "nodes/common/quantized.py: comfy.quant_ops.get_layout_class is not there":
         "reached only where `_reads_marks` found it",
@@ -35,7 +35,7 @@ def test_every_exception_is_still_needed():
 
 
 def test_the_oldest_release_and_the_analysis_are_there():
-    """Were nothing recorded or nothing read, nothing could be wrong."""
+    """With no records or no analysis, there would be no findings either."""
     assert "0.3.75" in RECORDED and len(RECORDED) >= 7
     files = {use.file for use in PACK.uses}
     assert {"nodes/common/clip.py", "nodes/dynamicrafter/base.py", "nodes/causal_wan/live.py"} <= files
@@ -172,7 +172,7 @@ def new(tmp_path_factory):
 
 
 def faults(release, *sources):
-    """Line and fault of what does not fit, in sources that are nodes/a.py, nodes/b.py, ..."""
+    """Line and fault of each finding in the sources, which become nodes/a.py, nodes/b.py, ..."""
     pack = Pack({f"nodes/{name}.py": dedent(text) for name, text in zip("abc", sources)})
     return [f"{each.line}: {each.fault}" for each in findings(pack, release)]
 
@@ -328,7 +328,7 @@ def test_what_a_caller_has_to_give(entry, bound, text):
     assert Signature(entry, bound).text == text
 
 
-# ---- what was found when the records were made ----
+# ---- findings from when the records were made ----
 
 def found_in(version, source):
     return faults(Release(version, RECORDED[version]), source)

@@ -1,5 +1,5 @@
-"""Core's nodes for U-Nets on DynamiCrafter and the video U-Net: they act where core's own network has them act, or are
-refused in words; context windows cut every condition as for a clip of their own frames."""
+"""Core's U-Net nodes on DynamiCrafter and the video U-Net: they act at the same places as in core's own network, or are
+rejected with a message; context windows slice every condition as for a clip of just their frames."""
 
 import inspect
 
@@ -44,7 +44,7 @@ def make(family, **params):
 
 
 def sample(model, frames=6, clips=1, settings=None, start_noise=None, conds=None):
-    """Latent [B, 4, T, 8, 8] after a few steps."""
+    """The latent [B, 4, T, 8, 8] after a few steps."""
     family = "dynamicrafter" if hasattr(model.model, "params") else "video_unet"
     if conds is None and family == "dynamicrafter":
         conds = crafter.conditioning(frames, clips=clips)
@@ -57,7 +57,7 @@ def sample(model, frames=6, clips=1, settings=None, start_noise=None, conds=None
 
 
 def put(node, model, *values):
-    """The MODEL that a node of core makes; 0.3.75 has some of them in the older style."""
+    """The MODEL returned by a core node; in 0.3.75 some use the older node API."""
     if hasattr(node, "execute"):
         answer = node.execute(model, *values)
         return (answer if isinstance(answer, tuple) else answer.result)[0]
@@ -106,7 +106,7 @@ def test_sides_that_the_network_pads(node):
 # ---- places --------------------------------------------------------------------------------------------------
 
 def network(family):
-    """(network, what it is called with but the options) for one clip of 3 frames of 8 x 8."""
+    """(network, its arguments except the options) for one clip of 3 frames of 8 x 8."""
     torch.manual_seed(0)
     if family == "dynamicrafter":
         net = CrafterUNet(crafter.CONFIG.unet, torch.nn, torch_attention)
@@ -136,14 +136,14 @@ def test_functions_are_called_at_cores_places_with_pictures(family):
     options = {"patches": {place: [watch(place, place in ("output_block_patch", "attn1_patch", "attn2_patch"))]
                            for place in PLACES}}
     found = net(*given, transformer_options=options)
-    assert crafter.difference(found, net(*given)) < 1e-5  # the text repeated for every frame is the same attention
-    assert list(options) == ["patches"]  # what is told travels in a copy
+    assert crafter.difference(found, net(*given)) < 1e-5  # repeating the text for every frame gives the same attention
+    assert list(options) == ["patches"]  # extra entries go into a copy
 
     inputs, outputs = [("input", i) for i in range(4)], [("output", i) for i in range(len(seen["output_block_patch"]))]
     assert [block for block, *_ in seen["input_block_patch"]] == inputs
     assert [block for block, *_ in seen["input_block_patch_after_skip"]] == inputs
     assert [block for block, *_ in seen["output_block_patch"]] == outputs
-    assert all(shape[0] == 6 for _, shapes, _ in seen["output_block_patch"] for shape in shapes)  # frames, as pictures
+    assert all(shape[0] == 6 for _, shapes, _ in seen["output_block_patch"] for shape in shapes)  # frames as batch
     for place in PLACES[3:]:
         assert seen[place], place
         for block, shapes, told in seen[place]:
@@ -183,7 +183,7 @@ def test_sides_that_a_function_has_shrunk_to_what_cannot_be_halved(family):
     def shrink(h, told):
         return h[..., :4, :5] if told["block"] == ("input", 1) else h
 
-    def widen(h, skip, told):  # as PatchModelAddDownscale, by the height alone
+    def widen(h, skip, told):  # like PatchModelAddDownscale, based on the height alone
         return (h if h.shape[2] == skip.shape[2] else torch.nn.functional.interpolate(h, size=skip.shape[2:])), skip
 
     found = net(*given, transformer_options={"patches": {"input_block_patch": [shrink], "output_block_patch": [widen]}})
@@ -197,7 +197,7 @@ def test_core_reads_no_more_of_the_sizes_than_freeu_needs():
         assert comfy.lora.model_lora_keys_unet(model, {})
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------
+# ---- rejected nodes ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("params, patch, clips, words", [
     ({}, lambda m: put(nodes_sag.SelfAttentionGuidance, m, 0.5, 2.0), 1, "Self-Attention Guidance .* Perturbed"),
@@ -231,7 +231,7 @@ def test_three_way_guidance_refuses_nodes_for_two_predictions():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_is_sampled_as_a_clip_of_its_own_frames(family):
-    """16 frames, as long as the text of DynamiCrafter's stand-in is wide: no other axis may be cut."""
+    """16 frames, equal to the text width of DynamiCrafter's stub: no other axis may be sliced."""
     model, noise = make(family), crafter.draw(1, 4, 16, 8, 8, seed=9)
     if family == "dynamicrafter":
         conds = crafter.conditioning(16)
@@ -250,6 +250,6 @@ def test_a_window_is_sampled_as_a_clip_of_its_own_frames(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_with_a_frame_before_them(family):
-    """By 0.24 core puts one more frame before all windows but the first, so that lengths differ."""
+    """As of 0.24 core prepends one frame to all windows but the first, so that lengths differ."""
     found = sample(windows(make(family), 4, 2), 10)
     assert found.isfinite().all() and found.shape[2] == 10

@@ -10,7 +10,7 @@ from stillmotion.nodes.training.data.shards import LatentShards
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the script in this Python, where the pack is there already; (exit code or message, printed text)."""
+    """Run the script in this process, where the pack is already loaded; (exit code or message, printed text)."""
     monkeypatch.setattr(script.host, "reexec", lambda comfyui: os.environ["STILLMOTION_COMFYUI"])
     monkeypatch.setattr(script.inprocess, "import_pack", lambda comfyui: None)
 

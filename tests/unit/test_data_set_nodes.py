@@ -1,4 +1,4 @@
-"""Video Folder, Moving Shapes, Latent Shards, Clip of a Data Set, Evaluate Video: what goes in and out of the nodes."""
+"""Inputs and outputs of Video Folder, Moving Shapes, Latent Shards, Clip of a Data Set and Evaluate Video."""
 import comfy.model_management
 import folder_paths
 import pytest

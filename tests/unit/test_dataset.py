@@ -20,7 +20,7 @@ def test_items_are_clips_in_range_with_caption_and_name():
     clip, form = shapes.clip(1)
     assert item["caption"] == clip.caption(form) and item["name"] == "shape_00001"
     assert torch.equal(((item["video"] + 1) * 127.5).round().byte(), data.draw_clip(clip, 8).permute(3, 0, 1, 2))
-    assert len(list(shapes)) == 3  # ends by IndexError
+    assert len(list(shapes)) == 3  # iteration ends with IndexError
 
 
 def test_same_seed_same_items_and_another_seed_others():

@@ -1,4 +1,4 @@
-"""The DDIM step and x0 clipping on numbers small enough to check by hand."""
+"""The DDIM step and x0 clipping on numbers simple enough to check by hand."""
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""The built-in demo model: size, and the sampler with real weights at the step counts that used to return NaN."""
+"""The built-in demo model: its size, and the sampler with real weights at step counts that used to return NaN."""
 
 from random import Random
 

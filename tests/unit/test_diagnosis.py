@@ -1,4 +1,4 @@
-"""The diagnosis: every finding at its limits, the run over a stub and the demo, the node, the script's options."""
+"""The diagnosis: every finding at its thresholds, a run with a stub and the demo, the node, the script's options."""
 import importlib.util
 import json
 import math
@@ -134,7 +134,7 @@ def test_psnr():
 # ---- a run ----
 
 class StubVAE:
-    """The first three latent channels are the colours; 8 pixels to a latent's edge."""
+    """The first three latent channels are the colours; one latent pixel covers 8 x 8 pixels."""
 
     def __init__(self):
         self.first_stage_model = nn.Linear(2, 2)
@@ -173,7 +173,7 @@ def test_a_detailed_and_a_quick_run():
                              "decoded frames"]
     assert frames.shape == (3, 32, 48, 3) and len(found.report.timesteps) == 4
     levels = {finding.topic: finding.level for finding in found.findings}
-    assert levels["parameters"] == "good" and levels["VAE"] == "doubtful"  # 8 pixels to a place blur the disc's edge
+    assert levels["parameters"] == "good" and levels["VAE"] == "doubtful"  # 8 x 8 averaging blurs the disc's edge
     found, _ = run(request(depth="quick"))
     assert topics(found) == ["latent", "positive text", "negative text", "sampling", "decoded frames"]
     assert json.loads(json.dumps(found.data()))["steps"][3]["timestep"] == found.report.timesteps[3]
@@ -206,7 +206,7 @@ def test_with_and_without_clipping():
         assert finding.topic == "clipping" and "dB with clipping" in finding.text
         counts = finding.text.split("each step: ")[1].split(". ")[0].split(", ")
         assert len(counts) == 4 and all(count.isdigit() for count in counts)
-        assert "100.0 dB with clipping" in finding.text  # the reference itself
+        assert "100.0 dB with clipping" in finding.text  # compared with itself
     assert "Connect the true clip" in run(request(compare_clipping=True))[0].findings[-1].text
 
 

@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and the pages: what they point to exists."""
+"""README, CONTRIBUTING and the pages: their link targets exist."""
 import re
 from pathlib import Path
 
@@ -11,7 +11,7 @@ PAGES = sorted([PACK / "README.md", PACK / "CONTRIBUTING.md", *(PACK / "web" / "
 
 
 def anchors(path):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,6 +1,6 @@
-"""A few hundred edited files of every kind: each loads, or is refused with a sentence of the pack's own, at once.
+"""A few hundred mutated files of every kind: each one loads, or is promptly rejected with the pack's own message.
 
-Headers, configurations, keys, shapes and kinds of weights are edited at random, from a fixed seed.
+Headers, configurations, keys, shapes and dtypes of weights are mutated at random, with a fixed seed.
 """
 
 import json
@@ -48,7 +48,7 @@ def as_in_the_host():
 
 
 def refusal(work):
-    """The message with which `work` is refused, None where it is not. Any other end fails the test."""
+    """The message with which `work` is rejected, None if it succeeds. Any other outcome fails the test."""
     def hangs(*_):
         raise TimeoutError(f"still at work after {SECONDS} seconds")
 
@@ -71,7 +71,7 @@ def refusal(work):
 
 
 def edited(value, rng):
-    """A copy of a configuration with one entry, at any depth, replaced, removed, added or renamed."""
+    """A copy of a configuration with one entry at any depth replaced, removed, added or renamed."""
     copy = json.loads(json.dumps(value))
     part = copy
     while isinstance(part, dict):
@@ -92,7 +92,7 @@ def edited(value, rng):
 
 
 def edited_text(text, rng):
-    """JSON with a few letters removed, doubled or replaced, or nested too deep."""
+    """JSON with a few characters removed or replaced, or nested too deeply, or not an object at all."""
     if rng.random() < 0.1:
         return rng.choice(["", "[" * 100_000, '{"a":' * 50_000, "null", "1", '"x"', "\ufeff" + text, "9" * 5000])
     letters = list(text)
@@ -102,7 +102,7 @@ def edited_text(text, rng):
 
 
 def edited_weights(found, rng):
-    """Tensors with one to three of them removed, renamed, reshaped, of another kind, or new."""
+    """The tensors with one to three of them removed, renamed, reshaped, cast, or added."""
     found = dict(found)
     for _ in range(rng.randint(1, 3)):
         key = rng.choice([*found])
@@ -221,7 +221,7 @@ def test_loras():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_bytes_of_files(tmp_path):
-    """Cut, doubled or overwritten bytes, most of them at the front, where headers and pickles are."""
+    """Truncated, duplicated or overwritten bytes, mostly at the start, where headers and pickles are."""
     rng, found = Random(SEED + 7), []
     small = {"patch_embedding.weight": torch.ones(4, 4, 1, 2, 2), "head.modulation": torch.ones(1, 2, 4)}
     save_file(small, tmp_path / "a.safetensors", metadata=WAN_HEADER)

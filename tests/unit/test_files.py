@@ -1,4 +1,4 @@
-"""Reading checkpoints: every accepted wrapping gives the same tensors, every bad file a clear refusal."""
+"""Reading checkpoints: every accepted wrapping gives the same tensors, every bad file a clear error."""
 
 import os
 import pickle
@@ -46,7 +46,7 @@ def test_pickles(tmp_path, wrap, zipped):
 
 @pytest.mark.parametrize("step", [3, torch.tensor(3)], ids=["number", "tensor"])
 def test_several_models_in_one_pickle(tmp_path, step):
-    """Each model's keys begin with its dictionary's name; what is no model (optimizer, step) is left aside."""
+    """Each model's keys are prefixed with its dictionary's name; other entries (optimizer, step) are ignored."""
     beside = {"optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}, "name": "x", "step": step}
     torch.save({"generator": WEIGHTS, "generator_ema": {"model.a": torch.zeros(2)}, **beside}, tmp_path / "model.pt")
     found = files.read_checkpoint(tmp_path / "model.pt").tensors

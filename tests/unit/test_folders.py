@@ -1,4 +1,4 @@
-"""Video folders: what is read, resampled and fitted, and what is skipped or refused."""
+"""Video folders: what is read, resampled and resized, and what is skipped or rejected."""
 import codecs
 import logging
 import os
@@ -28,12 +28,12 @@ def counting(frames=16, height=48, width=64):
 
 
 def levels(video_CTHW):
-    """Number of each frame of a `counting` clip."""
+    """The number of each frame of a `counting` clip."""
     return ((video_CTHW.mean((0, 2, 3)) + 1) * 12.75).round().int().tolist()
 
 
 def read_all(path):
-    """All frames of a clip in its own size."""
+    """All frames of a clip at its original size."""
     found = look(path)
     return read_frames(path, found, list(found.times), found.size)
 
@@ -98,7 +98,7 @@ def test_a_picture_reaches_the_model_as_it_does_in_sampling(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (48, 70, 3), np.uint8)
     add(tmp_path, "a.png", encode_png(picture))
     video = VideoFolder(tmp_path, frames=1, size=(32, 32))[0]["video"]
-    image_BHWC = torch.from_numpy(picture)[None].float() / 255  # as Load Image gives it
+    image_BHWC = torch.from_numpy(picture)[None].float() / 255  # as Load Image returns it
     assert torch.allclose(video[:, 0].movedim(0, -1) / 2 + 0.5, fit_image(image_BHWC, 32, 32)[0], atol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_frames_lie_evenly_in_time_whatever_the_rate(tmp_path):
 def test_circles_of_clips_with_oblong_pixels_stay_round(tmp_path):
     frame = np.zeros((108, 144, 3), np.uint8)
     y, x = np.mgrid[:108, :144]
-    frame[((x - 71.5) * 4 / 3) ** 2 + (y - 53.5) ** 2 < 30 ** 2] = 255  # stored narrow, shown round
+    frame[((x - 71.5) * 4 / 3) ** 2 + (y - 53.5) ** 2 < 30 ** 2] = 255  # stored narrow, displayed round
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
@@ -280,7 +280,7 @@ def test_large_frames_are_fitted_one_by_one(tmp_path):
 
 
 def make_bad(folder):
-    """One of each problem beside the good clips of the fixture."""
+    """Add one file per problem to the good clips of the fixture."""
     film = encode_mp4(counting(height=64), 8)
     add(folder, "cut.mp4", film[:len(film) * 2 // 3])
     add(folder, "empty.mp4", b"")

@@ -1,4 +1,4 @@
-"""Guidance formulas, and that the standard deviation is one a sample over everything else."""
+"""Guidance formulas, and one standard deviation per sample over all other axes."""
 import pytest
 import torch
 from stillmotion.nodes.ddim import guidance
@@ -32,7 +32,7 @@ def test_rescale_uses_one_standard_deviation_a_sample(amount):
     out = guidance.rescale(guided, cond, amount)
     for b in range(2):
         factor = amount * cond[b].std() / guided[b].std() + 1 - amount
-        torch.testing.assert_close(out[b], guided[b] * factor)  # the same factor in every frame: no pulsing
+        torch.testing.assert_close(out[b], guided[b] * factor)  # the same factor in every frame: no flicker
 
 
 def test_rescale_0_is_off_and_a_flat_prediction_stays_finite():

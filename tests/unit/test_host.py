@@ -1,4 +1,4 @@
-"""The private host's housekeeping, with a recipe of two small files instead of ComfyUI."""
+"""Building and repairing the private host, with a build of two small files instead of ComfyUI."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 
 class Recipe:
-    """A build that counts its runs and can fail half way."""
+    """A build that counts its runs and can fail halfway."""
 
     def __init__(self):
         self.built = 0

@@ -1,4 +1,4 @@
-"""What ComfyUI lets through to a node is refused in words before the node runs."""
+"""Bad inputs that ComfyUI passes on to a node are rejected with a message before the node runs."""
 import pytest
 import torch
 from comfy_api.latest import io

@@ -1,4 +1,4 @@
-"""The maps between the keys of files and those of the networks: what is saved is what was loaded, key by key."""
+"""The mappings between file keys and network keys: loading and saving round-trips every key."""
 
 import pytest
 import torch

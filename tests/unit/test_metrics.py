@@ -29,7 +29,7 @@ def test_psnr_and_ssim_of_known_errors():
     truth = torch.full((2, 16, 16, 3), 0.5)
     scores = compare(truth + torch.tensor([0.1, 0.01])[:, None, None, None], truth)
     assert scores.psnr[0] == pytest.approx([20, 40], abs=1e-3)
-    bright, dark = 0.6, 0.5  # of two plain pictures only the first factor of SSIM is left
+    bright, dark = 0.6, 0.5  # for two uniform pictures only the first factor of SSIM remains
     assert scores.ssim[0, 0] == pytest.approx((2 * bright * dark + 1e-4) / (bright ** 2 + dark ** 2 + 1e-4), abs=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_nan_and_a_missing_package_are_named(monkeypatch):
 
 
 def test_a_cancel_is_heard_at_every_frame(monkeypatch):
-    """At any of the looks for it, of which there are several a frame."""
+    """At any of the checks for it, of which there are several per frame."""
     looks, stop = [], comfy.model_management.InterruptProcessingException
 
     def look():

@@ -1,4 +1,4 @@
-"""DynamiCrafter as a native MODEL: context kept over a run, any length and size, LoRA, wrong conditioning, saving."""
+"""DynamiCrafter as a native MODEL: context cached over a run, any length and size, LoRA, bad conditioning, saving."""
 
 import comfy.samplers
 import comfy.sd
@@ -67,7 +67,7 @@ def test_long_prompts_are_read_to_their_end():
 
 
 def test_frame_tokens_keep_the_ends_and_the_order():
-    tokens = torch.arange(8.0).view(1, 8, 1)  # four frames of two
+    tokens = torch.arange(8.0).view(1, 8, 1)  # four frames with two tokens each
     assert torch.equal(frame_tokens(tokens, 4, 2), tokens.view(4, 2, 1))
     longer = frame_tokens(tokens, 7, 2)
     assert longer.shape == (7, 2, 1)
@@ -124,7 +124,7 @@ def test_saved_state_has_the_published_layout(tmp_path):
 
 
 def test_channels_last_reaches_the_weights_that_it_can(monkeypatch):
-    """ComfyUI's --force-channels-last; torch refuses it for a network with 3-D convolutions as a whole."""
+    """ComfyUI's --force-channels-last; torch rejects it for a whole network with 3-D convolutions."""
     monkeypatch.setattr(args, "force_channels_last", True)
     network = make().model.diffusion_model
     weights = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[-1] > 1]

@@ -10,7 +10,7 @@ SHAPE = (2, 4, 3, 4, 4)
 
 
 class StubModel:
-    """Latents are 8x8 means of four fixed mixes of the colours; the network depends on everything it is given."""
+    """Latents are 8x8 means of four fixed mixes of the colours; the network depends on all of its inputs."""
     uncond_type = "empty_seq"
     linear_start, linear_end = 0.00085, 0.012
 

@@ -1,4 +1,4 @@
-"""The measuring of outlines, hues and camera moves, against drawn clips and clips that are wrong in known ways."""
+"""Measurement of outlines, hues and camera moves, on drawn clips and on clips with known errors."""
 from dataclasses import replace
 from random import Random
 

@@ -1,4 +1,4 @@
-"""The pack's own shape: what ComfyUI finds in it, and who may import whom (read from the syntax trees)."""
+"""The pack's structure: what ComfyUI finds in it, and which module may import which (read from the ASTs)."""
 
 import ast
 import asyncio
@@ -25,18 +25,18 @@ FAMILIES = {"dynamicrafter", "causal_wan", "video_unet"}
 NETWORKS = {"unet.py", "attention.py", "resampler.py", "model.py", "blocks.py", "cache.py", "noise.py", "rope.py",
             "keys.py"}
 PURE = {"common/patches.py", *(f"ddim/{name}.py" for name in ("schedule", "step", "guidance", "report", "official"))}
-# what only node modules take from ComfyUI otherwise: the form of a node, the folders of files
+# otherwise only node modules import these from ComfyUI: node schemas and file folders
 NODE_HELPERS = {"__init__.py", "common/schema.py", "common/examples.py"}
 ROOMS_ABOVE = {"diagnosis", "evaluation", "training"}
 BELOW = {"common": FAMILIES | ROOMS_ABOVE | {"ddim"}, "ddim": FAMILIES | ROOMS_ABOVE, "evaluation": FAMILIES,
-         "diagnosis": {"training"}}  # room: those that it may not import
+         "diagnosis": {"training"}}  # subpackage: those that it may not import
 
 
 def node_classes():
     async def ask():
         return await (await stillmotion.comfy_entrypoint()).get_node_list()
 
-    with ThreadPoolExecutor() as thread:  # the browser tests leave an event loop running in this one
+    with ThreadPoolExecutor() as thread:  # the browser tests leave an event loop running in this thread
         return thread.submit(asyncio.run, ask()).result()
 
 
@@ -73,7 +73,7 @@ class Broken(io.ComfyNode):
 
 @pytest.mark.parametrize("cause, source", BROKEN.values(), ids=BROKEN)
 def test_a_broken_family_costs_its_own_nodes_only(cause, source, tmp_path, monkeypatch, caplog):
-    module = f"{tmp_path.name}.nodes"  # another in each test: Python remembers modules
+    module = f"{tmp_path.name}.nodes"  # a different name in each test: Python caches modules
     monkeypatch.setattr(stillmotion.nodes, "__path__", [*stillmotion.nodes.__path__, str(tmp_path.parent)])
     monkeypatch.setattr(stillmotion.nodes, "NODES", [(module, "Broken"), *NODES, (module, "OtherNode")])
     (tmp_path / "nodes.py").write_text(source)
@@ -81,13 +81,13 @@ def test_a_broken_family_costs_its_own_nodes_only(cause, source, tmp_path, monke
                                                                     for _, name in NODES]
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert "Stillmotion_Broken" in told[0] and cause in told[0] and "Stillmotion_Other" in told[-1]
-    assert len(told) == len({line.split("(")[1] for line in told})  # one line a cause
+    assert len(told) == len({line.split("(")[1] for line in told})  # one line per cause
     for line in told:
         assert comfyui_version.__version__ in line and "Update this pack" in line and "\n" not in line
 
 
 def test_a_broken_save_video_is_no_obstacle_to_the_others(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "stillmotion.nodes.common.nodes", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "stillmotion.nodes.common.nodes", None)  # importing it fails
     left = {cls.GET_SCHEMA().node_id for cls in node_classes()}
     assert "Stillmotion_DDIMSampler" in left and "Stillmotion_SaveVideo" not in left
     assert "Stillmotion_SaveVideo" in caplog.text
@@ -107,7 +107,7 @@ def test_every_node_lies_under_stillmotion_and_says_what_it_does():
 
 @dataclass
 class OldSchema:
-    """What io.Schema of a release before 0.10 has."""
+    """io.Schema as of a release before 0.10."""
 
     inputs: list
 
@@ -146,7 +146,7 @@ def test_aliases_and_folded_inputs_where_the_release_knows_them():
 
 
 def imports(path):
-    """Modules that a source file imports anywhere; relative ones as their path below the pack: `.nodes.common`."""
+    """Modules that a source file imports anywhere; relative ones as their path in the pack: `.nodes.common`."""
     found = set()
     package = path.relative_to(PACK).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -174,11 +174,11 @@ def test_imports_are_read_right():
 
 
 def wrong_imports(path):
-    """What a source file imports against the rules."""
+    """Imports of a source file that break the rules."""
     found, name = imports(path), str(path.relative_to(PACK / "nodes"))
     outside = {module.split(".")[0] for module in found if not module.startswith(".")} - set(sys.stdlib_module_names)
     ours = {module.split(".")[2] for module in found if module.count(".") >= 2}
-    wrong = outside & {"nodes", "stillmotion", "workflows", "tests"}  # the pack knows itself by relative imports
+    wrong = outside & {"nodes", "stillmotion", "workflows", "tests"}  # the pack imports itself only relatively
     wrong |= {module for module in found if module.startswith(".") and not module.startswith(".nodes")}
     if name in PURE or path.name in NETWORKS:
         wrong |= outside - {"torch", "einops"} | {module for module in found if module.startswith(".nodes.common.core")}
@@ -219,7 +219,7 @@ def test_files_keep_to_their_budget():
 
 @pytest.mark.skipif(RUFF is None, reason="ruff is not installed")
 def test_the_linter_finds_nothing():
-    """Its rules stand in pyproject.toml."""
+    """Its rules are in pyproject.toml."""
     done = subprocess.run([RUFF, "check", "--no-cache", "--output-format", "concise", PACK], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr

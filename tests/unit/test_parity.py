@@ -1,4 +1,4 @@
-"""Recorded runs of the official implementation against the pack, from prompt and picture to decoded video."""
+"""The pack compared with recorded runs of the official implementation, from prompt and picture to decoded video."""
 
 import lzma
 import shutil
@@ -11,7 +11,7 @@ CASES = parity.TESTS / "cases"
 
 @pytest.fixture(params=["dc_v512", "dc_eps256"])
 def case(request, tmp_path):
-    """A case folder with its checkpoint unpacked (the tower that the model does not use was left out of it)."""
+    """A case folder with its checkpoint unpacked (the tower that the model does not use is omitted)."""
     folder = tmp_path / request.param
     shutil.copytree(CASES / request.param, folder)
     packed = folder / "model.safetensors.xz"

@@ -1,4 +1,4 @@
-"""nodes/common/pictures.py: one reader of folders, prompts and start pictures."""
+"""nodes/common/pictures.py: reads folders, prompts and start pictures."""
 import os
 import unicodedata
 
@@ -95,7 +95,7 @@ def test_the_first_picture_of_an_animation(tmp_path, name):
 
 def test_turned_photos_are_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top is at the right
+    exif[0x0112] = 6  # rotated: the top is at the right
     save(tmp_path / "a.jpg", size=(40, 20), exif=exif)
     assert pictures.open_picture(tmp_path / "a.jpg").size == (20, 40) and pictures.is_plain(tmp_path / "a.jpg")
 

@@ -1,4 +1,4 @@
-"""Which layer is the first to return NaN or Inf."""
+"""Find the first layer that returns NaN or Inf."""
 import pytest
 import torch
 from stillmotion.nodes.diagnosis.probe import finite, tensors, watch
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Root(nn.Module):
-    """A layer whose own arithmetic, after its child, may overflow."""
+    """A layer whose own arithmetic, after its child's, may overflow."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The recipes of the demo models: their pieces with untrained networks, for what training cannot show."""
+"""The demo models' recipes: their parts with untrained networks, for errors that training would not reveal."""
 from random import Random
 
 import pytest
@@ -16,7 +16,7 @@ from tracking import psnr
 
 
 def filled(net, seed=0):
-    """Random weights everywhere: layers of ComfyUI leave theirs unset, and ours begin with zeros."""
+    """Random weights everywhere: ComfyUI's layers leave theirs uninitialized, and some of ours start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -56,7 +56,7 @@ def test_what_a_caption_does_not_say_is_not_learned_from_it():
     scene = scenes.random_object(Random(1))
     assert [c == towers.UNNAMED for c in towers.said(scene, 0)] == [False] * 5 + [True, False]
     camera = scenes.random_camera(Random(1))
-    named, unnamed = towers.said(camera, 0), towers.said(camera, 2)  # the third form does not name the picture
+    named, unnamed = towers.said(camera, 0), towers.said(camera, 2)  # the third phrasing does not name the picture
     assert named[:5] == unnamed[:5] == [towers.UNNAMED] * 5 and named[6] == unnamed[6]
     assert named[5] != towers.UNNAMED and unnamed[5] == towers.UNNAMED
     assert {towers.said(scenes.random_camera(Random(i)), 0)[6] for i in range(60)} == set(range(4, 10))
@@ -116,7 +116,7 @@ def test_a_widened_autoencoder_gives_the_same_pictures():
     assert torch.allclose(wide.encoder(images), narrow.encoder(images), atol=1e-4)
     assert torch.allclose(wide.decoder(latents), narrow.decoder(latents), atol=1e-4)
     weight = wide.encoder.mid.block_1.conv1.weight
-    assert not torch.allclose(weight[:, ::2], weight[:, 1::2])  # the two may learn different things
+    assert not torch.allclose(weight[:, ::2], weight[:, 1::2])  # the two can be trained independently
 
 
 def test_kept_stages_come_back(nets, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The per-step report: right numbers, verdicts at their thresholds, a plot that shows them."""
+"""The per-step report: correct numbers, verdicts at their thresholds, and the plot."""
 import re
 
 import numpy as np
@@ -82,7 +82,7 @@ def test_the_plot_shows_verdict_clipped_values_and_nan():
 def test_the_plot_draws_any_number_of_steps(steps):
     upper_panel = np.asarray(draw_report(report(steps)))[TOP:MIDDLE]
     drawn = (np.abs(upper_panel.astype(int) - X0).max(-1) < 40).any(0).nonzero()[0]  # columns with the means' line
-    end = 0 if steps == 1 else (RIGHT - LEFT) / steps / 2  # it leads from the first step to the last
+    end = 0 if steps == 1 else (RIGHT - LEFT) / steps / 2  # it runs from the first step to the last
     assert abs(drawn.min() - LEFT - end) < 4 and abs(drawn.max() - RIGHT + end) < 4
     assert steps == 2 or len(drawn) > 0.9 * (drawn.max() - drawn.min())
 

@@ -1,4 +1,4 @@
-"""The runner's parts that need no server: options, graph edits, messages for people."""
+"""The runner's parts that need no server: options, graph edits, user-facing messages."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""The DDIM sampler inside ComfyUI's sampling machinery, with a stub network, against a plain float64 loop."""
+"""The DDIM sampler inside ComfyUI's sampling code, with a stub network, compared with a plain float64 loop."""
 import random
 
 import comfy.lora
@@ -188,7 +188,7 @@ def test_interrupt_stops_before_the_next_step():
 
 
 def test_a_model_without_params_gets_its_schedule_from_core():
-    """A patched sigma table counts as well; only the dynamic rescale is unknown then."""
+    """A patched sigma table is used as well; only the dynamic rescale is then unknown."""
     for kind in ("eps", "v"):
         foreign, chosen = stub_model(kind), settings(spacing="uniform", guidance_rescale=0.0)
         del foreign.model.diffusion_params

@@ -1,4 +1,4 @@
-"""The sampling nodes: bad tables, settings and inputs are refused before the first step; progress, advice, report."""
+"""The sampling nodes: bad tables, settings and inputs are rejected before the first step; progress, advice, report."""
 import comfy.model_management
 import comfy.utils
 import pytest
@@ -46,7 +46,7 @@ def test_too_many_steps_for_the_denoise():
 
 
 def bad_inputs():
-    """(name, words of the message, what to change on latent, positive, negative, keyword arguments)"""
+    """(name, expected text in the message, changes to latent, positive, negative, keyword arguments)"""
     def latent(samples):
         return lambda a: a["latent"].update(samples=samples)
     broken = torch.zeros(SHAPE)

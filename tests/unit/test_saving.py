@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: names that others have, links, processes that were killed or still write."""
+"""Atomic file writes: names already taken, symlinks, writers that were killed or are still running."""
 import errno
 import os
 import signal
@@ -14,7 +14,7 @@ SOURCE = Path(saving.__file__)
 
 
 def other_process(code, *arguments):
-    """Another process, which has run `code` when this returns, and waits."""
+    """Start another process; when this returns, it has run `code` and is waiting."""
     text = (f"import importlib.util, sys; spec = importlib.util.spec_from_file_location('saving', {str(SOURCE)!r})\n"
             "saving = importlib.util.module_from_spec(spec); spec.loader.exec_module(saving)\n"
             f"from pathlib import Path\n{code}\nprint('ready', flush=True)\nsys.stdin.read()")
@@ -92,7 +92,7 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
 
     with other_process(WRITING, tmp_path) as other:
         monkeypatch.setattr(saving.fcntl, "flock", refuse)
-        write_file(tmp_path / "x", b"mine")  # what others write is left alone: it may be alive
+        write_file(tmp_path / "x", b"mine")  # other processes' temp files are kept: the writer may be alive
         assert sum(path.name == "content" for path in tmp_path.rglob("*")) == 1
         end(other)
 

@@ -1,4 +1,4 @@
-"""Drawn scenes: where things are, what captions say, what is kept from training."""
+"""Drawn scenes: positions, captions, and what is held out from training."""
 from dataclasses import replace
 from itertools import product
 from random import Random
@@ -55,13 +55,13 @@ def test_every_shape_has_the_area_of_its_circle_and_a_sharp_outline(shape):
     cover = (0.5 - distance).clamp(0, 1)
     soft = ((cover > 0) & (cover < 1)).sum().item()
     assert soft < 2.2 * 2 * 3.1416 * 20  # about a pixel along the outline
-    assert torch.allclose(cover, cover.flip(1), atol=1e-4)  # all are symmetric
+    assert torch.allclose(cover, cover.flip(1), atol=1e-4)  # all shapes are symmetric
 
 
 @pytest.mark.parametrize("move, opposite", [("pans left", "pans right"), ("pans up", "pans down"),
                                             ("zooms in", "zooms out")])
 def test_opposite_moves_cancel(move, opposite):
-    """The last frame of one is where the other, begun there, comes back from."""
+    """The opposite move, started from the last frame of a move, returns to its start."""
     scene = replace(scenes.random_camera(Random(4)), move=move, picture="hills", zoom=1.0, x=0.0, y=0.0)
     way = 15 / scene.fs
     x, y, grows = scenes.MOVES[move]

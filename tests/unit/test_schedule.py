@@ -1,4 +1,4 @@
-"""Schedules and DDIM tables: recorded official numbers, and a sweep over everything a user can ask for."""
+"""Schedules and DDIM tables: recorded official values, and a sweep over all user settings."""
 import json
 from pathlib import Path
 
@@ -23,7 +23,7 @@ with safe_open(RECORDED, "pt") as file:
 EPS = DiffusionParams("eps", 0.00085, 0.012, False, None, "uniform", 0.0)
 V = DiffusionParams("v", 0.00085, 0.012, False, None, "uniform", 0.0)
 ZSNR = DiffusionParams("v", 0.00085, 0.012, True, 0.7, "uniform_trailing", 0.7)
-# where eta 1 with zero terminal SNR takes the root of a negative number, counted over 1..200 steps
+# cases where eta 1 with zero terminal SNR takes the square root of a negative number, counted over 1..200 steps
 NAN_STEPS = [7, 11, 14, 15, 20, 25, 33, 34, 35, 37, 38, 39, 61, 62, 63, 64, 103, 121, 122]
 OUT_OF_RANGE_STEPS = [3, 9, 27, 36, 37, *range(101, 112)]
 
@@ -96,7 +96,7 @@ def test_trailing_equals_the_official_formula_at_every_sound_step_count():
         if len(official) == steps:
             sound += 1
             assert make_timesteps(steps, "uniform_trailing") == official
-    assert sound == 938  # 61, 103, 121, 122, 201, ... give one too many
+    assert sound == 938  # 61, 103, 121, 122, 201, ... give one step too many
 
 
 def test_uniform_by_the_formula():
@@ -154,7 +154,7 @@ def test_original_tables_reproduce_the_nan_and_the_wrong_lengths():
 
 
 def test_a_schedule_stored_in_half_precision_still_gives_finite_tables():
-    """bf16 buffers hold alpha_bar 1.0 twice at the start: 0 / 0 in the official code at every step count."""
+    """bf16 buffers have alpha_bar 1.0 twice at the start: 0 / 0 in the official code at every step count."""
     coarse = make_alphas_cumprod(ZSNR).bfloat16()
     assert coarse[0] == coarse[1] == 1
     for steps in (2, 5, 50, 1000):

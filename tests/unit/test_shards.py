@@ -1,4 +1,4 @@
-"""Latent shards: what is packed is read back, stopped packing goes on, damaged folders are named."""
+"""Latent shards: packing round-trips, interrupted packing resumes, corrupt folders are reported."""
 import json
 import pickle
 import sys
@@ -15,7 +15,7 @@ pytest.importorskip("lmdb")
 
 
 def halve(video_CTHW):
-    """A VAE of its own: [3, T, H / 4, W / 4]."""
+    """A stand-in VAE: [3, T, H / 4, W / 4]."""
     return torch.nn.functional.avg_pool2d(video_CTHW, 4)
 
 
@@ -64,7 +64,7 @@ def test_packing_that_was_stopped_goes_on(tmp_path, packed):
     with pytest.raises(ValueError, match="not packed to its end: run the same command again"):
         LatentShards(tmp_path / "new")
     pack(shapes, tmp_path / "new", fails, "halve", per_shard=2)
-    assert len(calls) == 4 + 3  # the whole first shard was kept
+    assert len(calls) == 4 + 3  # the complete first shard was kept
     assert all(torch.equal(a["latent"], b["latent"]) for a, b in zip(LatentShards(tmp_path / "new"),
                                                                      LatentShards(packed)))
     pack(shapes, tmp_path / "new", fails, "halve", per_shard=2)
@@ -102,7 +102,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, packed):
     data = packed / "shard_00001" / "data.mdb"
     whole = data.read_bytes()
     data.write_bytes(b"not a data base".ljust(len(whole)))
-    assert LatentShards(packed)[1]["name"] == "shape_00001"  # the other shards are not touched
+    assert LatentShards(packed)[1]["name"] == "shape_00001"  # the other shards are not affected
     with pytest.raises(ValueError, match="shard_00001 cannot be read"):
         LatentShards(packed)[2]
     data.write_bytes(whole[:-4096])
@@ -139,10 +139,10 @@ def test_an_index_that_is_no_index(packed, text):
 def test_changed_bytes_are_an_error_not_the_end(packed, place):
     data = packed / "shard_00000" / "data.mdb"
     film = bytearray(data.read_bytes())
-    if place == "record":  # a number of a latent
+    if place == "record":  # a value in a latent
         at = film.rindex(b"__metadata__") + 3000 if b"__metadata__" in film else film.index(b"latent") + 3000
         film[at] ^= 1
-    else:  # offsets within a page far outside the file
+    else:  # page offsets far outside the file
         for page in range(2, len(film) // 4096):
             film[page * 4096 + 16:page * 4096 + 24] = b"\xff" * 8
     data.write_bytes(film)

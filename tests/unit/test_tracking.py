@@ -1,4 +1,4 @@
-"""The tracker against true, static, shuffled and reversed clips."""
+"""The tracker on real, static, shuffled and reversed clips."""
 import importlib.util
 import io
 from pathlib import Path
@@ -78,6 +78,6 @@ def test_a_clip_without_a_shape_has_no_track():
 def test_changing_colours_are_not_kept(clips):
     d, frames = next((d, f) for d, f in clips if d.background == "black" and d.colour == "red")
     frames = frames.copy()
-    frames[8:] = frames[8:, ..., ::-1]  # red turns blue half way
+    frames[8:] = frames[8:, ..., ::-1]  # red turns blue halfway
     found = look(frames)
     assert found.colour is None and found.direction == d.direction

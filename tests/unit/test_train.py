@@ -1,4 +1,4 @@
-"""workflows/train.py and what it is made of: settings, batches, resume, several processes, 2-D weights."""
+"""workflows/train.py and its parts: settings, batches, resume, multiple processes, 2-D weights."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def test_a_flag_wins_over_the_yaml_only_where_it_is_given(tmp_path):
     config = make_config(path, flags(""))
     assert (config.batch_size, config.learning_rate, config.wandb, config.size()) == (8, 3e-4, True, (32, 32))
     assert config.num_frames == TrainConfig().num_frames and config.channel_mult == [1, 2]
-    config = make_config(path, flags("--batch_size 4 --no_wandb"))  # 4 is the default too, and was given
+    config = make_config(path, flags("--batch_size 4 --no_wandb"))  # 4 is also the default, but was given explicitly
     assert (config.batch_size, config.learning_rate, config.wandb) == (4, 3e-4, False)
 
 
@@ -116,7 +116,7 @@ def every_loss_is_read(monkeypatch):
 
 
 class Toy(Family):
-    """A straight line through clips that are numbers."""
+    """Linear regression on clips that are single numbers."""
 
     vae = None
 
@@ -313,7 +313,7 @@ def test_stages_go_from_low_to_high_resolution(tmp_path):
 
 
 def launch(tmp_path, name, *launcher, accumulation):
-    """Weights after three steps of tests/two_processes.py."""
+    """The weights after three steps of tests/two_processes.py."""
     out = tmp_path / f"{name}.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *launcher, str(TWO), str(out), str(accumulation)], env=environment,
@@ -364,7 +364,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_stays_in_the_average():
     average = torch.optim.swa_utils.AveragedModel(again)
     for parameter in again.parameters():
         parameter.data.zero_()
-    assert unet_loss(average.module, torch.Generator().manual_seed(0)) > 0  # its own weights, not those of the original
+    assert unet_loss(average.module, torch.Generator().manual_seed(0)) > 0  # its own weights, not the original's
 
 
 def test_one_clip_is_learned_by_heart(tmp_path):

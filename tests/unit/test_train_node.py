@@ -1,4 +1,4 @@
-"""Train Video Model as ComfyUI runs it: in inference mode, with its models left as they were."""
+"""Train Video Model as ComfyUI runs it: in inference mode, leaving its input models unchanged."""
 
 import json
 
@@ -34,12 +34,12 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     for kind in ("checkpoints", "diffusion_models"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
-    monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # how samples look is of no matter here
+    monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # sample quality does not matter here
     return tmp_path
 
 
 def run(demo, data_set=None, **changes):
-    """The node in inference mode, where its data set was made too."""
+    """Run the node in inference mode, in which its data set is created too."""
     with torch.inference_mode():
         return TrainVideoModel.execute(data_set or MovingShapes(10, frames=4, size=(16, 16), mirror=True), demo.clip,
                                        **{**SETTINGS, **changes})
@@ -59,14 +59,14 @@ def test_a_new_model_in_inference_mode(demo, folders):
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert name == "tiny_00001.safetensors" and curves.shape[-1] == 3
-    steps = [value for total, value, _ in shown if total == 3]  # newer releases leave out some ticks between
+    steps = [value for total, value, _ in shown if total == 3]  # newer releases skip some ticks in between
     assert steps == sorted(steps) and steps[-1] == 3
     assert any(preview for _, _, preview in shown)
     with safe_open(folders / "checkpoints" / name, "pt") as file:
         header = file.metadata()
     about = json.loads(header["stillmotion.training"])
     assert about["step"] == 3 and about["settings"]["batch_size"] == 2
-    assert about["settings"]["frame_size"] == "16"  # the clips are not made larger on their way
+    assert about["settings"]["frame_size"] == "16"  # the clips are not upscaled
     assert json.loads(header["stillmotion.video_unet"])["params"]["model_channels"] == 16
     assert model.model.video_unet.frames == 4 and model.model.video_unet.height == 16
     found = {path.name for path in (folders / "output" / "training" / "tiny_00001").iterdir()}
@@ -106,7 +106,7 @@ def test_cancelled_it_saves_and_goes_on_where_it_was(demo, folders):
 
 
 def trained(before, after):
-    """Names of the weights that differ by more than what storing them in half precision does."""
+    """Names of the weights that differ by more than half-precision rounding."""
     return {key for key, value in before.items() if not torch.allclose(value, after[key], rtol=2e-3, atol=1e-5)}
 
 
@@ -122,7 +122,7 @@ def test_dynamicrafter_projector_and_temporal_layers(demo, folders):
     for part in ("image_proj_model.", "temopral_conv.", "init_attn."):
         assert any(part in key for key in changed), part
     assert all(torch.equal(value, before[key]) for key, value in weights_of(demo.model).items())
-    again = dynamicrafter.load(read_checkpoint(folders / "checkpoints" / name), weight_dtype="fp32")  # a whole file
+    again = dynamicrafter.load(read_checkpoint(folders / "checkpoints" / name), weight_dtype="fp32")  # a complete file
     assert again.vae is not None and again.clip is not None
     assert not trained(weights_of(again.model), weights_of(model))
 

@@ -1,4 +1,4 @@
-"""The training code: what is drawn, what the losses measure, and that a run goes on exactly where it was stopped."""
+"""The training code: drawn clips, losses, and exact resume of a stopped run."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ def test_one_combination_in_five_is_held_out_and_never_drawn():
     held_out = {c for c in combinations if data.is_held_out(*c)}
     assert 0.18 < len(held_out) / len(combinations) < 0.22
     for position, names in enumerate((data.SHAPES, data.COLOURS, data.DIRECTIONS)):
-        assert {c[position] for c in held_out} == set(names)  # each shape, colour and direction is in both halves
+        assert {c[position] for c in held_out} == set(names)  # each shape, colour and direction is in both splits
     rng = Random(0)
     drawn = {(c.shape, c.colour, c.direction) for c in (data.random_clip(rng) for _ in range(3000))}
     assert drawn == set(combinations) - held_out
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
 
     assert torch.equal(run("whole", 40), run("stopped", 25, 40))
     steps = [json.loads(line)["step"] for line in (tmp_path / "stopped.jsonl").read_text().splitlines()]
-    assert steps == [10, 20, 25, 30, 40]  # what was learned before the stop was kept
+    assert steps == [10, 20, 25, 30, 40]  # progress before the stop was kept
 
 
 def poisoned(net, at, times, weights=False):

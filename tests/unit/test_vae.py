@@ -1,4 +1,4 @@
-"""The VAE on video latents against core's own VAE on single frames."""
+"""The VAE on video latents compared with core's own VAE on single frames."""
 
 import comfy.sd
 import comfy.utils
@@ -23,14 +23,14 @@ def weights(mults):
 
 @pytest.fixture(autouse=True)
 def inference():
-    """As ComfyUI runs nodes."""
+    """ComfyUI runs nodes in inference mode."""
     with torch.inference_mode():
         yield
 
 
 @pytest.fixture(params=[[1, 1, 2, 2], [1, 2]], ids=["x8", "x2"])
 def pair(request):
-    """Ours and core's, with the same weights."""
+    """Our VAE and core's, with the same weights."""
     mults = request.param
     plain = comfy.sd.VAE(sd=weights(mults), config={"params": {"ddconfig": config(mults), "embed_dim": 4}})
     return video_vae.VideoVAE(weights(mults), config(mults), 4), plain
@@ -95,7 +95,7 @@ def test_chunks_tick_and_can_be_interrupted(pair, monkeypatch):
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
                         lambda value, total, preview, **_: ticks.append((value, total)))
     close(ours.decode(latent), whole)
-    # newer releases show some of the ticks only, the first and the last among them
+    # newer releases show only some of the ticks, always including the first and the last
     assert set(ticks) <= {(2, 5), (4, 5), (5, 5)} and (ticks[0], ticks[-1]) == ((2, 5), (5, 5))
 
     def stop(value, total, preview, **_):

@@ -1,4 +1,4 @@
-"""Save Video: what is in the files, and that nothing half-written stays."""
+"""Save Video: the contents of the files, and no partial files left behind."""
 import errno
 import io
 import json
@@ -23,7 +23,7 @@ WORKFLOW = {"nodes": [], "version": 0.4}
 
 
 def clip(frames=6, height=48, width=64):
-    """A bright square on a two-coloured ground, two pixels further right in every frame: [N,H,W,3] in 0..1."""
+    """A bright square on a two-coloured background, moving two pixels right per frame: [N,H,W,3] in 0..1."""
     images = torch.zeros(frames, height, width, 3)
     images[..., 2], images[:, : height // 2, :, 1] = 0.4, 0.5
     for i in range(frames):
@@ -32,7 +32,7 @@ def clip(frames=6, height=48, width=64):
 
 
 def decode(data):
-    """(frames [N,H,W,3] uint8, video stream's rate, tags) of MP4 bytes."""
+    """(frames [N,H,W,3] uint8, frame rate of the video stream, tags) of MP4 bytes."""
     with av.open(io.BytesIO(data)) as container:
         rate, tags = container.streams.video[0].average_rate, dict(container.metadata)
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]), rate, tags
@@ -40,7 +40,7 @@ def decode(data):
 
 @pytest.fixture
 def save(tmp_path, monkeypatch):
-    """Runs the node into tmp_path as ComfyUI does; returns (paths of the files shown, NodeOutput)."""
+    """Run the node with output to tmp_path as ComfyUI does; returns (paths of the files shown, NodeOutput)."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def run(format="mp4", fps=8.0, crf=8, filename_prefix="clips/test", **sources):
@@ -139,7 +139,7 @@ def test_a_video_keeps_its_rate_and_sound_and_goes_on(save):
     assert back.frame_rate == 16 and len(back.images) == 8
     seconds = back.audio["waveform"].shape[-1] / back.audio["sample_rate"]
     assert seconds == pytest.approx(0.5, abs=0.06)
-    assert back.audio["waveform"][..., 4000:18000].pow(2).mean() == pytest.approx(0.5, rel=0.2)  # AAC takes a little
+    assert back.audio["waveform"][..., 4000:18000].pow(2).mean() == pytest.approx(0.5, rel=0.2)  # AAC loses a little
 
 
 def test_images_come_out_as_video(save):

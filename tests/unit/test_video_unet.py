@@ -1,4 +1,4 @@
-"""The video U-Net as a network: sizes of every layer, what it looks at, its loss, subclasses."""
+"""The video U-Net as a network: sizes of every layer, receptive field, loss, subclasses."""
 from dataclasses import replace
 
 import pytest
@@ -64,7 +64,7 @@ def test_a_new_network_predicts_nothing_and_every_weight_has_a_gradient_after_tw
     net, clip = new_network(params, seed=0), clip_of(params)
     assert not net(*clip).any()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    for _ in range(3):  # zero layers wake one after the other
+    for _ in range(3):  # zero-initialized layers become nonzero one after the other
         optimizer.zero_grad()
         (net(*clip, additional_BD=torch.ones(2, 3)) - 1).square().mean().backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def test_any_size_and_number_of_frames_is_taken(frames, height, width):
 
 
 def changed_by(net, params, change):
-    """Where [T, H, W] the prediction changes with an input (x_BCTHW, t_B, text_BLC)."""
+    """Mask [T, H, W] of where the prediction depends on an input (x_BCTHW, t_B, text_BLC)."""
     before = clip_of(params, 1)
     after = [value.clone() for value in before]
     change(*after)
@@ -93,7 +93,7 @@ def test_text_given_frames_mask_and_time_all_reach_every_place_of_every_frame():
     net = random_network(params)
     assert changed_by(net, params, lambda x, t, text: text[:, 2].add_(1)).all()
     assert changed_by(net, params, lambda x, t, text: t.add_(100)).all()
-    for channel in (0, params.channels, 2 * params.channels):  # noisy clip, given frames, mask: of the first frame
+    for channel in (0, params.channels, 2 * params.channels):  # noisy clip, given frames and mask of the first frame
         assert changed_by(net, params, lambda x, t, text, c=channel: x[:, c, 0].add_(1)).all()
 
 
@@ -106,7 +106,7 @@ def test_samples_of_a_batch_do_not_see_each_other():
 
 
 def test_frames_are_told_apart_by_their_position():
-    """A clip of equal frames: without positions only the frames at the ends would differ."""
+    """A clip of identical frames: without positions only the frames at the ends would differ."""
     params = make_params(num_res_blocks=1)
     net = random_network(params)
     x, t, text = clip_of(params, 1, frames=16)
@@ -155,7 +155,7 @@ def test_the_cosine_schedule_is_the_papers():
         return torch.cos((x + 0.008) / 1.008 * torch.pi / 2) ** 2
     expected = f(t) / f(torch.zeros(1, dtype=torch.float64))
     assert (alphas[:-1] - expected[:-1]).abs().max() < 1e-12
-    assert 1e-9 < alphas[-1] < 1e-8  # where the cap keeps it from 0
+    assert 1e-9 < alphas[-1] < 1e-8  # the cap keeps it above 0
     assert make_betas(config.diffusion).max() == 0.999
     linear = make_alphas_cumprod(make_config(schedule="linear").diffusion)
     assert linear[-1] == pytest.approx(0.00466, abs=1e-5)
@@ -195,13 +195,13 @@ def test_tasks_of_the_demo_come_in_their_shares():
     assert (count == 0).float().mean() == pytest.approx(0.5, abs=0.02)
     assert ends.float().mean() == pytest.approx(0.05, abs=0.01)
     past = masks[~ends & (count > 0)]
-    assert (past.diff(dim=1) <= 0).all() and past.sum(1).max() == 8  # the first frames, without a gap
+    assert (past.diff(dim=1) <= 0).all() and past.sum(1).max() == 8  # the first frames, without gaps
     both = video_unet_demo.draw_masks(torch.ones(5, dtype=torch.bool), 16, torch.Generator())
     assert both.tolist() == [[1.0] + [0.0] * 14 + [1.0]] * 5
 
 
 def test_one_clip_is_learned_by_heart():
-    """A network that learns nothing stays where it was."""
+    """The loss would not decrease if the network learned nothing."""
     params = make_params()
     net, generator = new_network(params, seed=3), torch.Generator()
     z = torch.randn(1, 4, 2, 4, 4, generator=generator.manual_seed(1))

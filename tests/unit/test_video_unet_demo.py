@@ -1,4 +1,4 @@
-"""The shipped video U-Net: what its file says, and a look at what it makes of prompts and of the past of a clip."""
+"""The shipped video U-Net: its file's metadata, and a quick check of generation from prompts and given frames."""
 from random import Random
 
 import numpy as np
@@ -24,7 +24,7 @@ def demo():
 
 
 def make(demo, prompt, given="none", images=None, seed=1):
-    """uint8 frames [T, H, W, 3] as the workflows make them."""
+    """uint8 frames [T, H, W, 3], generated as in the workflows."""
     model, parts = demo
 
     def text(words):
@@ -43,7 +43,7 @@ def test_the_file_is_small_and_says_what_the_recipe_says(demo):
 
 
 def test_prompts_decide_where_a_shape_goes(demo):
-    """Four prompts; the bar of 90 % is measured over 100 by demo_quality.py."""
+    """Four prompts; demo_quality.py checks the threshold of 90 % over 100."""
     found = {}
     for direction in data.DIRECTIONS:
         frames = make(demo, f"a blue square moves {direction} on a black background")

@@ -1,4 +1,4 @@
-"""The video U-Net as ComfyUI's MODEL: files, samplers, conditions, nodes."""
+"""The video U-Net as a ComfyUI MODEL: files, samplers, conditions, nodes."""
 import json
 
 import comfy.sd
@@ -59,7 +59,7 @@ def test_the_host_sees_the_schedule_that_was_trained_with(prediction, schedule):
 
 
 def direct_ddim(net, config, noise, frames, texts, cfg, steps):
-    """The same sampling, written down on its own."""
+    """An independent implementation of the same sampling."""
     x, alphas = noise.double(), make_alphas_cumprod(config.diffusion)
     timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
     for i, t in enumerate(timesteps):
@@ -82,7 +82,7 @@ def test_the_ddim_node_walks_as_written_down(prediction):
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
 
     class Patches:
-        """A VAE that keeps the mean colour of 8 x 8 pixels."""
+        """A VAE that stores the mean colour of each 8 x 8 patch."""
 
         def encode(self, pixels):
             mean = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
@@ -97,7 +97,7 @@ def test_the_ddim_node_walks_as_written_down(prediction):
                            (positive[0][0], negative[0][0]), 2.0, 5)
     assert given[:, :, :2].any() and not given[:, :, 2:].any()
     assert (out["samples"] - expected).norm() / expected.norm() < 2e-4
-    assert out["samples"].abs().max() <= 3 / config.scale_factor + 0.05  # a little noise of the first timestep is left
+    assert out["samples"].abs().max() <= 3 / config.scale_factor + 0.05  # a little noise of the first timestep remains
 
 
 @pytest.mark.parametrize("sampler, scheduler, steps", [("euler", "normal", 4), ("euler_ancestral", "ddim_uniform", 4),
@@ -112,7 +112,7 @@ def test_core_samplers_run(sampler, scheduler, steps):
 @pytest.mark.parametrize("prediction", ["v", "eps"])
 def test_ancestral_sampling_takes_all_1000_steps(prediction):
     model = make_model(prediction=prediction)
-    model.model.diffusion_model.forward = lambda x, *_, **__: 0.1 * x[:, :4]  # the walk is tested, not the network
+    model.model.diffusion_model.forward = lambda x, *_, **__: 0.1 * x[:, :4]  # tests the loop, not the network
     positive, negative, latent = conditions(model, frames=1, width=8, height=8)
     visited = []
     out, report = sample_latent(model, positive, negative, latent, 1, settings(1000, eta=1.0, cfg=1.0),

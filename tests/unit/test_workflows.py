@@ -1,4 +1,4 @@
-"""The shipped workflows as files: templates and API graphs say the same, and the example pictures are within reach."""
+"""The shipped workflow files: templates and API graphs match, and the example pictures are available."""
 import json
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_template_and_api_graph_are_wired_alike(name):
                      if isinstance(value, list)}
 
 
-# the first loader of a workflow, and what its note must name: real files and where they go
+# the first loader of a workflow, and what its note must mention: real files and where to put them
 REAL_FILES = {
     "Stillmotion_LoadVideoUNet": ("Train Video Model", "models/checkpoints"),
     "Stillmotion_LoadDynamiCrafter": ("DynamiCrafter_512", "models/checkpoints"),
@@ -57,13 +57,13 @@ def test_templates_start_with_the_demo_and_name_a_real_checkpoint(name):
         assert "DynamiCrafter_512_Interp" in note["widgets_values"][0]
 
 
-# widgets of our nodes that the page puts a choice behind: what becomes of the number after a run
+# widgets of our nodes that the page follows with a "control after generate" widget
 SEEDS = {node_id: [socket.id for socket in schema.inputs if getattr(socket, "control_after_generate", False)]
          for node_id, schema in SCHEMAS.items()}
 
 
 def widgets_of(node):
-    """{widget: value} of a template's node, as the page reads them: by position."""
+    """{widget: value} of a template's node, read by position as the page does."""
     values, found = iter(node.get("widgets_values", ())), {}
     for name in [socket["name"] for socket in node["inputs"] if "widget" in socket]:
         found[name] = next(values)
@@ -101,7 +101,7 @@ def test_templates_hold_the_widgets_of_each_node_in_their_order(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_template_folds_no_value_away_that_it_changes(name):
-    """Inputs marked advanced are hidden in the page; a template shows them where one is not at its default."""
+    """The page hides inputs marked advanced; a template shows them if one is not at its default."""
     folded = {f"Stillmotion_{kind.removesuffix('Node')}": getattr(import_module(f"stillmotion.nodes.{module}"), kind)
               for module, kind in NODES}
     api = read(f"api/{name}.json")
@@ -133,7 +133,7 @@ def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):
     assert not (tmp_path / "stillmotion_end.png").exists() and (tmp_path / "stillmotion_start.png").exists()
     names = (tmp_path / OFFERED).read_text().splitlines()
     assert len(set(names)) == len(names)
-    (tmp_path / OFFERED).write_text("stillmotion_start.png\n")  # a later version brings another one
+    (tmp_path / OFFERED).write_text("stillmotion_start.png\n")  # a later version adds another one
     offer_examples(tmp_path)
     assert (tmp_path / "stillmotion_end.png").exists()
 

@@ -1,6 +1,6 @@
-"""What the commands beside this folder share: a ComfyUI to run in, a client of its server, and graphs to send it.
+"""Shared by the commands in the parent folder: a ComfyUI to run in, a client for its server, and graph editing.
 
-Importing this package puts its modules within reach by their own names: `import host`.
+Importing this package makes its modules importable by their own names: `import host`.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""A small client for ComfyUI's HTTP and websocket interface, in plain calls.
+"""A small synchronous client for ComfyUI's HTTP and websocket API.
 
-The websocket brings progress; what counts is /history, which is asked again and again.
+The websocket delivers progress; /history is authoritative and is polled.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "can't all
 ADVICE = ("Out of memory: use a smaller preset (512 or 256), fewer frames, or a tiled decode "
           "(VAE Decode (Tiled) instead of VAE Decode), and close other programs that use this device.")
 GONE_AFTER_SECONDS = 10
-LOOK_SECONDS = 5  # from one look whether the server still knows the job to the next
-SLOW_SECONDS = 600  # for a large picture over a slow line, and for checking a graph
-IN_MEMORY = 64 << 20  # bytes of a file that is looked at; a longer one goes to the disk
+LOOK_SECONDS = 5  # between checks that the server still knows the job
+SLOW_SECONDS = 600  # for a large picture over a slow connection, and for graph validation
+IN_MEMORY = 64 << 20  # bytes of a file kept in memory for inspection; a longer one is spooled to disk
 
 
 class Client:
-    """Talks to one server; `local` is the launch.Server behind it, or None for somebody else's.
+    """Talks to one server; `local` is its launch.Server, or None for a server that we did not start.
 
-    Every call raises ServerGone where there is no answer, and its kind StrangeServer where the answer is not ComfyUI's.
+    Every call raises ServerGone if there is no response, or its subclass StrangeServer for a response not from ComfyUI.
     """
 
     def __init__(self, url, local=None):
-        from transport import Connection, Events  # they need aiohttp, which the host's Python has
+        from transport import Connection, Events  # these need aiohttp, which the host's Python has
 
         self.connection, self.events = Connection(url), Events
         self.url = self.connection.url  # without a password
@@ -41,9 +41,9 @@ class Client:
     # ---- plain requests ----
 
     def request(self, path, body=None, headers=None, tries=None, **options):
-        """The answer to a GET, or to a POST where there is a body (bytes, or anything JSON takes), as an open file.
+        """The response to a GET, or to a POST if there is a body (bytes or a JSON-serializable value), as an open file.
 
-        A connection that breaks is tried again. options: of Connection.ask.
+        Retries when the connection breaks. options: passed to Connection.ask.
         """
         from transport import Broken
 
@@ -66,7 +66,7 @@ class Client:
                              f"{plain(self.local.tail())}{advice}")
 
     def json(self, path, body=None, kind=object, **options):
-        """The answer's JSON, None where it is empty; it must be of this kind."""
+        """The response's JSON, None if it is empty; it must be of type `kind`."""
         text = self.request(path, body, **options).read()
         with self.understood(path):
             found = json.loads(text) if text else None
@@ -76,7 +76,7 @@ class Client:
 
     @contextlib.contextmanager
     def understood(self, path):
-        """An answer that is no JSON, or not made as ComfyUI's are, becomes a StrangeServer."""
+        """Raise StrangeServer for a response that is not JSON or not in ComfyUI's format."""
         try:
             yield
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -84,8 +84,8 @@ class Client:
                                 f"something else ({type(error).__name__}).") from error
 
     def upload(self, data, name):
-        """Put a file with these bytes into the server's input folder; returns the name to use in LoadImage (another
-        one where the folder holds another file of this name). JobError where the server does not take it."""
+        """Upload these bytes to the server's input folder; returns the name to use in LoadImage (a different one
+        if the folder has another file of this name). Raises JobError if the server rejects the file."""
         edge, path = uuid.uuid4().hex, Path(name)
         name = re.sub(r"[^\w .()-]", "_", path.stem)[:60] + re.sub(r"[^\w.]", "", path.suffix)
         head = (f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
@@ -101,11 +101,11 @@ class Client:
             return "/".join(filter(None, (stored["subfolder"] + "", stored["name"] + "")))
 
     def view(self, entry):
-        """The bytes of an output entry (filename, subfolder, type) of the history, as an open file."""
+        """The bytes of an output entry (filename, subfolder, type) from the history, as an open file."""
         return self.fetch(entry, tempfile.SpooledTemporaryFile(IN_MEMORY))
 
     def fetch(self, entry, file):
-        """Write an output entry of the history into an open file; returns it, at its beginning."""
+        """Write an output entry from the history to an open file; returns the file, rewound to the start."""
         from transport import Broken
 
         with self.understood("/history"):
@@ -121,7 +121,7 @@ class Client:
                 if attempt == 3:
                     raise
                 time.sleep(1)
-            except BadStatus as error:  # an OSError, which would look like one of the disk
+            except BadStatus as error:  # an OSError, which would look like a disk error
                 raise StrangeServer(str(error)) from None
         file.seek(0, 2)
         if not file.tell():
@@ -130,10 +130,10 @@ class Client:
         return file
 
     def download(self, entry, path, overwrite=True):
-        """Save an output entry of the history under this path, whole or not at all; returns the path.
+        """Save an output entry from the history to this path atomically; returns the path.
 
-        overwrite False: a file that is there already stays, and the new one gets the next free number: video.mp4,
-        video-2.mp4, ... OSError where it cannot be written.
+        overwrite False: an existing file is kept, and the new one gets the next free number: video.mp4,
+        video-2.mp4, ... Raises OSError if it cannot be written.
         """
         saving, name = common("saving"), FreeName(path)
         with saving.replacing(name.path) if overwrite else saving.new_file(name) as content:
@@ -144,9 +144,9 @@ class Client:
     # ---- jobs ----
 
     def queue(self, graph, workflow=None, prompt_id=None):
-        """Queue an API graph; saved files carry the UI workflow. Returns the prompt id. Raises JobError.
+        """Queue an API graph; saved files embed the UI workflow. Returns the prompt id. Raises JobError.
 
-        The job gets an id of ours, so that it can be looked for where the answer is lost: it is never queued twice.
+        We choose the job's id, so that it can be looked up if the response is lost: it is never queued twice.
         """
         from transport import Broken
 
@@ -171,13 +171,13 @@ class Client:
                     raise JobError(refusal(json.loads(error.text), graph)) from None
         with self.understood("/prompt"):
             prompt_id, problems = answer["prompt_id"] + "", answer.get("node_errors")
-            if problems:  # the server would run the rest of the graph
+            if problems:  # the server would still run the rest of the graph
                 self.cancel(prompt_id)
                 raise JobError(refusal(answer, graph))
         return prompt_id
 
     def _knows(self, prompt_id):
-        """Whether the job waits, runs or has ended."""
+        """Whether the job is queued, running or finished."""
         queue = self.json("/queue", kind=dict)
         with self.understood("/queue"):
             listed = [job[1] for job in queue["queue_running"] + queue["queue_pending"]]
@@ -187,15 +187,15 @@ class Client:
         return self.json(f"/history/{urllib.parse.quote(prompt_id, safe='')}", kind=dict).get(prompt_id)
 
     def cancel(self, prompt_id):
-        """Take a job off the queue, or interrupt it where it runs."""
+        """Remove a job from the queue, or interrupt it if it is running."""
         for path, body in (("/queue", {"delete": [prompt_id]}), ("/interrupt", {"prompt_id": prompt_id})):
             self.request(path, body, tries=1, seconds=5)
 
     def run(self, graph, workflow=None, progress=None):
-        """Queue a graph and wait for its end; returns the history's outputs by node id.
+        """Queue a graph and wait for it to finish; returns the history's outputs by node id.
 
         `progress(node id, value, maximum)` is called at every step. Raises JobError and ServerGone; anything
-        that ends the wait early, Ctrl-C too, cancels the job.
+        that ends the wait early, including Ctrl-C, cancels the job.
         """
         events, prompt_id, errors = self._events(), str(uuid.uuid4()), []
         try:
@@ -212,7 +212,7 @@ class Client:
                         raise JobError(f"{self.url} does not know the job any more: it was started again, or somebody "
                                        "removed the job. Run the command again.")
                     look = time.monotonic() + LOOK_SECONDS
-                if ended:  # the history follows the message within moments
+                if ended:  # the history is updated shortly after the message
                     time.sleep(0.05)
         except BaseException as stop:
             if not isinstance(stop, JobError):
@@ -226,15 +226,15 @@ class Client:
     def _events(self):
         from transport import Broken
 
-        self.request("/system_stats")  # says that the server is gone where it is
+        self.request("/system_stats")  # raises ServerGone if the server is down
         try:
             return self.events(self.connection, self.id)
-        except Broken:  # some proxies pass no websocket; the history is enough
+        except Broken:  # some proxies do not forward websockets; the history is enough
             return None
 
     def _follow(self, events, prompt_id, graph, progress, errors):
-        """Handle messages for up to a second: (whether the job ended, events or None when the connection broke).
-        Errors are kept: why a node was blocked is said in no other place."""
+        """Handle messages for up to a second: (whether the job ended, events or None if the connection broke).
+        Errors are kept: the reason a node was blocked is reported nowhere else."""
         from transport import Broken
 
         deadline = time.monotonic() + 1
@@ -261,7 +261,7 @@ class Client:
 
 
 class FreeName:
-    """A file's name, and the next free ones after it, as nodes/common/saving.py asks for them."""
+    """A file name and the next free ones after it, in the form nodes/common/saving.py expects."""
 
     def __init__(self, path):
         self.wanted, self.number = Path(path), 1
@@ -272,10 +272,10 @@ class FreeName:
         return self.wanted.with_name(f"{self.wanted.stem}{more}{self.wanted.suffix}")
 
 
-# ---- what went wrong, in words ---------------------------------------------------------------------------
+# ---- error messages and results --------------------------------------------------------------------------
 
 def refusal(answer, graph):
-    """The server's validation answer as readable lines."""
+    """The server's validation errors as readable lines."""
     lines = []
     for node_id, report in (answer.get("node_errors") or {}).items():
         for error in report["errors"]:
@@ -287,7 +287,7 @@ def refusal(answer, graph):
 
 
 def finished(entry, graph, errors=()):
-    """The outputs of a finished job; JobError when a node failed or it was interrupted."""
+    """The outputs of a finished job; raises JobError if a node failed or the job was interrupted."""
     for kind, data in [*entry["status"]["messages"], *(("execution_error", error) for error in errors)]:
         if kind == "execution_interrupted":
             raise JobError("the job was interrupted")
@@ -301,7 +301,7 @@ def finished(entry, graph, errors=()):
 
 
 def results(outputs, node, kind="images"):
-    """What a node of a finished job gave; JobError where it gave nothing."""
+    """The output of one node of a finished job; raises JobError if there is none."""
     found = outputs.get(node) if isinstance(outputs, dict) else None
     entries = found.get(kind) if isinstance(found, dict) else None
     if not isinstance(entries, list) or not entries:

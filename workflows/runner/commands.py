@@ -1,4 +1,4 @@
-"""What the commands that send work to a server share: flags, checks of them, their start and their end."""
+"""Shared by the commands that send work to a server: flags, their validation, startup and exit."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import errors
 import host
 
 PRESETS = {
-    "demo": {},  # what the workflow says
+    "demo": {},  # the workflow's own values
     "256": {"width": 256, "height": 256, "frame_stride": 3, "guidance_scale": 7.5},
     "512": {"width": 512, "height": 320, "frame_stride": 24, "guidance_scale": 7.5},
     "1024": {"width": 1024, "height": 576, "frame_stride": 10, "guidance_scale": 7.5},
@@ -48,12 +48,12 @@ def check(options, positive=()):
 
 
 def start(options):
-    """Go on in the host's Python; a client alone needs none where its packages are there. From now on being stopped, or
-    a closed terminal, is heard as Ctrl-C is."""
+    """Re-execute in the host's Python; a client alone needs no host if its packages are installed. From now on SIGTERM
+    and a closed terminal are handled like Ctrl-C."""
     if not options.server or not all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
         host.reexec(options.comfyui)
     for stream in filter(None, (sys.stdout, sys.stderr, sys.stdin)):
-        # a console or file of Windows may know few characters
+        # a Windows console or file may have a limited character set
         stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
@@ -62,7 +62,7 @@ def start(options):
 
 
 def open_pipeline(options, preset="demo"):
-    """The pipeline.Pipeline of the options."""
+    """The pipeline.Pipeline for these options."""
     import pipeline
 
     return pipeline.Pipeline(preset, options.checkpoint, options.device or "auto", options.comfyui, options.server,
@@ -71,12 +71,12 @@ def open_pipeline(options, preset="demo"):
 
 @contextlib.contextmanager
 def ending():
-    """Ends the command in one sentence where something goes wrong."""
+    """Exit with a one-sentence message if something goes wrong."""
     try:
         yield
     except (host.HostError, errors.JobError, errors.ServerGone) as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:  # whoever read the output is gone
+    except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -85,7 +85,7 @@ def ending():
 
 
 def make_folder(folder):
-    """Make the folder of the results, before the work begins; HostError where nothing can be written into it."""
+    """Create the output folder before any work starts; raises HostError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -94,14 +94,14 @@ def make_folder(folder):
 
 
 def save(pipe, entry, path, overwrite):
-    """Save an output entry of the server; returns the path. HostError where the disk does not take it."""
+    """Save an output entry of the server; returns the path. Raises HostError if it cannot be written."""
     with saving(path, pipe):
         return pipe.client.download(entry, path, overwrite)
 
 
 @contextlib.contextmanager
 def saving(path, pipe):
-    """HostError where the disk does not take what is saved in here; the results then stay in the server's folder."""
+    """Turn write errors into HostError; the results then stay in the server's folder."""
     try:
         yield
     except OSError as error:
@@ -112,6 +112,6 @@ def saving(path, pipe):
 
 
 def tell(number, of, what):
-    """End with an error where some failed."""
+    """Exit with an error if any failed."""
     if number:
         sys.exit(f"error: {number} of {of} {what} failed")

@@ -1,27 +1,27 @@
-"""What can go wrong between a command and its server, and the server's words made fit for a terminal."""
+"""Errors between a command and its server, and sanitizing the server's text for a terminal."""
 
 import io
 import re
 import unicodedata
 import urllib.error
 
-LONGEST = 4000  # characters of a server's text in a message
+LONGEST = 4000  # characters of server text in a message
 
 
 class JobError(RuntimeError):
-    """The server refused the graph or a node failed; the message is for people."""
+    """The server rejected the graph or a node failed; the message is meant for users."""
 
 
 class ServerGone(RuntimeError):
-    """The server does not answer any more."""
+    """The server no longer responds."""
 
 
 class StrangeServer(ServerGone):
-    """It answers, but not as ComfyUI does."""
+    """The server responds, but not like ComfyUI."""
 
 
 class BadStatus(StrangeServer, urllib.error.HTTPError):
-    """It answers with an HTTP error. code: its number; text, and `read()`: what came with it."""
+    """The server responds with an HTTP error. code: the status; text and `read()`: the body."""
 
     def __init__(self, message, code, text):
         urllib.error.HTTPError.__init__(self, "", code, message, None, io.BytesIO(text.encode()))
@@ -32,7 +32,7 @@ class BadStatus(StrangeServer, urllib.error.HTTPError):
 
 
 def plain(text):
-    """A server's text without what a terminal would obey: escape codes, control characters, changes of direction."""
+    """Strip what a terminal would act on from server text: escape codes, control characters, bidi overrides."""
     text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", str(text)).replace("\t", " ")
     text = "".join(c for c in text if c == "\n" or not unicodedata.category(c).startswith("C"))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -4,7 +4,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
 def find_node(graph, class_type):
-    """Id of the one node of this class. KeyError where there is none or more than one."""
+    """Id of the only node of this class. Raises KeyError if there is none or more than one."""
     found = [i for i, node in graph.items() if node["class_type"] == class_type]
     if len(found) != 1:
         raise KeyError(f"the graph has {len(found)} nodes of class {class_type}, expected one")
@@ -25,8 +25,8 @@ def widget_names(schema):
 
 
 def set_inputs(graph, workflow, schemas, node_id, **values):
-    """Give a node's inputs new values in the API graph and, where there is one, in the UI workflow; None changes
-    nothing. KeyError for an input that the node does not have."""
+    """Set a node's inputs in the API graph and, if there is one, in the UI workflow; None leaves a value unchanged.
+    Raises KeyError for an input that the node does not have."""
     class_type = graph[node_id]["class_type"]
     names = widget_names(schemas[class_type])
     for name, value in values.items():

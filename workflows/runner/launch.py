@@ -1,4 +1,4 @@
-"""Start a ComfyUI server for one run: loopback, a free port, folders of its own; stop it again."""
+"""Start and stop a ComfyUI server for one run: on loopback, with a free port and its own folders."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import host
 STARTUP_SECONDS = 180
 PACK_FOLDER = "stillmotion"
 GUARD = host.RUNNER / "guard.py"
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback never goes through a proxy
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never use a proxy for loopback
 
 
 def free_port():
@@ -27,7 +27,7 @@ def free_port():
 
 
 def models_folder(comfyui):
-    """Where this ComfyUI's checkpoints are looked for: its own models folder, or the private hosts' shared one."""
+    """Where this ComfyUI searches for checkpoints: its own models folder, or the one shared by the private hosts."""
     if comfyui.is_relative_to(host.cache_folder()):
         return host.cache_folder() / "models"
     return comfyui / "models"
@@ -36,7 +36,7 @@ def models_folder(comfyui):
 def device_arguments(found, device):
     """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU."""
     if device == "auto":
-        # the private CPU host needs no look; torch takes two seconds to import
+        # no need to check on the private CPU host; importing torch takes two seconds
         code = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
         gpu = found.variant != "cpu" and subprocess.run([str(found.python), "-c", code]).returncode == 0
         return [] if gpu else ["--cpu"]
@@ -49,7 +49,7 @@ def device_arguments(found, device):
 
 
 def link_pack(custom_nodes):
-    """Put the pack into a custom_nodes folder: a link, or a copy where links are not allowed."""
+    """Put the pack into a custom_nodes folder: as a symlink, or as a copy if symlinks are not permitted."""
     custom_nodes.mkdir(parents=True)
     try:
         (custom_nodes / PACK_FOLDER).symlink_to(host.PACK, target_is_directory=True)
@@ -62,14 +62,14 @@ class Server:
     """A running ComfyUI with the pack in it. Use as a context manager.
 
     `models` are folders with checkpoints/, loras/, ... to search besides the host's own; `checkpoints` are
-    folders with checkpoint files; `threads` is torch's number of CPU threads, its own choice if None; `arguments` are
-    further ones of ComfyUI's command line. Raises HostError when the server or the pack does not come up.
+    folders with checkpoint files; `threads` is torch's number of CPU threads, None for its default; `arguments` are
+    extra ComfyUI command-line arguments. Raises HostError if the server or the pack fails to start.
     """
 
     def __init__(self, found, device="auto", models=(), checkpoints=(), threads=None, arguments=()):
         self.base = Path(tempfile.mkdtemp(prefix="stillmotion-server-"))
         self.process = None
-        self.keep = False  # the folders, when something in them is still wanted
+        self.keep = False  # keep the folders if something in them is still needed
         self.environment = dict(host.clean_environment(), PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
         if threads:
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -91,7 +91,7 @@ class Server:
             raise
 
     def _model_paths(self, models, checkpoints):
-        """ComfyUI's file of further model folders (YAML, of which JSON is a part)."""
+        """ComfyUI's file of extra model folders (YAML, of which JSON is a subset)."""
         entries = {}
         for i, folder in enumerate(map(Path, models)):
             names = {d.name for d in folder.iterdir() if d.is_dir()} | {"checkpoints"}
@@ -107,8 +107,8 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = open(self.base / "server.log", "wb")
         python, *arguments = self.command
-        # a session of its own: Ctrl-C reaches the runner alone, which then stops the job and the server in order; where
-        # the runner dies without that, the guard sees the end of its input and ends the server
+        # a separate session: Ctrl-C reaches only the runner, which then stops the job and the server cleanly. If the
+        # runner dies without doing so, the guard sees EOF on its input and terminates the server.
         self.process = subprocess.Popen([python, str(GUARD), str(self.base), *arguments, "--port", str(port)],
                                         stdin=subprocess.PIPE, stdout=self.log, cwd=self.base,
                                         stderr=subprocess.STDOUT, env=self.environment, start_new_session=True)
@@ -140,7 +140,7 @@ class Server:
         return "\n".join((self.base / "server.log").read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self):
-        """Stop the server (it finishes within about a second) and remove its folders unless `keep` is set."""
+        """Stop the server (takes about a second) and remove its folders unless `keep` is set."""
         if self.alive():
             self.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
             try:

@@ -27,22 +27,22 @@ LOADER = "Stillmotion_LoadDynamiCrafter"
 IMAGE_TO_VIDEO = "Stillmotion_DynamiCrafterImageToVideo"
 SAMPLER = "Stillmotion_DDIMSampler"
 SAVER = "Stillmotion_SaveVideo"
-LARGEST_SENT = 32 << 20  # bytes of a picture; ComfyUI takes 100 MB
-LONGEST_SIDE = 4096  # pixels, of a picture that is sent in another form
+LARGEST_SENT = 32 << 20  # bytes per picture; ComfyUI accepts 100 MB
+LONGEST_SIDE = 4096  # pixels, for a picture that is converted before upload
 
 REPOSITORY = {"256": "Doubiiu/DynamiCrafter", "512": "Doubiiu/DynamiCrafter_512", "1024": "Doubiiu/DynamiCrafter_1024"}
 
 
 def choose_checkpoint(preset, names):
-    """The file of this preset among the names in the checkpoints folder, or None. A full file is preferred, because
-    a pruned one needs separate encoders."""
+    """This preset's file among the names in the checkpoints folder, or None. Prefers a full file, because a pruned one
+    needs separate encoders."""
     fitting = [n for n in names if preset in n and "dynamicrafter" in n.lower()
                and not any(other in n.lower() for other in ("interp", "toon", "cil"))]
     return min(fitting, key=lambda n: ("pruned" in n.lower(), n), default=None)
 
 
 def missing_checkpoint(preset, folder):
-    """What to tell a user whose checkpoints folder lacks the preset's file."""
+    """The message for a user whose checkpoints folder lacks the preset's file."""
     pruned = "" if preset == "256" else (
         f" (or the smaller dynamicrafter_{preset}_fp16_pruned.safetensors from Kijai/DynamiCrafter_pruned, which needs "
         "core's CLIP, CLIP Vision and VAE loaders and so does not run with this script)")
@@ -52,7 +52,7 @@ def missing_checkpoint(preset, folder):
 
 
 class Pipeline:
-    """A ComfyUI with a chosen model, ready to turn images and prompts into videos.
+    """A ComfyUI with a given model, ready to turn images and prompts into videos.
 
     resolution: a key of PRESETS. checkpoint: a file, or a name in the checkpoints folder. device: auto, cpu, cuda or
     cuda:N. comfyui: folder of an existing ComfyUI. server: URL of a running one. models: a folder with checkpoints/
@@ -68,7 +68,7 @@ class Pipeline:
         self.server = None
         if not server:
             found = host.find_host(comfyui)
-            # the demo's matrices are so small that threads only wait for each other, badly so on a busy machine
+            # the demo's matrices are so small that more threads only cost synchronization, above all on a busy machine
             self.server = launch.Server(found, device, [models] if models else [], [file.parent] if local_file else [],
                                         threads=1 if resolution == "demo" else None)
         try:
@@ -101,12 +101,11 @@ class Pipeline:
     def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
             frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
             progress=None):
-        """Animate one image (a file or a PIL image); None means what the preset or the workflow says.
+        """Animate one image (a file or a PIL image); None means the default of the preset or the workflow.
 
-        Returns one list of output entries (see Client.download) for each video of the batch (in a format that gives a
-        file a video). `progress(node name,
-        value, maximum)` is called at every step. Raises client.JobError (for a picture that cannot be read, too) and
-        client.ServerGone.
+        Returns one list of output entries (see Client.download) per video of the batch (in a format that gives one
+        file per video). `progress(node name, value, maximum)` is called at every step. Raises client.JobError (also
+        for a picture that cannot be read) and client.ServerGone.
         """
         job = json.loads(API.read_text())
         workflow = json.loads(UI.read_text()) if UI.exists() else None
@@ -131,7 +130,7 @@ class Pipeline:
         return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 
     def set_inputs(self, job, workflow, node_id, **values):
-        """graph.set_inputs; HostError where the server's nodes are not those that the graph was made for."""
+        """graph.set_inputs; raises HostError if the server's nodes do not match the graph."""
         try:
             graph.set_inputs(job, workflow, self.schemas, node_id, **values)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -139,7 +138,7 @@ class Pipeline:
                                  f"({plain(error)}): put the same version of the pack at both ends.") from None
 
     def report(self, job, progress):
-        """For Client.run: calls `progress(node name, value, maximum)`."""
+        """A callback for Client.run that calls `progress(node name, value, maximum)`."""
         def tell(node_id, value, maximum):
             schema = self.schemas.get(job[node_id]["class_type"])
             name = schema.get("display_name") if isinstance(schema, dict) else None
@@ -174,10 +173,10 @@ class Pipeline:
 
 
 def file_of(image):
-    """(bytes, name) to send of an image: a file, or a PIL image. JobError for a picture that cannot be read.
+    """(bytes, name) to upload for an image (a file or a PIL image). Raises JobError if it cannot be read.
 
-    What ComfyUI might read otherwise (an animation, a rare format) or is large is sent as a PNG. Grey of 16 bits is
-    refused: what scanners and microscopes write fills a part of the range, and only its owner knows which.
+    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG. 16-bit
+    grayscale is rejected: scanners and microscopes use only part of the range, and only the user knows which.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
@@ -192,7 +191,7 @@ def file_of(image):
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
         size = image.size
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # far above what the models take
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # far larger than any model's input
         if image.size != size:
             print(f"{path.name} is large: it is sent with {image.width}x{image.height} pixels", file=sys.stderr)
         name = f"{path.stem}.png"
@@ -201,7 +200,7 @@ def file_of(image):
 
 
 def save_video(videos, path, fps):
-    """Save frames [T, H, W, 3] in 0..1 as the MP4 file `path`, as the Save Video node does."""
+    """Save frames [T, H, W, 3] in 0..1 to the MP4 file `path`, like the Save Video node."""
     if "stillmotion" not in sys.modules:
         inprocess.import_pack(host.find_host().comfyui)
     from stillmotion.nodes.common import video

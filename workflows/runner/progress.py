@@ -5,7 +5,7 @@ import time
 
 
 class Progress:
-    """One line that grows on a terminal, one line a step elsewhere."""
+    """On a terminal one line that is updated in place, elsewhere one line per step."""
 
     def __init__(self):
         self.node = None

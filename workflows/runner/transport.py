@@ -1,4 +1,4 @@
-"""Requests to one server. aiohttp works in a thread of its own, so that a call that waits hears Ctrl-C at once."""
+"""Requests to one server. aiohttp runs in its own thread, so that Ctrl-C interrupts a waiting call at once."""
 
 import asyncio
 import concurrent.futures
@@ -14,27 +14,27 @@ from errors import BadStatus, ServerGone, StrangeServer, plain
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 120
 SILENT_SECONDS = 60  # within a file
-LARGEST_ANSWER = 256 << 20  # bytes; the history holds whole workflows
+LARGEST_ANSWER = 256 << 20  # bytes; the history contains complete workflows
 LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
-AWAY = (502, 503, 504)  # what a proxy says while the server behind it is away
+AWAY = (502, 503, 504)  # a proxy's status while the server behind it is down
 _thread = {}
 
 
 class Broken(ServerGone):
-    """The connection was refused, or broke before the whole answer was there; trying again may help."""
+    """The connection was refused, or broke before the response was complete; a retry may help."""
 
 
 def wait_for(coroutine):
-    """The coroutine's result. What ends the wait early, Ctrl-C too, cancels it."""
+    """The coroutine's result. Anything that ends the wait early, including Ctrl-C, cancels it."""
     if not _thread:
         _thread["loop"] = asyncio.new_event_loop()
         threading.Thread(target=_thread["loop"].run_forever, name="aiohttp", daemon=True).start()
     future = asyncio.run_coroutine_threadsafe(coroutine, _thread["loop"])
     try:
         while not concurrent.futures.wait([future], 0.2).done:
-            pass  # Windows hears Ctrl-C only between short waits
+            pass  # Windows handles Ctrl-C only between short waits
         return future.result()
     except BaseException:
         future.cancel()
@@ -42,7 +42,7 @@ def wait_for(coroutine):
 
 
 def split_address(address):
-    """(address without name and password, aiohttp.BasicAuth of them or None). ServerGone for what is no address."""
+    """(address without credentials, aiohttp.BasicAuth or None). Raises ServerGone for an invalid address."""
     try:
         parts = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
         port = f":{parts.port}" if parts.port else ""
@@ -64,22 +64,22 @@ def split_address(address):
 
 
 class Connection:
-    """Asks one server; redirects are not followed."""
+    """Sends requests to one server; redirects are not followed."""
 
     def __init__(self, address):
         self.url, self.auth = split_address(address)
         host = urllib.parse.urlsplit(self.url).hostname
-        self.at_home = host in ("127.0.0.1", "localhost", "::1")  # never through a proxy
+        self.at_home = host in ("127.0.0.1", "localhost", "::1")  # never use a proxy
 
     def session(self, **more):
         return aiohttp.ClientSession(auth=self.auth, trust_env=not self.at_home, auto_decompress=False, **more,
                                      timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS))
 
     def ask(self, path, body=None, headers=None, seconds=ANSWER_SECONDS, file=None):
-        """The bytes of the answer as an open file: a GET, or a POST where there is a body.
+        """The body of the response as an open file: a GET, or a POST if there is a body.
 
-        file: written with them instead; then `seconds` is for the beginning only. Raises Broken, ServerGone,
-        BadStatus; StrangeServer for too long an answer, or a file whose end nobody can know; OSError of `file`.
+        file: write the body to it instead; `seconds` then applies only to the start. Raises Broken, ServerGone,
+        BadStatus; StrangeServer if the response is too long, or a file's length is unknown; OSError from `file`.
         """
         try:
             return wait_for(self._ask(path, body, headers or {}, seconds, file))
@@ -90,7 +90,7 @@ class Connection:
             raise Broken(f"no answer from {self.url}: {plain(error)}. Is ComfyUI still running there?") from None
         except aiohttp.ClientPayloadError:
             raise Broken(f"the connection to {self.url} broke off in the middle of an answer.") from None
-        except (aiohttp.ClientError, ValueError) as error:  # ValueError: addresses and headers that are none
+        except (aiohttp.ClientError, ValueError) as error:  # ValueError: invalid addresses and headers
             raise StrangeServer(f"{self.url} does not answer as a ComfyUI does: {plain(error)[:300]}") from None
 
     async def _ask(self, path, body, headers, seconds, file):
@@ -122,7 +122,7 @@ class Connection:
 
 
 async def read(answer, file, most, cut=False):
-    """Write the answer into a file, at most so many bytes (the rest is left where `cut`); returns it, at its begin."""
+    """Write at most `most` bytes of the response to a file (`cut` drops the rest); returns the file, rewound."""
     size = 0
     while chunk := await asyncio.wait_for(answer.content.read(CHUNK), SILENT_SECONDS):
         size += len(chunk)
@@ -136,7 +136,7 @@ async def read(answer, file, most, cut=False):
 
 
 class Events:
-    """A websocket that brings the JSON messages of one client id. Broken where there is none, or it ends."""
+    """A websocket with the JSON messages for one client id. Raises Broken if it cannot connect or closes."""
 
     def __init__(self, connection, client_id):
         self.connection = connection
@@ -158,7 +158,7 @@ class Events:
         return session
 
     def next(self, seconds):
-        """The next message that is a JSON object, or None after so many seconds."""
+        """The next message that is a JSON object, or None after `seconds`."""
         try:
             message = wait_for(self.socket.receive(seconds))
         except TimeoutError:
@@ -171,7 +171,7 @@ class Events:
             except (ValueError, RecursionError):
                 return None
             return found if isinstance(found, dict) else None
-        if message.type is not aiohttp.WSMsgType.BINARY:  # previews are binary; all else is its end
+        if message.type is not aiohttp.WSMsgType.BINARY:  # previews are binary; anything else means it closed
             raise Broken("the websocket was closed")
         return None
 
@@ -180,7 +180,7 @@ class Events:
 
     async def _close(self):
         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
-            async with asyncio.timeout(1):  # for the other end to say goodbye, too
+            async with asyncio.timeout(1):  # for the other end to close as well
                 await self.socket.close()
         await self.session.close()
 
