@@ -10,7 +10,8 @@ from outlines import follow
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint
 from stillmotion.nodes.training.data import scenes
-from stillmotion.nodes.training.recipes import autoencoder, dynamicrafter_96, encodings, fast, stages, towers
+from stillmotion.nodes.training.recipes import (
+    autoencoder, dynamicrafter_96, encodings, fast, stages, towers, video_unet_96)
 from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
 from tracking import psnr
 
@@ -149,3 +150,25 @@ def test_the_kept_autoencoder_and_towers_know_the_scenes(tmp_path):
         left, right, empty = demo.text_features(clip, tokens)
     assert (left - right).norm() > 1 and (left - empty).norm() > 1
     assert not list(tmp_path.iterdir())  # nothing was trained
+
+
+@pytest.mark.slow
+def test_every_stage_trains_and_goes_on(nets, tmp_path, monkeypatch):
+    """Without the compiler, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
+    monkeypatch.setattr(encodings, "PART", 2)
+    for recipe in (autoencoder, towers, dynamicrafter_96, video_unet_96):
+        monkeypatch.setattr(recipe, "BATCH", 2)
+    monkeypatch.setattr(towers, "draw_pool", lambda folder: (
+        [make(Random(i)) for make in (scenes.random_object, scenes.random_camera) for i in range(4)],
+        torch.rand(8, 3, 32, 32)))
+    monkeypatch.setattr(towers, "BATCH", 8)
+    monkeypatch.setattr(autoencoder, "stills", lambda count, seed: torch.rand(2, 3, 32, 32))
+    made = encodings.encode_clips(tmp_path, nets["vae"], nets["clip"], parts=1)
+    decoder = stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=autoencoder.DDCONFIG))
+    for steps in (1, 2):
+        assert autoencoder.train_autoencoder(tmp_path, steps) and towers.train_towers(tmp_path, steps)
+        assert autoencoder.refine_decoder(tmp_path, decoder, steps)
+        assert dynamicrafter_96.train_unet(tmp_path, made, steps) and video_unet_96.train(tmp_path, made, steps)
+        for stage in ("autoencoder", "decoder", "towers", "unet", "video_unet"):
+            assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["step"] == steps

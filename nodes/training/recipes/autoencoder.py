@@ -90,7 +90,7 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
         def decode(latents: Tensor) -> Tensor:
             return vae.decoder(vae.post_quant_conv(latents))
 
-        def loss_of(generator: torch.Generator, encode, decode) -> Tensor:
+        def loss_of(number: int, generator: torch.Generator, encode, decode) -> Tensor:
             rng.seed(generator.initial_seed())
             images = torch.stack([random_still(rng) for _ in range(BATCH)])
             images = images.contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ def refine_decoder(folder: Path, vae: nn.Module, steps: int, on_save=None) -> nn
     def decode(latents: Tensor) -> Tensor:
         return vae.decoder(vae.post_quant_conv(latents))
 
-    def loss_of(generator: torch.Generator, decode) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator, decode) -> Tensor:
         rng.seed(generator.initial_seed())
         images = torch.stack([random_still(rng) for _ in range(BATCH)])
         images = images.contiguous(memory_format=torch.channels_last)

@@ -58,7 +58,7 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
     alphas, scale = make_alphas_cumprod(schedule).float(), make_scale_arr(schedule.base_scale).float()
     unet = channels_last(make_compilable(first_unet()))
 
-    def loss_of(generator: torch.Generator, run) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator, run) -> Tensor:
         def chance(share: float) -> Tensor:
             return torch.rand(BATCH, generator=generator) < share
         pick = torch.randint(0, len(encodings["fs"]), (BATCH,), generator=generator)

@@ -27,17 +27,19 @@ class HalfPrecision(OneProcess):
 
 def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence[Callable], **settings) -> nn.Module:
     """`fit` in bfloat16, with `parts` of the computation compiled for the shapes they are called with. The first call
-    takes minutes, then the result is cached on disk. `loss_of(generator, *parts)` computes the loss with them."""
+    takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss with
+    them."""
     compiled = [torch.compile(part, dynamic=False) for part in parts]
     checked = []
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(number: int, generator: torch.Generator) -> Tensor:
         if not checked:
             state = generator.get_state()
-            check_gradients(net, *(lambda p=p: loss_of(generator.set_state(state), *p) for p in (parts, compiled)))
+            check_gradients(net, *(lambda p=p: loss_of(number, generator.set_state(state), *p)
+                                   for p in (parts, compiled)))
             generator.set_state(state)
             checked.append(True)
-        return loss_of(generator, *compiled)
+        return loss_of(number, generator, *compiled)
 
     return fit(net, loss, processes=HalfPrecision(), **settings)
 

@@ -71,7 +71,7 @@ def train_towers(folder: Path, steps: int = STEPS) -> nn.Module:
     pool, pixels = draw_pool(folder)
     rng = Random()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
         chosen = [(i, rng.randrange(scenes.HELD_OUT_FORM)) for i in rng.sample(range(len(pool)), BATCH)]
         tokens = tokenize([shuffled(pool[i].caption(form), rng) for i, form in chosen])

@@ -46,7 +46,7 @@ def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_sav
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
     net = channels_last(make_compilable(new_network(PARAMS, seed=30)))
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (BATCH,), generator=generator)
         form = torch.randint(0, scenes.HELD_OUT_FORM, (BATCH,), generator=generator)
         mask = draw_masks(encodings["ends"][pick], generator)
