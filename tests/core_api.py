@@ -29,7 +29,8 @@ FILE = Path(__file__).resolve().parent / "cases" / "core_api" / "names.json"
 # Modules the pack may depend on; networks of other models, and modules that list them, are excluded.
 RECORDED = ["comfy/*.py", "comfy/ldm/common_dit.py", "comfy/ldm/models/autoencoder.py",
             "comfy/ldm/modules/attention.py", "comfy/ldm/wan/ar_model.py", "comfy/ldm/wan/model.py",
-            "comfy/ldm/wan/vae*.py", "comfy/taesd/*.py", "comfy_api/internal/__init__.py", "comfy_api/latest/*.py",
+            "comfy/ldm/modules/diffusionmodules/model.py", "comfy/ldm/wan/vae*.py", "comfy/taesd/*.py",
+            "comfy_api/internal/__init__.py", "comfy_api/latest/*.py",
             "comfy_api/latest/_*/*.py", "comfy_api/torch_helpers/*.py", "comfy_execution/graph_utils.py",
             "comfy_execution/progress.py", "comfy_execution/utils.py", "folder_paths.py", "latent_preview.py",
             "node_helpers.py", "server.py"]

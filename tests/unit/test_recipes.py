@@ -11,7 +11,14 @@ from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint
 from stillmotion.nodes.training.data import scenes
 from stillmotion.nodes.training.recipes import (
-    autoencoder, dynamicrafter_96, encodings, fast, stages, towers, video_unet_96)
+    autoencoder,
+    dynamicrafter_96,
+    encodings,
+    fast,
+    stages,
+    towers,
+    video_unet_96,
+)
 from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
 from tracking import psnr
 
