@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.common.video import encode_gif, encode_mp4, encode_png
-from stillmotion.nodes.training.data import folders
 from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.data.folders import VideoFolder, write_shapes
@@ -393,22 +392,3 @@ def test_workers_read_each_clip_once(tmp_path, caplog):
         batches = list(DataLoader(clips, batch_size=3, num_workers=2, multiprocessing_context="fork"))
     assert [name for batch in batches for name in batch["name"]] == [f"shape_{i:05}.mp4" for i in range(7)]
     assert torch.equal(torch.cat([batch["video"] for batch in batches]), torch.stack([item["video"] for item in clips]))
-
-
-def test_shapes_on_disk_are_the_drawn_ones(tmp_path):
-    shapes = MovingShapes(3, frames=6)
-    write_shapes(shapes, tmp_path / "shapes")
-    for drawn, read in zip(shapes, VideoFolder(tmp_path / "shapes", frames=6)):
-        assert read["caption"] == drawn["caption"] and (read["video"] - drawn["video"]).abs().mean() < 0.02
-    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
-    with pytest.raises(ValueError, match="there already"):
-        write_shapes(shapes, tmp_path / "shapes")
-
-
-def test_shapes_that_could_not_all_be_written_leave_nothing(tmp_path, monkeypatch):
-    shapes = MovingShapes(3, frames=6)
-    films = iter([b"film"])
-    monkeypatch.setattr(folders, "encode_mp4", lambda *settings, **more: next(films))
-    with pytest.raises(StopIteration):
-        write_shapes(shapes, tmp_path / "shapes")
-    assert list(tmp_path.iterdir()) == []

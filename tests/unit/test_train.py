@@ -22,12 +22,12 @@ from stillmotion.nodes.training.encoding import Batches
 from stillmotion.nodes.training.families import FAMILIES
 from stillmotion.nodes.training.families.base import Family
 from stillmotion.nodes.training.families.inflate import inflate, sd_names
-from stillmotion.nodes.training.families.registry import checkpoint_blocks, module_of
+from stillmotion.nodes.training.families.registry import module_of
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.parallel import make_processes
 from stillmotion.nodes.training.run import Training
 from stillmotion.nodes.training.trackers import open_trackers
-from stillmotion.nodes.video_unet.unet import Block, VideoUNetParams, new_network
+from stillmotion.nodes.video_unet.unet import VideoUNetParams, new_network
 
 PARAMS = VideoUNetParams(channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, spatial_attention=(1,),
                          head_channels=16, context_dim=8, additional_condition_dim=0)
@@ -341,30 +341,6 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
         assert found["count"] == 2
         for key, value in alone.items():
             torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=f"{name}: {key}")
-
-
-def unet_loss(net, generator):
-    x = torch.randn(1, 9, 3, 4, 4, generator=generator)
-    return net(x, torch.tensor([500]), torch.ones(1, 5, 8)).square().mean()
-
-
-def test_gradient_checkpointing_changes_no_gradient_and_stays_in_the_average():
-    def gradients(checkpointed):
-        net = new_network(PARAMS, seed=1)
-        torch.nn.init.normal_(net.output.weight, generator=torch.Generator().manual_seed(2))
-        if checkpointed:
-            checkpoint_blocks(net, (Block,))
-        unet_loss(net, torch.Generator().manual_seed(0)).backward()
-        return net, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-
-    net, plain = gradients(False)
-    again, computed = gradients(True)
-    assert plain.keys() == computed.keys() and all(torch.equal(plain[name], computed[name]) for name in plain)
-    assert again.state_dict().keys() == net.state_dict().keys()
-    average = torch.optim.swa_utils.AveragedModel(again)
-    for parameter in again.parameters():
-        parameter.data.zero_()
-    assert unet_loss(average.module, torch.Generator().manual_seed(0)) > 0  # its own weights, not the original's
 
 
 def test_one_clip_is_learned_by_heart(tmp_path):
