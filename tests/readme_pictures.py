@@ -6,6 +6,7 @@ The animate template is opened in ComfyUI's page (Chromium has to be on the path
 web/pages/animate.webp (start image and video side by side) and web/pages/graph.webp.
 """
 
+import argparse
 import io
 import json
 import shutil
@@ -61,6 +62,7 @@ def side_by_side(frames):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     host.check_python()
     comfyui = host.reexec()
     import av
