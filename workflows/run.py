@@ -11,6 +11,7 @@ there already stays, and the new one gets a number, unless --overwrite is given.
 """
 
 import argparse
+import importlib
 import re
 import sys
 import time
@@ -29,11 +30,13 @@ from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
 LONGEST_NAME = 60  # characters of the image's name used in the video's; file systems allow 255 bytes
+SUBCOMMANDS = {}  # `run.py NAME ...` calls main(arguments after the name) of a module in runner/. name: (module, help)
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
 
 def parse(arguments):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=subcommands())
     p.add_argument("preset", nargs="?", default="demo", choices=list(commands.PRESETS), help="default: demo")
     p.add_argument("seed_and_device", nargs="*", metavar="[SEED] [DEVICE]", help="short for --seed and --device")
     p.add_argument("--image", "--image_path", type=Path, help="the still image (default: an example)")
@@ -66,6 +69,11 @@ def parse(arguments):
     if problem:
         p.error(problem)
     return options
+
+
+def subcommands():
+    rows = [f"  run.py {name:10} {what}" for name, (_, what) in SUBCOMMANDS.items()]
+    return "\n".join(["other commands (each has its own --help):", *rows]) if rows else None
 
 
 def check(options):
@@ -130,7 +138,11 @@ def animate(pipe, options, todo):
 
 
 def main():
-    options = parse(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in SUBCOMMANDS:
+        module, _ = SUBCOMMANDS[arguments[0]]
+        return importlib.import_module(module).main(arguments[1:])
+    options = parse(arguments)
     commands.start(options)
     begin = time.monotonic()
     with commands.ending():
@@ -142,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
