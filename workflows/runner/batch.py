@@ -121,7 +121,8 @@ def start(options):
     if options.ray:
         import ray_seats
 
-        ray_seats.enter(options.install_ray)
+        with commands.ending():
+            ray_seats.enter(options.install_ray)
     commands.start(options, client=bool(options.server or options.workers or options.ray))
 
 
@@ -259,17 +260,18 @@ def staff(options, jobs, people):
     """Give the crew its servers; returns what looks for others about every second."""
     import seats
 
+    blocks = jobs.ask("SELECT 1 FROM jobs WHERE blocks LIMIT 1")
+    folder = jobs.folder / "server" if blocks else None
     if options.ray:
         import ray_seats
 
-        for seat in ray_seats.hire(options, jobs.template):
+        for seat in ray_seats.hire(options, jobs.template, folder):
             people.join(seat)
     elif options.workers or options.server:
         return seats.Roll(options.workers or options.server, lambda address: seats.Remote(address, jobs.template),
                           people).look
     else:
-        blocks = jobs.ask("SELECT 1 FROM jobs WHERE blocks LIMIT 1")
-        people.join(seats.Own(options, jobs.template, folder=jobs.folder / "server" if blocks else None))
+        people.join(seats.Own(options, jobs.template, folder=folder))
     return lambda: None
 
 

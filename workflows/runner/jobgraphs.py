@@ -128,7 +128,7 @@ def settings(job, pairs):
 
 
 def table_rows(job, path, fixed=()):
-    """(name, changes) for each row of a CSV file; a column is NODE.INPUT, or `name` for the result's name.
+    """(name or "", changes) for each row of a CSV file; a column is NODE.INPUT, or `name` for the result's name.
 
     An empty cell leaves the graph's value. Raises HostError with the row's number.
     """
@@ -141,12 +141,12 @@ def table_rows(job, path, fixed=()):
                 raise host.HostError(f"{path} has no columns: its first row names inputs, such as KSampler.seed.")
             for column in columns:
                 find_input(job, column)
-            for number, row in enumerate(reader, 1):
+            for row in reader:
                 if None in row or None in row.values():
                     raise host.HostError(f"{path}, line {reader.line_num}: it has not as many cells as the first row.")
                 made = [changes.change(column, row[column], f"{path}, line {reader.line_num}: {column}")
                         for column in columns if row[column] != ""]
-                yield short(row.get(NAME) or f"{number:05}"), [*fixed, *made]
+                yield short(row.get(NAME) or ""), [*fixed, *made]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise host.HostError(f"{path} cannot be read as a table (CSV, UTF-8): {error}") from None
 

@@ -126,17 +126,18 @@ class JobList:
     def submit(self, template, rows):
         """Add jobs; a failed one waits again. Returns Counter(new, known, same).
 
-        template: what the jobs share (JSON). rows: (name of the result, changes), read one by one; changes are
-        [node, input, value], a value {"file": path, "sha256": ...} is an input file. A name taken by another row gets
-        a number. An unfinished job of an earlier submission whose name is taken by new content is dropped.
+        template: what the jobs share (JSON). rows: (name of the result or "", changes), read one by one; changes are
+        [node, input, value], a value {"file": path, "sha256": ...} is an input file. Without a name, which is part of
+        the content, the row's number is taken. A name taken by another row gets a number. An unfinished job of an
+        earlier submission whose name is taken by new content is dropped.
         """
         counts, text = Counter(), canonical(template)
         template_id = content_id(text)
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO templates VALUES (?, ?)", (template_id, text))
             submission = (db.execute("SELECT max(submission) FROM jobs").fetchone()[0] or 0) + 1
-            for name, changes in rows:
-                job, known = content_id(template_id, canonical(without_paths(changes))), None
+            for number, (name, changes) in enumerate(rows, 1):
+                job = content_id(template_id, canonical(without_paths(changes)), name)
                 known = db.execute("SELECT submission, state FROM jobs WHERE id = ?", (job,)).fetchone()
                 if known:
                     counts["same" if known["submission"] == submission else "known"] += 1
@@ -146,8 +147,11 @@ class JobList:
                         self._wait_again(db, job)
                     continue
                 counts["new"] += 1
-                name = free_name(db, name, submission)
-                db.execute("DELETE FROM jobs WHERE name = ? AND state != 'done'", (name,))
+                if name:
+                    name = free_name(db, name, submission)
+                    db.execute("DELETE FROM jobs WHERE name = ? AND state != 'done'", (name,))
+                else:
+                    name = free_name(db, f"{number:05}")
                 db.execute("INSERT INTO jobs (id, name, submission, template, changes, blocks) VALUES (?,?,?,?,?,?)",
                            (job, name, submission, template_id, canonical(changes), bool(template.get("blocks"))))
         return counts
@@ -311,10 +315,11 @@ def is_file(value):
     return isinstance(value, dict) and "sha256" in value
 
 
-def free_name(db, name, submission):
-    """`name`, or with the next number if another row of the same submission has it."""
+def free_name(db, name, submission=None):
+    """`name`, or with the next number if another job (of this submission) has it."""
     number, wanted = 1, name
-    while db.execute("SELECT 1 FROM jobs WHERE name = ? AND submission = ?", (name, submission)).fetchone():
+    while db.execute("SELECT 1 FROM jobs WHERE name = ? AND submission = ifnull(?, submission)",
+                     (name, submission)).fetchone():
         number += 1
         name = f"{wanted}-{number}"
     return name

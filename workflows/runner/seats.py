@@ -142,8 +142,8 @@ class Own:
         self.bench = Bench(client.Client(self.server.url, self.server), self.templates,
                            launch.models_folder(self.found.comfyui))
 
-    def run(self, job, progress, watch):
-        return self.bench.run(job, progress, watch)
+    def run(self, job, progress, watch, read=read_input):
+        return self.bench.run(job, progress, watch, read)
 
     def cancel(self, prompt_id):
         pass  # it ended with the server
@@ -202,7 +202,8 @@ class Roll:
 
     def __init__(self, where, seat, crew):
         self.where, self.seat, self.crew, self.seats = where, seat, crew, {}
-        self.file, self.stamp = Path(where), self._stamp()
+        self.file = Path(where)
+        self.stamp = self._stamp()
         self._read()
 
     def _stamp(self):
