@@ -79,7 +79,7 @@ def test_the_blocks_of_two_jobs_do_not_meet():
 def test_an_input_that_was_changed_is_not_used(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"clip")
     value = jobgraphs.Changes({}).file(tmp_path / "clip.mp4")
-    assert jobgraphs.read_input(value) == (b"clip", f"{value['sha256'][:16]}_clip.mp4")
+    assert jobgraphs.read_input(value) == (b"clip", f"{value['sha256'][:24]}.mp4")
     (tmp_path / "clip.mp4").write_bytes(b"other")
     with pytest.raises(jobgraphs.BadInput, match="changed after the list was made"):
         jobgraphs.read_input(value)

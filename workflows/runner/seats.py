@@ -72,9 +72,10 @@ class Bench:
         return Made(entries, self.client.fetch, time.monotonic() - start, max(used, self._memory()))
 
     def _upload(self, value, read):
-        if value["sha256"] not in self.uploads:
-            self.uploads[value["sha256"]] = self.client.upload(*read(value))
-        return self.uploads[value["sha256"]]
+        key = value["sha256"], Path(value["file"]).suffix.lower()
+        if key not in self.uploads:
+            self.uploads[key] = self.client.upload(*read(value))
+        return self.uploads[key]
 
     def _memory(self):
         """Bytes in use on the server's device, by all programs."""
