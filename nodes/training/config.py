@@ -3,25 +3,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
 from .parallel import PRECISIONS
+from .self_rollout.settings import SelfRolloutSettings
+from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
 PARTS = ("all", "projector_temporal")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
-def _setting(default, text: str, choices: Sequence[str] = ()):
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"help": text, "choices": tuple(choices)})
-
-
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(SelfRolloutSettings):
     """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
