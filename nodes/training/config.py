@@ -9,7 +9,7 @@ from pathlib import Path
 from .families import FAMILIES
 from .objectives import LAWS
 from .parallel import PRECISIONS
-from .self_rollout.settings import SelfRolloutSettings
+from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
 from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
@@ -34,7 +34,8 @@ class TrainConfig(SelfRolloutSettings):
     clip_vision: str = _setting("", "another vision tower file, as core's Load CLIP Vision takes it")
     space: str = _setting("latent", "where a new video U-Net works", SPACES)
 
-    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; empty: Moving Shapes are drawn")
+    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; self_rollout also takes a text file "
+                         "of prompts; empty: Moving Shapes are drawn")
     max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
     num_frames: int = _setting(16, "frames of a clip")
     frame_size: str = _setting("64", "edge of the clips in pixels, or WIDTHxHEIGHT")
@@ -104,6 +105,7 @@ class TrainConfig(SelfRolloutSettings):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to {most}.")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
+        self.check_self_rollout()
         self._check_family()
         self.size()
         wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
@@ -114,6 +116,8 @@ class TrainConfig(SelfRolloutSettings):
                              "give the full size to both.")
 
     def _check_family(self) -> None:
+        if self.objective == "self_rollout":
+            self._check_rollout()
         if self.family != "video_unet" and not self.checkpoint:
             raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
                              "(from_scratch), or demo.")
@@ -123,6 +127,20 @@ class TrainConfig(SelfRolloutSettings):
         if self.from_scratch and not self.checkpoint:
             raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
                              "from_scratch away (a new video U-Net is always trained from scratch).")
+
+    def _check_rollout(self) -> None:
+        """Raise ValueError for a training on its own rollouts that this family, or these settings, do not allow."""
+        if self.family != "causal_wan":
+            raise ValueError(f"objective self_rollout is for family causal_wan; {self.family} is trained on clips: "
+                             "choose denoising.")
+        if not self.teacher:
+            raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
+                             "videos in many steps.")
+        for name, wrong in (("stages", bool(self.stages)), ("from_scratch", self.from_scratch),
+                            ("init_2d", bool(self.init_2d)), ("mixed_precision", self.mixed_precision == "fp16")):
+            if wrong:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
+                                 f"{'choose bf16 or no' if name == 'mixed_precision' else 'leave it away'}.")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -151,7 +169,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
-    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names the file, setting and value."""
+    """Defaults (self_rollout has some of its own), then the YAML, then `given`; checked. Raises ValueError that names
+    the file, setting and value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -163,7 +182,8 @@ def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
         raise ValueError(f"{yaml_path} cannot be read as YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise ValueError(f"{yaml_path} holds no settings: write one `name: value` a line.")
-    for source, settings in ((yaml_path, loaded), ("the command line", given)):
+    own = DEFAULTS if given.get("objective", loaded.get("objective")) == "self_rollout" else {}
+    for source, settings in (("self_rollout", own), (yaml_path, loaded), ("the command line", given)):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:

@@ -7,8 +7,9 @@ from ..setting import setting
 
 OBJECTIVES = ("denoising", "self_rollout")
 # Settings shared with other trainings, whose defaults differ here. 64 videos an update, in all processes together.
-DEFAULTS = {"num_frames": 81, "frame_size": "832x480", "block": 3, "steps": 600, "learning_rate": 2e-6, "warmup": 0,
-            "batch_size": 1, "accumulation": 64, "ema_decay": 0.99, "clip_norm": 10.0, "gradient_checkpointing": True}
+DEFAULTS = {"num_frames": 81, "frame_size": "832x480", "validation_clips": 0, "steps": 600, "learning_rate": 2e-6,
+            "warmup": 0, "batch_size": 1, "accumulation": 64, "ema_decay": 0.99, "clip_norm": 10.0,
+            "gradient_checkpointing": True}
 
 
 @dataclass(kw_only=True)
