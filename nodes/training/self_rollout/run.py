@@ -22,7 +22,8 @@ class SelfRolloutTraining(Training):
         batches = Batches(self.dataset, self.train_clips, self.family.encode, size=settings.batch_size,
                           seed=settings.seed, workers=settings.num_workers, stride=processes.count)
         self.validation = []
-        self.shown = {name: value[:SAMPLES] for name, value in batches(0).items()}
+        self.shown = Batches(self.dataset, self.train_clips, self.family.encode, seed=settings.seed,
+                             size=min(SAMPLES, len(self.train_clips)))(0)
         for score in (method.real, method.fake):
             score.to(processes.device)
             if settings.gradient_checkpointing:
