@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
@@ -13,6 +13,7 @@ from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
 from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
+OBJECTIVES = ("denoising", "self_rollout")
 PARTS = ("all", "projector_temporal")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
@@ -22,6 +23,8 @@ class TrainConfig(SelfRolloutSettings):
     """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
+    objective: str = _setting("denoising", "denoising: of clips; self_rollout: causal Wan on its own videos, by "
+                              "distribution matching with a teacher", OBJECTIVES)
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")
@@ -143,6 +146,14 @@ class TrainConfig(SelfRolloutSettings):
                                  f"{'choose bf16 or no' if name == 'mixed_precision' else 'leave it away'}.")
 
 
+ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
+
+
+def all_settings() -> list[Field]:
+    """Fields of `TrainConfig`, those of self-rollout last."""
+    return sorted(fields(TrainConfig), key=lambda each: each.name in ROLLOUT_SETTINGS)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) from "64" or "512x320" (width first)."""
     found = SIZE.fullmatch(str(text))
@@ -153,18 +164,22 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting. Flags not given are absent from the result, so that the YAML value applies."""
-    for each in fields(TrainConfig):
+    group = parser.add_argument_group("objective self_rollout")
+    for each in all_settings():
+        place = group if each.name in ROLLOUT_SETTINGS else parser
         text = each.metadata["help"].replace("%", "%%")  # argparse expands % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
-            parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
-            parser.add_argument(f"--no_{each.name}", action="store_false", help=argparse.SUPPRESS, **flag)
+            text = f"{text} (default: {'yes' if each.default else 'no'})"
+            place.add_argument(f"--{each.name}", action="store_true", help=text, **flag)
+            place.add_argument(f"--no_{each.name}", action="store_false", **flag,
+                               help=f"not {each.name}" if each.default else argparse.SUPPRESS)
         elif each.type.startswith("list"):
             kind = int if each.type == "list[int]" else str
-            parser.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
+            place.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
         else:
             kind = {"int": int, "float": float, "str": str}[each.type]
-            parser.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
+            place.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
                                 help=f"{text} (default: {each.default!r})", **flag)
 
 
@@ -188,7 +203,7 @@ def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
-                             f"{', '.join(each.name for each in fields(TrainConfig))}.") from error
+                             f"{', '.join(each.name for each in all_settings())}.") from error
     config = OmegaConf.to_object(config)
     config.check()
     return config
