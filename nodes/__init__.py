@@ -32,6 +32,7 @@ NODES = [
     ("training.data.nodes", "LatentShardsNode"),
     ("training.data.nodes", "DataSetClip"),
     ("evaluation.nodes", "EvaluateVideo"),
+    ("common.nodes_folder", "ImagePromptFolder"),
     ("common.nodes", "SaveVideo"),
 ]
 

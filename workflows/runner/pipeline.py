@@ -175,19 +175,15 @@ class Pipeline:
 def file_of(image):
     """(bytes, name) to upload for an image (a file or a PIL image). Raises JobError if it cannot be read.
 
-    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG. 16-bit
-    grayscale is rejected: scanners and microscopes use only part of the range, and only the user knows which.
+    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
         pictures, path = inprocess.common("pictures"), Path(image)
         try:
-            image = pictures.open_picture(path)
+            image = pictures.open_start(path)
         except ValueError as error:
             raise client.JobError(str(error)) from None
-        if pictures.has_16_bits(path):
-            raise client.JobError(f"{path.name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
-                                  "what the video shall begin with.")
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
         size = image.size
