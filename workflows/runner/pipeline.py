@@ -149,17 +149,23 @@ class Pipeline:
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
         """Animate an image (a file or a PIL image); returns the frames [T, H, W, 3], float32 in 0..1, uncompressed."""
-        import numpy
         import torch
+
+        return torch.from_numpy(self.frames(
+            image, prompt, negative_prompt=negative_prompt, seed=seed, steps=num_inference_steps, eta=eta, width=width,
+            guidance_scale=guidance_scale, frames=num_frames, frame_stride=frame_stride, height=height)).float() / 255
+
+    def frames(self, image, prompt, **settings):
+        """Like `run`, for one video; returns its frames uncompressed: uint8 [T, H, W, 3] as a numpy array."""
+        import numpy
         from PIL import Image
 
-        entries, = self.run(image, prompt, negative_prompt, seed, num_inference_steps, guidance_scale, eta, num_frames,
-                            frame_stride, width, height, format="png frames")
+        entries, = self.run(image, prompt, format="png frames", **settings)
         frames = []
         for entry in entries:
             with self.client.view(entry) as answer:
                 frames.append(numpy.array(Image.open(io.BytesIO(answer.read())).convert("RGB")))
-        return torch.from_numpy(numpy.stack(frames)).float() / 255
+        return numpy.stack(frames)
 
     def close(self):
         if self.server:
