@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import client
 import graph
@@ -41,6 +43,16 @@ def test_long_names_of_the_original_command_line_work():
                          "7", "--video_length", "9", "--output_dir", "out", "--eta", "0", "--batch_size", "2"])
     assert (options.steps, options.frames, options.output, options.eta) == (7, 9, Path("out"), 0.0)
     assert run.jobs(options) == [(run.EXAMPLE, "hello", Path("out/stillmotion_start_1024_seed123"))]
+
+
+def test_a_subcommand_gets_the_arguments_after_its_name(monkeypatch, capsys):
+    monkeypatch.setitem(run.SUBCOMMANDS, "recite", ("recite", "say the arguments again"))
+    monkeypatch.setitem(sys.modules, "recite", SimpleNamespace(main=lambda arguments: f"heard {arguments}"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "recite", "demo", "--seed", "1"])
+    assert run.main() == "heard ['demo', '--seed', '1']"
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    assert "run.py recite     say the arguments again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [
