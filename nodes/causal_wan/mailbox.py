@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 class Mailbox:
-    """Messages to one run. Blocks are counted from 0, as in the run.
+    """Messages to one run. The blocks that it makes are counted from 1.
 
     first: the first block that a prompt can begin with. blocks: number of blocks, None until stopped. prompts: the run
     has a text encoder.
@@ -42,7 +42,7 @@ class Mailbox:
         with self.lock:
             if not self.prompts:
                 raise Refused(409, "This run has no text encoder: connect one to the sampler's clip, and queue again.")
-            if self.stopped or self.blocks is not None and self.next >= self.blocks:
+            if self.stopped or self.blocks is not None and self.next > self.blocks:
                 raise Refused(409, "Too late: the last block is being made. Queue again for another video.")
             replaced = "" if self.waiting is None else f", instead of {self.waiting!r}, which no block has used"
             self.waiting = text

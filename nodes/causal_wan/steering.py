@@ -16,20 +16,23 @@ class Steering:
     """Hands prompts from a mailbox to a run, and records in `prompts` what was used.
 
     encode(text) returns the prompt's CONDITIONING, with ValueError for one that does not fit the model. tell(**values)
-    tells the page: what began (block, frame, text), or what did not (text, error). Latent frames in what is told
-    exclude the first `cut` ones.
+    tells the page: what began (block, frame, text), or what did not (text, error). What is told counts blocks from 1
+    after the `given` ones, and latent frames from 0 after the first `cut` ones.
     """
 
-    def __init__(self, mailbox: Mailbox, prompts: Prompts, cut: int, encode: Callable | None, tell: Callable):
-        self.mailbox, self.prompts, self.cut, self.encode, self.tell = mailbox, prompts, cut, encode, tell
+    def __init__(self, mailbox: Mailbox, prompts: Prompts, given: int, cut: int, encode: Callable | None,
+                 tell: Callable):
+        self.mailbox, self.prompts, self.given, self.cut = mailbox, prompts, given, cut
+        self.encode, self.tell = encode, tell
         self.before = 0  # first latent frame of the block before
         self.frames = 0  # latent frames of video so far
         self.sent: list[tuple[int, str]] = []  # (frame, text)
 
-    def change(self, block: int, start: int, made: bool):
+    def change(self, index: int, start: int, made: bool):
         """The CONDITIONING that begins with the block at latent frame `start`, or None. made: the block is stored
         already, so prompts have to wait."""
         before, self.before = self.before, start
+        block = index - self.given + 1
         text = None if made else self.mailbox.take(block)
         if text is None:
             return None
