@@ -95,7 +95,7 @@ def check(options):
         return f"--image: there is no file {options.image}"
     if options.image and options.prompt is None:
         return "--image needs a --prompt that says what happens"
-    alone = [name for name in batch.FLAGS if getattr(options, name) not in (None, False)]
+    alone = [name for name in batch.FLAGS if batch.given(getattr(options, name))]
     if alone and not options.prompt_dir:
         return f"--{alone[0]} belongs to a batch: give --prompt_dir, or use `run.py batch`"
     positive = ("steps", "frames", "batch_size", "fps", "width", "height", "limit")

@@ -209,7 +209,7 @@ def read_input(value):
         raise BadInput(f"{path} cannot be read: {error}") from None
     except JobError as error:
         raise BadInput(str(error)) from None
-    return data, f"{value['sha256'][:16]}_{name}"
+    return data, value["sha256"][:24] + Path(name).suffix.lower()  # the same at every server: it is in the result
 
 
 def build(template, job, schemas, upload, checkpoint=None):
