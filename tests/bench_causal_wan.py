@@ -35,6 +35,11 @@ def add_arguments(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, as compile nodes do")
 
 
+def preset_params(options):
+    from stillmotion.nodes.causal_wan.model import WanParams
+    return WanParams(**WAN | PRESETS[options.preset] | ({"num_layers": options.layers} if options.layers else {}))
+
+
 # ---- models ----------------------------------------------------------------------------------------------
 
 def load_model(options):
@@ -42,7 +47,7 @@ def load_model(options):
     import torch
     from comfy import model_management
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
+    from stillmotion.nodes.causal_wan.model import CausalWan
     from stillmotion.nodes.common.attention import torch_attention
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
@@ -51,8 +56,7 @@ def load_model(options):
         case = json.loads((options.case / "case.json").read_text())
         name, (width, height), words = options.case.name, (8 * case["w"], 8 * case["h"]), case["text_len"]
     if options.preset:
-        params = WanParams(**WAN | PRESETS[options.preset] | (
-            {"num_layers": options.layers} if options.layers else {}))
+        params = preset_params(options)
         name, (width, height), words = f"causal {options.preset}, random weights", (832, 480), 512
         network = CausalWan(params, torch.nn, torch_attention, device="meta").state_dict()
         found = Checkpoint(name, random_weights({key: value.shape for key, value in network.items()},
@@ -77,6 +81,30 @@ def make_conditionings(params, frames, height, width, words):
         image = {"clip_vision_output": SimpleNamespace(penultimate_hidden_states=tokens), "concat_mask": mask,
                  "concat_latent_image": torch.randn(1, params.out_dim, frames, height, width, generator=generator)}
     return [[[torch.randn(1, words, params.text_dim, generator=generator), image]] for _ in range(2)]
+
+
+def count(options):
+    """The operations of an evaluation with a full window, by bench_count.py."""
+    import bench_count
+    import torch
+    from stillmotion.nodes.causal_wan.cache import KVCache
+    from stillmotion.nodes.causal_wan.model import CausalWan
+    from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
+
+    params, dtype, settings = preset_params(options), WEIGHT_DTYPES[options.dtype], make_settings(options, True)
+    width, height = (side // 8 for side in pixels(options.size or "832x480"))
+    network = CausalWan(params, torch.nn, bench_count.attention, dtype=dtype, device="meta")
+    cache = KVCache(params.cache_layout(capacity=settings.window, sink=settings.sink, height=height, width=width,
+                                        relative_sink=False), 1, dtype, "meta")
+    frames = range(2 * settings.window, 2 * settings.window + settings.block)
+    x = bench_count.meta(1, params.in_dim, settings.block, height, width, dtype=dtype)
+    keys = network.project_context(bench_count.meta(1, 512, params.text_dim, dtype=dtype))
+
+    def evaluate():
+        network(x, bench_count.meta(1, settings.block), keys, frames, cache)
+
+    evaluate()
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate)}
 
 
 # ---- the plain loop --------------------------------------------------------------------------------------

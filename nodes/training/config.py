@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .families import FAMILIES
+from .objectives import LAWS
 from .parallel import PRECISIONS
 
 SPACES = ("latent", "pixels")
@@ -51,7 +52,7 @@ class TrainConfig:
     num_res_blocks: int = _setting(2, "residual blocks a level")
     schedule: str = _setting("cosine", "its noise schedule", ("cosine", "linear"))
     prediction: str = _setting("v", "what it predicts", ("v", "eps"))
-    block: int = _setting(4, "causal Wan: latent frames made at once")
+    block: int = _setting(0, "causal Wan: latent frames made at once; 0: 3, as in published models, or 4 for the demo")
 
     batch_size: int = _setting(4, "clips of a batch")
     accumulation: int = _setting(1, "batches of a step, in each process")
@@ -62,6 +63,8 @@ class TrainConfig:
     ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result")
     clip_norm: float = _setting(1.0, "largest norm of a step's gradients")
     caption_dropout: float = _setting(0.1, "fraction of captions (and image tokens) dropped, for guidance")
+    timesteps: str = _setting("uniform", "law of the noise levels; logit_normal favours the middle", LAWS)
+    shift: float = _setting(5.0, "causal Wan: moves its noise levels towards pure noise, as its sampler does; 1: not")
     emphasis: float = _setting(1.0, "weight in the loss of places where something moves")
     seed: int = _setting(0, "of new weights, order of clips and noise")
     mixed_precision: str = _setting("no", "by accelerate", PRECISIONS)
@@ -92,12 +95,12 @@ class TrainConfig:
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}: choose one of {', '.join(choices)}.")
-        for name in ("num_frames", "model_channels", "num_res_blocks", "block", "batch_size", "accumulation",
-                     "num_epochs", "learning_rate", "clip_norm", "emphasis", "save_every", "sample_every",
+        for name in ("num_frames", "model_channels", "num_res_blocks", "batch_size", "accumulation",
+                     "num_epochs", "learning_rate", "clip_norm", "emphasis", "shift", "save_every", "sample_every",
                      "checkpoint_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        for name in ("max_samples", "num_workers", "validation_clips", "steps", "warmup", "seed"):
+        for name in ("max_samples", "num_workers", "validation_clips", "block", "steps", "warmup", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more.")
         for name, most in (("ema_decay", 0.999999), ("caption_dropout", 1)):

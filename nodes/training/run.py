@@ -182,7 +182,7 @@ class Training:
         batches = Batches(self.dataset, self.held_clips, encode, size=size, seed=0)
         return [batches(number) for number in range(batches.per_epoch)]
 
-    def _on_step(self, step: int, losses: list[float], seconds: float) -> None:
+    def _on_step(self, step: int, losses: list[float], seconds: float, rate: float) -> None:
         step = self.done + step
         if losses:
             self.loss = losses[-1]

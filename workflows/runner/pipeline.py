@@ -51,6 +51,53 @@ def missing_checkpoint(preset, folder):
             f"{folder / f'dynamicrafter_{preset}.ckpt'}, or name a file with --checkpoint.")
 
 
+def find_checkpoint(server, preset, name=None, models=None):
+    """The checkpoint that this server (a Client) has for the preset, or `name` if it is there. Raises HostError.
+
+    models: the models folder of a server that we started.
+    """
+    folder = (models or Path("models")) / "checkpoints"
+    names = [plain(name) for name in server.json("/models/checkpoints", kind=list)]
+    if name and name != "demo":
+        if name not in names:
+            where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
+            raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
+        return name
+    if preset == "demo" or name:
+        return "demo"
+    chosen = choose_checkpoint(preset, names)
+    if chosen is None:
+        raise host.HostError(missing_checkpoint(preset, folder))
+    return chosen
+
+
+def read_graphs():
+    """(API graph, workflow of the page) of `animate`."""
+    return json.loads(API.read_text()), json.loads(UI.read_text()) if UI.exists() else None
+
+
+def inputs_of(job):
+    """Ids of the nodes for the checkpoint, the picture and the prompt."""
+    conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
+    return graph.find_node(job, LOADER), graph.find_node(job, "LoadImage"), job[conditioning]["inputs"]["positive"][0]
+
+
+def animate_settings(job, preset, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
+                     frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None):
+    """{node id: {input: value}} of a preset; None means the default of the preset, and then of the graph."""
+    preset, conditioning = PRESETS[preset], graph.find_node(job, IMAGE_TO_VIDEO)
+    return {
+        job[conditioning]["inputs"]["negative"][0]: {"text": negative_prompt},
+        conditioning: {"width": width or preset.get("width"), "height": height or preset.get("height"),
+                       "frames": frames, "fs": preset.get("frame_stride") if frame_stride is None else frame_stride,
+                       "batch_size": batch_size},
+        graph.find_node(job, SAMPLER): {
+            "seed": seed, "steps": steps, "eta": eta,
+            "cfg": preset.get("guidance_scale") if guidance_scale is None else guidance_scale},
+        graph.find_node(job, SAVER): {"fps": fps, "format": format},
+    }
+
+
 class Pipeline:
     """A ComfyUI with a given model, ready to turn images and prompts into videos.
 
@@ -77,26 +124,11 @@ class Pipeline:
             if LOADER not in self.schemas:
                 raise host.HostError(f"the ComfyUI at {self.client.url} does not have the Stillmotion nodes: "
                                      "put the pack into its custom_nodes folder and start it again.")
-            self.checkpoint = self._checkpoint(file.name if local_file else checkpoint,
-                                               launch.models_folder(found.comfyui) if not server else None)
+            self.checkpoint = find_checkpoint(self.client, resolution, file.name if local_file else checkpoint,
+                                              launch.models_folder(found.comfyui) if not server else None)
         except BaseException:
             self.close()
             raise
-
-    def _checkpoint(self, name, models):
-        folder = (models or Path("models")) / "checkpoints"
-        names = [plain(name) for name in self.client.json("/models/checkpoints", kind=list)]
-        if name and name != "demo":
-            if name not in names:
-                where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
-                raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
-            return name
-        if self.resolution == "demo" or name:
-            return "demo"
-        chosen = choose_checkpoint(self.resolution, names)
-        if chosen is None:
-            raise host.HostError(missing_checkpoint(self.resolution, folder))
-        return chosen
 
     def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
             frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
@@ -107,26 +139,17 @@ class Pipeline:
         file per video). `progress(node name, value, maximum)` is called at every step. Raises client.JobError (also
         for a picture that cannot be read) and client.ServerGone.
         """
-        job = json.loads(API.read_text())
-        workflow = json.loads(UI.read_text()) if UI.exists() else None
-        preset = PRESETS[self.resolution]
-
-        def edit(node_id, **values):
+        job, workflow = read_graphs()
+        settings = animate_settings(job, self.resolution, negative_prompt, seed, steps, guidance_scale, eta, frames,
+                                    frame_stride, width, height, fps, batch_size, format)
+        loader, picture, text = inputs_of(job)
+        self.set_inputs(job, workflow, loader, checkpoint=self.checkpoint)
+        self.set_inputs(job, workflow, picture, image=self.client.upload(*file_of(image)))
+        self.set_inputs(job, workflow, text, text=prompt)
+        for node_id, values in settings.items():
             self.set_inputs(job, workflow, node_id, **values)
-
-        conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
-        saver = graph.find_node(job, SAVER)
-        edit(graph.find_node(job, LOADER), checkpoint=self.checkpoint)
-        edit(graph.find_node(job, "LoadImage"), image=self.client.upload(*file_of(image)))
-        edit(job[conditioning]["inputs"]["positive"][0], text=prompt)
-        edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
-        edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
-             fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch_size=batch_size)
-        edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, eta=eta,
-             cfg=preset.get("guidance_scale") if guidance_scale is None else guidance_scale)
-        edit(saver, fps=fps, format=format)
         outputs = self.client.run(job, workflow, self.report(job, progress))
-        entries = client.results(outputs, saver)
+        entries = client.results(outputs, graph.find_node(job, SAVER))
         return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 
     def set_inputs(self, job, workflow, node_id, **values):
