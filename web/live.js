@@ -30,7 +30,7 @@ function make(tag, properties = {}, children = []) {
 
 // Plays the frames that are there at `fps`. At their end it waits for the next block; after the run it starts again if
 // `loop` is on. A block: {frame: its first one, count, columns, width, height, image: all of its frames in a grid}.
-class Player {
+export class Player {
   constructor(canvas, moved) {
     Object.assign(this, { canvas, moved, blocks: [], position: 0, fps: 16, playing: true, loop: true, ended: false });
   }
