@@ -1,21 +1,28 @@
 """Runs of self-rollout: settings, data sets, resume, several processes."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_self_rollout
+import folder_paths
 import pytest
 import torch
 from rollout_stub import I2V, T2V, model, training
 from safetensors.torch import load_file
 from stillmotion.nodes.training.config import TrainConfig, make_config
 from stillmotion.nodes.training.data.clips import MovingShapes
+from stillmotion.nodes.training.data.nodes import PromptList
 from stillmotion.nodes.training.data.prompts import Prompts
 from stillmotion.nodes.training.data.shards import LatentShards, pack
-from stillmotion.nodes.training.load import load_dataset
+from stillmotion.nodes.training.load import load_dataset, load_encoders
+from stillmotion.nodes.training.nodes import TrainVideoModel
 from stillmotion.nodes.training.self_rollout.family import SelfRolloutFamily
+from stillmotion.nodes.training.self_rollout.nodes import SelfRollout
+from stillmotion.nodes.training.self_rollout.settings import SelfRolloutSettings
 
 STUB = Path(__file__).parents[1] / "rollout_stub.py"
 GIVEN = {"family": "causal_wan", "objective": "self_rollout", "checkpoint": "student", "teacher": "teacher"}
@@ -180,3 +187,41 @@ def test_models_that_do_not_fit_are_refused():
         SelfRolloutFamily(model(I2V, 1), None, None, encoders, settings)
     with pytest.raises(ValueError, match="The fake score has in_dim 4, the student 12"):
         SelfRolloutFamily(model(I2V, 1), model(I2V, 2), model(T2V, 2), encoders, settings)
+
+
+def node_values(**changed):
+    """The node's widgets at their defaults."""
+    inputs = SelfRollout.define_schema().inputs
+    return {**{each.id: each.default for each in inputs if hasattr(each, "default")}, **changed}
+
+
+@torch.inference_mode()
+def test_the_nodes_train_on_own_videos(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    encoders, student = load_encoders(make_config(None, {}), pixels=False), model(T2V, 1)
+    objective, = SelfRollout.execute(model(T2V, 2), **node_values(rollout_steps="1000 500")).args
+    assert SelfRolloutSettings(**objective.settings) == SelfRolloutSettings(rollout_steps=[1000, 500])
+    prompts, summary = PromptList.execute("a red circle moves left\n", 4, 16, 16).args
+    assert summary == "1 prompts for videos of 4 frames, 16x16"
+    widgets = {each.id: each.default for each in TrainVideoModel.define_schema().inputs if hasattr(each, "default")}
+    given = {**widgets, "name": "own", "steps": 1, "batch_size": 1, "sample_every": 1, "vae": encoders.vae,
+             "model": student, "clip_vision": None}
+    trained, _, name = TrainVideoModel.execute(prompts, encoders.clip, **given, objective=objective).args
+    assert name == "own_00001.safetensors" and trained.model.wan_params == T2V
+    about = json.loads((tmp_path / "output" / "training" / "own_00001" / "settings.json").read_text())
+    assert (about["objective"], about["clip_norm"], about["rollout_steps"]) == ("self_rollout", 10, [1000, 500])
+    with pytest.raises(ValueError, match="Connect Self-Rollout as objective"):
+        TrainVideoModel.execute(prompts, encoders.clip, **given)
+    with pytest.raises(ValueError, match="rollout_steps is .* give whole numbers"):
+        SelfRollout.execute(None, **node_values(rollout_steps="many"))
+
+
+def test_the_bench_counts_what_the_real_networks_are():
+    figures = bench_self_rollout.counted("demo")
+    assert figures["parameters"] == {name: 1_371_664 for name in ("student", "teacher", "fake")}
+    learned = 4 + 4 + 8
+    assert figures["resident_bytes"]["fake score"] == learned * 1_371_664
+    assert figures["cache_bytes"] == 2 * 4 * 12 * 16 * 128 * 2  # K and V, layers, finished frames, tokens, width, bytes
+    assert figures["activation_bytes"]["checkpointed"] < figures["activation_bytes"]["plain"]
+    assert figures["gpus"]["80 GB"] == {"copies": 1, "sharded": 1}

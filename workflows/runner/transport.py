@@ -66,13 +66,17 @@ def split_address(address):
 class Connection:
     """Sends requests to one server; redirects are not followed."""
 
-    def __init__(self, address):
+    def __init__(self, address, token=None):
         self.url, self.auth = split_address(address)
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if token and self.auth:
+            raise ServerGone(f"{self.url} has both a password and a token: give one of them.")
         host = urllib.parse.urlsplit(self.url).hostname
         self.at_home = host in ("127.0.0.1", "localhost", "::1")  # never use a proxy
 
     def session(self, **more):
-        return aiohttp.ClientSession(auth=self.auth, trust_env=not self.at_home, auto_decompress=False, **more,
+        return aiohttp.ClientSession(auth=self.auth, headers=self.headers, trust_env=not self.at_home,
+                                     auto_decompress=False, **more,
                                      timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS))
 
     def ask(self, path, body=None, headers=None, seconds=ANSWER_SECONDS, file=None):

@@ -81,12 +81,12 @@ class Rollout(BlockLoop):
         self.position = 0          # latent frames handed out
         self.context = self.running = None
 
-    def denoise(self, prompts, index: int, start: int, steps: tuple[FlowStep, ...],
+    def denoise(self, prompts, index: int, start: int, count: int, steps: tuple[FlowStep, ...],
                 held_BCKHW: Tensor | None) -> Tensor:
-        count, last = self.plan.blocks[index], steps[self.exit]
+        last = steps[self.exit]
         with torch.no_grad():
             if self.exit:
-                x0_BCFHW = super().denoise(prompts, index, start, steps[:self.exit], held_BCKHW)
+                x0_BCFHW = super().denoise(prompts, index, start, count, steps[:self.exit], held_BCKHW)
                 x_BCFHW = renoise(x0_BCFHW, self.noise(start, count, self.exit), last.sigma)
             else:
                 x_BCFHW = self.noise(start, count, 0)
