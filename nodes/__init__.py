@@ -27,11 +27,14 @@ NODES = [
     ("video_unet.nodes", "LoadVideoUNet"),
     ("video_unet.nodes", "VideoUNetConditions"),
     ("training.nodes", "TrainVideoModel"),
+    ("training.self_rollout.nodes", "SelfRollout"),
     ("training.data.nodes", "VideoFolderNode"),
     ("training.data.nodes", "MovingShapesNode"),
     ("training.data.nodes", "LatentShardsNode"),
+    ("training.data.nodes", "PromptList"),
     ("training.data.nodes", "DataSetClip"),
     ("evaluation.nodes", "EvaluateVideo"),
+    ("common.nodes_folder", "ImagePromptFolder"),
     ("common.nodes", "SaveVideo"),
 ]
 

@@ -12,7 +12,6 @@ there already stays, and the new one gets a number, unless --overwrite is given.
 
 import argparse
 import importlib
-import re
 import sys
 import time
 from pathlib import Path
@@ -29,13 +28,13 @@ from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
-LONGEST_NAME = 60  # characters of the image's name used in the video's; file systems allow 255 bytes
 # `run.py NAME ...` calls main(arguments after the name), or the function named after a colon, of a module in runner/.
 SUBCOMMANDS = {  # name: (module, what it does)
     "batch": ("batch", "run an API graph over a table or a folder of pictures"),
     "status": ("batch:status", "how far a batch is"),
     "resume": ("batch:resume", "go on with a batch"),
     "retry": ("batch:retry", "try the failed jobs of a batch again"),
+    "live": ("live", "make a video block by block, and change its prompt meanwhile"),
 }
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
@@ -48,7 +47,10 @@ def parse(arguments):
     p.add_argument("--image", "--image_path", type=Path, help="the still image (default: an example)")
     p.add_argument("--prompt", "--prompt_text", help="what happens in the video")
     p.add_argument("--negative_prompt", help="what to keep out of the video")
-    p.add_argument("--prompt_dir", type=Path, help="animate every image in this folder that has a same-named .txt")
+    p.add_argument("--prompt_dir", type=Path,
+                   help="animate every image in this folder that has a same-named .txt, or a line in prompts.txt")
+    p.add_argument("--filter", default="", metavar="PATTERN", help="of --prompt_dir only the images so named (cat*)")
+    p.add_argument("--limit", type=int, help="of --prompt_dir only the first images, in natural order")
     p.add_argument("--seed", type=int, help="default: 123")
     p.add_argument("--steps", "--num_inference_steps", type=int, help="sampling steps, 1 to 1000 (default: 50)")
     p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: 7.5, demo: 1.5)")
@@ -86,6 +88,8 @@ def check(options):
     """What is wrong with the options, or None. Checked before anything is set up or started."""
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
+    if not options.prompt_dir and (options.filter or options.limit):
+        return "--filter and --limit choose among the images of --prompt_dir"
     if options.prompt_dir and not options.prompt_dir.is_dir():
         return f"--prompt_dir: there is no folder {options.prompt_dir}"
     if options.image and not options.image.is_file():
@@ -95,32 +99,29 @@ def check(options):
     alone = [name for name in batch.FLAGS if batch.given(getattr(options, name))]
     if alone and not options.prompt_dir:
         return f"--{alone[0]} belongs to a batch: give --prompt_dir, or use `run.py batch`"
-    positive = ("steps", "frames", "batch_size", "fps", "width", "height")
+    positive = ("steps", "frames", "batch_size", "fps", "width", "height", "limit")
     return batch.problem(options) or commands.check(options, positive)
 
 
 def jobs(options):
     """[(image, prompt, path of the video without extension)]; reports other files in a folder. Raises HostError."""
+    pictures = common("pictures")
     if not options.prompt_dir:
         image = options.image or EXAMPLE
-        folder = options.output or Path("results")
-        return [(image, options.prompt, folder / f"{short(image)}_{options.preset}_seed{options.seed}")]
+        name = f"{pictures.short_name(image)}_{options.preset}_seed{options.seed}"
+        return [(image, options.prompt, (options.output or Path("results")) / name)]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
-    pictures = common("pictures")
     try:
-        found, left_out = pictures.picture_prompts(options.prompt_dir)
-    except OSError as error:
+        found, left_out = pictures.picture_prompts(options.prompt_dir, options.filter)
+    except (OSError, ValueError) as error:
         raise host.HostError(f"--prompt_dir cannot be read: {error}") from None
     if left_out:
         print(f"{options.prompt_dir}: {pictures.summary(left_out)}", file=sys.stderr, flush=True)
     if not found:
-        raise host.HostError(f"--prompt_dir: no image with a same-named .txt lies in {options.prompt_dir}. Images end "
-                             f"in {', '.join(pictures.PICTURES)}")
-    return [(image, prompt, folder / short(image)) for image, prompt in found]
-
-
-def short(image):
-    return re.sub(r"[\x00-\x1f\x7f]", "_", image.stem[:LONGEST_NAME])
+        which = f" that fits --filter {options.filter}" if options.filter else ""
+        raise host.HostError(f"--prompt_dir: no image with a same-named .txt or a line in prompts.txt{which} lies in "
+                             f"{options.prompt_dir}. Images end in {', '.join(pictures.PICTURES)}")
+    return [(image, prompt, folder / pictures.short_name(image)) for image, prompt in found[:options.limit]]
 
 
 def settings_of(options):

@@ -16,6 +16,7 @@ from .base import wan_params
 from .conditioning import MECHANISMS, image_conditions
 from .lora import add_lora
 from .nodes_sampling import Timeline
+from .steering import encode_prompt
 from .timeline import PromptTimeline, parse_timeline
 
 FOLDERS = ("diffusion_models", "checkpoints")
@@ -163,7 +164,7 @@ class PromptTimelineNode(io.ComfyNode):
         entries = parse_timeline(prompts)
         return io.NodeOutput(PromptTimeline(
             tuple(start for start, _ in entries),
-            tuple(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for _, prompt in entries)))
+            tuple(encode_prompt(clip, prompt) for _, prompt in entries)))
 
 
 def _names(folders):

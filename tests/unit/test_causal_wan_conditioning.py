@@ -21,7 +21,7 @@ from stillmotion.nodes.causal_wan.conditioning import (
     plan_frames,
 )
 from stillmotion.nodes.causal_wan.run import BlockSettings, prepare
-from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline
+from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline, with_image
 from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.common.vae import VideoVAE, vae_shapes
 
@@ -226,7 +226,8 @@ def test_prompts_of_a_timeline_take_the_image_of_the_positive_one():
     positive = [["text", {"concat_mask": 1, "pooled_output": 2}]]
     later = ([["a", {"pooled_output": 3}]], [["b", {}]])
     prompts, switches = apply_timeline(PromptTimeline((4, 8), later), positive, 9)
-    assert prompts == [positive, [["a", {"concat_mask": 1, "pooled_output": 3}]], [["b", positive[0][1]]]]
+    assert [with_image(positive, prompt) for prompt in prompts] == [
+        positive, [["a", {"concat_mask": 1, "pooled_output": 3}]], [["b", positive[0][1]]]]
     assert switches == (4, 8)
     prompts, switches = apply_timeline(PromptTimeline((0, 8), later), positive, 9)
     assert [prompt[0][0] for prompt in prompts] == ["a", "b"] and switches == (8,)

@@ -68,7 +68,7 @@ def widgets_of(node):
     for name in [socket["name"] for socket in node["inputs"] if "widget" in socket]:
         found[name] = next(values)
         if name in SEEDS.get(node["type"], ("seed", "noise_seed")):
-            assert next(values) in ("fixed", "randomize"), node["type"]
+            assert next(values) in ("fixed", "randomize", "increment"), node["type"]
     assert list(values) == [], node["type"]
     return found
 
@@ -120,10 +120,12 @@ def test_a_run_that_is_gone_on_with_keeps_its_seed():
 def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path):
     (tmp_path / "stillmotion_end.png").write_bytes(b"the user's own")
     offer_examples(tmp_path)
-    files = {n["inputs"]["image" if n["class_type"] == "LoadImage" else "file"] for name in NAMES
-             for n in read(f"api/{name}.json").values() if n["class_type"] in ("LoadImage", "LoadVideo")}
+    entry = {"LoadImage": "image", "LoadVideo": "file", "Stillmotion_ImagePromptFolder": "folder"}
+    files = {n["inputs"][entry[n["class_type"]]] for name in NAMES for n in read(f"api/{name}.json").values()
+             if n["class_type"] in entry}
     assert files | {OFFERED} == {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
+    assert len(list((tmp_path / "stillmotion_pictures").iterdir())) == 6
 
 
 def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):

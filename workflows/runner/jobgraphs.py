@@ -175,7 +175,7 @@ def folder_rows(job, folder, picture_to=None, prompt_to=None, fixed=()):
             used = {picture for picture, _ in found}
             left_out += [pictures.LeftOut(path.name, "no picture; for prompts in .txt files, give --prompt_to"
                          if path.suffix.lower() == ".txt" else "no picture") for path in paths if path not in used]
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise host.HostError(f"the folder cannot be read: {error}") from None
     if not found:
         raise host.HostError(f"{folder} holds no picture" + (" with a same-named .txt" if prompt_to else "")

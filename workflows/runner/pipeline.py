@@ -172,17 +172,23 @@ class Pipeline:
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
         """Animate an image (a file or a PIL image); returns the frames [T, H, W, 3], float32 in 0..1, uncompressed."""
-        import numpy
         import torch
+
+        return torch.from_numpy(self.frames(
+            image, prompt, negative_prompt=negative_prompt, seed=seed, steps=num_inference_steps, eta=eta, width=width,
+            guidance_scale=guidance_scale, frames=num_frames, frame_stride=frame_stride, height=height)).float() / 255
+
+    def frames(self, image, prompt, **settings):
+        """Like `run`, for one video; returns its frames uncompressed: uint8 [T, H, W, 3] as a numpy array."""
+        import numpy
         from PIL import Image
 
-        entries, = self.run(image, prompt, negative_prompt, seed, num_inference_steps, guidance_scale, eta, num_frames,
-                            frame_stride, width, height, format="png frames")
+        entries, = self.run(image, prompt, format="png frames", **settings)
         frames = []
         for entry in entries:
             with self.client.view(entry) as answer:
                 frames.append(numpy.array(Image.open(io.BytesIO(answer.read())).convert("RGB")))
-        return torch.from_numpy(numpy.stack(frames)).float() / 255
+        return numpy.stack(frames)
 
     def close(self):
         if self.server:
@@ -198,19 +204,15 @@ class Pipeline:
 def file_of(image):
     """(bytes, name) to upload for an image (a file or a PIL image). Raises JobError if it cannot be read.
 
-    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG. 16-bit
-    grayscale is rejected: scanners and microscopes use only part of the range, and only the user knows which.
+    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
         pictures, path = inprocess.common("pictures"), Path(image)
         try:
-            image = pictures.open_picture(path)
+            image = pictures.open_start(path)
         except ValueError as error:
             raise client.JobError(str(error)) from None
-        if pictures.has_16_bits(path):
-            raise client.JobError(f"{path.name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
-                                  "what the video shall begin with.")
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
         size = image.size

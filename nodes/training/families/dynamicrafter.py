@@ -1,6 +1,7 @@
 """Training DynamiCrafter (arXiv 2310.12190): full fine-tuning, or only its image projector and temporal layers."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class DynamiCrafterTraining(Family):
 
     def __init__(self, net: VideoUNet, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders, self.emphasis = net, encoders, settings.emphasis
+        self.timesteps = partial(objectives.draw_timesteps, law=settings.timesteps)
         self.source, self.diffusion = model.model.source, model.model.diffusion_params
         self.scale_factor = model.model.latent_format.scale_factor
         self.alphas, self.scale_arr = make_alphas_cumprod(self.diffusion), make_scale_arr(self.diffusion.base_scale)
@@ -62,7 +64,7 @@ class DynamiCrafterTraining(Family):
         condition = objectives.concat_condition(z, chosen(count, BOTH_ENDS, generator, z.device))
         scale = torch.ones(1000) if self.scale_arr is None else self.scale_arr.float()
         return objectives.video_v_loss(net, z, condition, text, tokens, self.stride(z), self.alphas.float(), scale,
-                                       generator, self.emphasis, self.diffusion.parameterization)
+                                       generator, self.emphasis, self.diffusion.parameterization, self.timesteps)
 
     def stride(self, z: Tensor) -> Tensor:
         """The model's default speed (`fs`) for every clip [B]: data sets do not specify one."""

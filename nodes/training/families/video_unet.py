@@ -1,6 +1,7 @@
 """Training the video U-Net: clips generated from text, or continued from given frames."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # fract
 class VideoUNetTraining(Family):
     blocks = (Block,)
 
-    def __init__(self, net: VideoUNet, config: VideoUNetConfig, encoders: Encoders, emphasis: float):
-        self.net, self.config, self.encoders, self.emphasis = net, config, encoders, emphasis
+    def __init__(self, net: VideoUNet, config: VideoUNetConfig, encoders: Encoders, settings: TrainConfig):
+        self.net, self.config, self.encoders, self.emphasis = net, config, encoders, settings.emphasis
+        self.timesteps = partial(objectives.draw_timesteps, law=settings.timesteps)
         self.alphas = make_alphas_cumprod(config.diffusion)
         self.empty_1LC = self.empty_text()
         if self.empty_1LC.shape[-1] != config.params.context_dim:
@@ -50,7 +52,8 @@ class VideoUNetTraining(Family):
         mask_BT = torch.zeros(len(z), z.shape[2]) if z.shape[2] < 2 else \
             draw_masks(torch.zeros(len(z), dtype=torch.bool), z.shape[2], generator)
         return objectives.video_unet_loss(net, z, mask_BT.to(z), torch.where(dropped, self.empty_1LC.to(text), text),
-                                          self.alphas.float(), self.config.prediction, generator, self.emphasis)
+                                          self.alphas.float(), self.config.prediction, generator, self.emphasis,
+                                          timesteps=self.timesteps)
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
         """From the text alone, and with the first quarter of the frames given (for clips of more than one frame)."""
@@ -102,7 +105,7 @@ def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTra
     net = new_network(config.params, settings.seed)
     if not settings.from_scratch:
         net.load_state_dict(plain_weights(model))
-    return VideoUNetTraining(net, config, encoders, settings.emphasis)
+    return VideoUNetTraining(net, config, encoders, settings)
 
 
 def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNetTraining:
@@ -131,7 +134,7 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
         width=width_px, space="pixels" if vae is None else "latent",
         scale_factor=1.0 if vae is None else measured_scale(latents), spatial_factor=edge,
         temporal_factor=1 if vae is None else vae.temporal_compression_decode() or 1, text_encoder=names[0])
-    return VideoUNetTraining(new_network(params, settings.seed), config, encoders, settings.emphasis)
+    return VideoUNetTraining(new_network(params, settings.seed), config, encoders, settings)
 
 
 def measured_scale(latents: list[Tensor]) -> float:
