@@ -9,7 +9,7 @@ GRAPH = Path(__file__).resolve().parents[2] / "workflows" / "api" / "causal_long
 SAMPLER, TO_FILE = "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_BlockAutoregressiveToFile"
 PANEL = ".stillmotion-live"
 STATE = """() => {
-    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p);
+    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p?.prompt_id);
     if (!panel) return null;
     const { position, total, first, playing, ended, blocks, shown } = panel.player;
     const context = panel.canvas.getContext('2d', { willReadFrequently: true });
@@ -81,7 +81,9 @@ def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
         assert sum(1 for _ in video.decode(video=0)) == done["total"] > 8
     assert page.page.get_by_role("button", name="Send").is_disabled()
-    page.page.locator(f"{PANEL} canvas").wait_for(state="hidden")  # ComfyUI shows the saved video
+    page.page.locator(f"{PANEL} canvas").wait_for(state="hidden")  # ComfyUI shows the saved video:
+    page.page.wait_for_function("""name => [...document.querySelectorAll('video')].some(
+        v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth)""", arg=saved["filename"])
 
 
 def test_the_panel_is_not_part_of_the_saved_graph(page):
