@@ -1,5 +1,6 @@
 """The panel of the causal samplers: blocks are played as they come, prompts are sent, and the run is stopped."""
 import json
+from itertools import count
 from pathlib import Path
 
 import av
@@ -7,6 +8,7 @@ import pytest
 
 GRAPH = Path(__file__).resolve().parents[2] / "workflows" / "api" / "causal_long_video.json"
 SAMPLER, TO_FILE = "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_BlockAutoregressiveToFile"
+SEEDS = count()  # ComfyUI does not run a node again with the same inputs
 PANEL = ".stillmotion-live"
 STATE = """() => {
     const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p?.prompt_id);
@@ -34,7 +36,7 @@ def graph(**changes):
     sampler, = (node for node in found.values() if node["class_type"] == SAMPLER)
     sampler["class_type"] = TO_FILE
     sampler["inputs"] |= {"steps": "1000, 600", "length": -1, "filename_prefix": "video/live", "fps": 8.0, "crf": 16,
-                          "clip": ["2", 1], **changes}
+                          "clip": ["2", 1], "seed": next(SEEDS), **changes}
     for node in ("7", "8"):
         del found[node]
     return found
