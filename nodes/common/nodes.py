@@ -114,12 +114,17 @@ def output_name(prefix: str, width: int, height: int, extension: str) -> tuple[N
 
 
 def workflow_tags(hidden) -> dict:
-    """The prompt and the frontend's workflow, one tag each, as core's save nodes write them; empty if disabled."""
+    """The prompt and the frontend's workflow, one tag each, as core's save nodes write them; empty if disabled.
+
+    Without ComfyUI's mark `is_changed`, which depends on the folders of the server: the same job gives the same file
+    on every server.
+    """
     if args.disable_metadata:
         return {}
     tags = dict(hidden.extra_pnginfo or {})
     if hidden.prompt is not None:
-        tags["prompt"] = hidden.prompt
+        tags["prompt"] = {node: {key: value for key, value in entry.items() if key != "is_changed"}
+                          for node, entry in hidden.prompt.items()}
     return tags
 
 
