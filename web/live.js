@@ -112,6 +112,7 @@ class Panel {
     this.controls = make("div", { className: "row" }, [this.play, this.scrub, this.place, this.loop]);
     this.element = make("div", { className: "stillmotion-live", onpointerdown: (event) => event.stopPropagation() }, [
       this.canvas, this.controls, make("div", { className: "row" }, [this.status, this.stop]), this.prompts, this.told]);
+    this.element.style.display = "none"; // until the node runs
     const height = () => this.height();
     this.widget = node.addDOMWidget("stillmotion_live", "stillmotion_live", this.element,
       { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height });
@@ -121,6 +122,7 @@ class Panel {
     return this.player.blocks.length > 0 && !this.saved;
   }
   height() { // of the widget, with its margins of 10
+    if (!this.prompt_id) return 0;
     const inner = this.node.size[0] - 24;
     const picture = this.plays ? (inner * this.canvas.height) / this.canvas.width + 38 : 0;
     return Math.ceil(picture + 58 + (this.steers ? 32 : 0) + Math.min(this.told.childElementCount, 4) * 18);
@@ -131,6 +133,7 @@ class Panel {
     app.graph.setDirtyCanvas(true, true);
   }
   show() {
+    this.element.style.display = "";
     this.canvas.style.display = this.controls.style.display = this.plays ? "" : "none";
     this.prompts.style.display = this.steers ? "" : "none";
     for (const part of [this.text, this.button, this.stop]) part.disabled = this.player.ended;
@@ -215,13 +218,13 @@ async function watch() {
 
 app.registerExtension({
   name: "Stillmotion.Live",
+  nodeCreated(node) { // not later: Nodes 2.0 does not show widgets that come later
+    if (node.comfyClass?.startsWith("Stillmotion_BlockAutoregressive")) node.stillmotionLive = new Panel(node);
+  },
   setup() {
     document.head.append(make("style", { textContent: STYLE }));
     api.addEventListener("stillmotion.live", ({ detail }) => {
-      const node = nodeOf(detail.node_id);
-      if (!node?.comfyClass?.startsWith("Stillmotion_BlockAutoregressive")) return;
-      if (detail.kind === "begin") node.stillmotionLive ??= new Panel(node);
-      const panel = node.stillmotionLive;
+      const panel = nodeOf(detail.node_id)?.stillmotionLive;
       if (panel && (detail.kind === "begin" || panel.prompt_id === detail.prompt_id)) panel[detail.kind](detail);
     });
     api.addEventListener("executed", ({ detail }) => {

@@ -1,5 +1,6 @@
 """The panel of the causal samplers: blocks are played as they come, prompts are sent, and the run is stopped."""
 import json
+from itertools import count
 from pathlib import Path
 
 import av
@@ -7,9 +8,10 @@ import pytest
 
 GRAPH = Path(__file__).resolve().parents[2] / "workflows" / "api" / "causal_long_video.json"
 SAMPLER, TO_FILE = "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_BlockAutoregressiveToFile"
+SEEDS = count()  # ComfyUI does not run a node again with the same inputs
 PANEL = ".stillmotion-live"
 STATE = """() => {
-    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p);
+    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p?.prompt_id);
     if (!panel) return null;
     const { position, total, first, playing, ended, blocks, shown } = panel.player;
     const context = panel.canvas.getContext('2d', { willReadFrequently: true });
@@ -34,7 +36,7 @@ def graph(**changes):
     sampler, = (node for node in found.values() if node["class_type"] == SAMPLER)
     sampler["class_type"] = TO_FILE
     sampler["inputs"] |= {"steps": "1000, 600", "length": -1, "filename_prefix": "video/live", "fps": 8.0, "crf": 16,
-                          "clip": ["2", 1], **changes}
+                          "clip": ["2", 1], "seed": next(SEEDS), **changes}
     for node in ("7", "8"):
         del found[node]
     return found
@@ -81,7 +83,9 @@ def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
         assert sum(1 for _ in video.decode(video=0)) == done["total"] > 8
     assert page.page.get_by_role("button", name="Send").is_disabled()
-    page.page.locator(f"{PANEL} canvas").wait_for(state="hidden")  # ComfyUI shows the saved video
+    page.page.locator(f"{PANEL} canvas").wait_for(state="hidden")  # ComfyUI shows the saved video:
+    page.page.wait_for_function("""name => [...document.querySelectorAll('video')].some(
+        v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth)""", arg=saved["filename"])
 
 
 def test_the_panel_is_not_part_of_the_saved_graph(page):
