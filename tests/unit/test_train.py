@@ -94,6 +94,25 @@ def test_accelerate_is_named_where_it_is_missing(monkeypatch):
         make_processes("fp16")
 
 
+def test_a_launcher_that_starts_fewer_processes_than_asked_is_named(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert make_processes("no").count == 1 and not caplog.text
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert make_processes("no").count == 1
+    assert "asked for several processes, but started only this one: it finds no GPU. Give it --multi_gpu" in caplog.text
+
+
+@pytest.mark.slow
+def test_accelerate_leaves_what_the_warning_looks_for(tmp_path):
+    """A plain `accelerate launch --num_processes 2` without a GPU starts one process."""
+    pytest.importorskip("accelerate")
+    out = tmp_path / "one.pt"
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", str(TWO),
+                           str(out), "1"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0 and "asked for several processes, but started only this one" in done.stderr
+
+
 def index_of(item):
     return {"index": torch.tensor(int(item["name"][-5:]))}
 
