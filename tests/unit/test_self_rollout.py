@@ -169,7 +169,8 @@ class Toy(nn.Module):
         a, b, c, w = self.numbers
         value = w * x.mean((1, 3, 4))[..., None].expand(-1, -1, 2)
         if cache is not None:
-            value = cache.write(0, value, value, value, cache.place(frame_ids[0], len(frame_ids), sink_mode), None)[1]
+            window = cache.open(frame_ids, sink_mode, 1, 1)
+            value = window.layers[0].extend(value, value, value, window)[1]
         return a * x + b * value[..., 0].mean(1).view(-1, 1, 1, 1, 1) + c * text.view(-1, 1, 1, 1, 1)
 
 
@@ -372,9 +373,13 @@ def test_a_score_of_another_kind_is_refused():
 
 
 def test_a_frozen_cache_does_not_change():
-    cache = RolloutCache(T2V.cache_layout(capacity=2, sink=0, height=2, width=2, relative_sink=False))
-    cache.write(0, *[torch.ones(1, 1, 16)] * 3, cache.place(0, 1, "write"), None)
+    cache = RolloutCache(T2V.cache_layout(capacity=2, sink=0, height=2, width=2, relative_sink=False), "cpu")
+
+    def write(cache, frame, number):
+        window = cache.open(range(frame, frame + 1), "write", 1, 1)
+        return window.layers[0].extend(*[torch.full((1, 1, 16), float(number))] * 3, window)[0][0, :, 0].tolist()
+
+    assert write(cache, 0, 1) == [1]
     view = cache.frozen()
-    cache.write(0, *[torch.full((1, 1, 16), 2.0)] * 3, cache.place(0, 1, "write"), None)
-    keys, _ = view.write(0, *[torch.full((1, 1, 16), 3.0)] * 3, view.place(1, 1, "write"), None)
-    assert keys[0, :, 0].tolist() == [1, 3] and len(cache.tensors()) == 2
+    assert write(cache, 0, 2) == [2]
+    assert write(view, 1, 3) == [1, 3] and write(view, 1, 4) == [1, 4] and len(cache.tensors()) == 2

@@ -87,7 +87,7 @@ class SelfRollout:
             return self.student(x_BCFHW, t_BF, keys, frame_ids, cache, sink_mode)
 
         rollout = Rollout(plan=plan, evaluate=evaluate, y_BYFHW=conditions.y_BYFHW, noise=noise,
-                          caches=[RolloutCache(plan.layout(self.student.params, height, width))],
+                          caches=[RolloutCache(plan.layout(self.student.params, height, width), like.device)],
                           project=lambda number: [conditions.texts[number]], on_step=lambda *_: None)
         first = conditions.first_BC1HW
         alone = first is not None and plan.blocks[0] == 1  # the image is a block of its own: nothing to denoise in it

@@ -13,55 +13,69 @@ import torch
 from torch import Tensor
 
 from ...causal_wan.blocks import BlockLoop
-from ...causal_wan.cache import CacheLayout, KVCache, Placement
-from ...causal_wan.rope import Rotation, rotate
+from ...causal_wan.cache import CacheLayout, KVCache, Window, slots_of
+from ...causal_wan.rope import make_rotation
 from ...causal_wan.schedule import FlowStep, renoise
+from ...common.fused import rotate
+
+
+class LayerSlots:
+    """One layer's keys and values: a tensor [B, frame_tokens, C] for each slot, exchanged and never overwritten."""
+
+    def __init__(self, keys: list[Tensor | None], values: list[Tensor | None], sinks: list[Tensor | None],
+                 writable: bool = True):
+        self.keys, self.values, self.sinks, self.writable = keys, values, sinks, writable
+
+    def extend(self, raw_key: Tensor, key: Tensor, value: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Everything that a forward pass attends to: what is held, with the keys and values [B, L, C] of the pass in
+        their slots. `raw_key` is the key before its rotation, for relative sinks."""
+        keys, values, sinks = list(self.keys), list(self.values), list(self.sinks)
+        tokens = key.shape[1] // len(window.slots_F)
+        for slot, *frame in zip(window.slots_F, *(each.split(tokens, dim=1) for each in (raw_key, key, value))):
+            if slot < len(sinks):
+                sinks[slot] = frame[0]
+            keys[slot], values[slot] = frame[1:]
+        if self.writable:
+            self.keys, self.values, self.sinks = keys, values, sinks
+        held = window.attended // tokens
+        return torch.cat(keys[:held], dim=1), torch.cat(values[:held], dim=1)
+
+    def frozen(self) -> LayerSlots:
+        return LayerSlots(self.keys, self.values, self.sinks, writable=False)
 
 
 class RolloutCache(KVCache):
-    """A `KVCache` that never overwrites a tensor: every slot holds a tensor of its own, which is exchanged. A `frozen`
-    one therefore shows the backward pass (and gradient checkpointing) what the forward pass saw."""
+    """The contents of a `KVCache` in tensors that are never overwritten. A `frozen` one therefore shows the backward
+    pass (and gradient checkpointing) what the forward pass saw; what is written to it is seen by that pass alone."""
 
-    def __init__(self, layout: CacheLayout):
-        self.layout, self.sink_start, self.turned = layout, 0, None
-        self.writable = True
-
-        def slots(frames: int) -> list[list[Tensor | None]]:
-            return [[None] * frames for _ in range(layout.layers)]
-
-        self.keys, self.values = slots(layout.capacity), slots(layout.capacity)  # [B, frame_tokens, C] each
-        self.sink_keys = slots(layout.sink) if layout.relative_sink else None    # not rotated
+    def __init__(self, layout: CacheLayout, device: torch.device | str):
+        self.layout, self.device, self.sink_start = layout, device, 0
+        sink = layout.sink if layout.relative_sink else 0
+        self.layers = tuple(LayerSlots([None] * layout.capacity, [None] * layout.capacity, [None] * sink)
+                            for _ in range(layout.layers))
 
     def frozen(self) -> RolloutCache:
-        """The contents as they are now. What is written to it is seen by that forward pass alone, with gradient."""
         view = copy.copy(self)
-        view.keys, view.values = list(self.keys), list(self.values)
-        view.sink_keys = list(self.sink_keys) if self.sink_keys is not None else None
-        view.writable = False
+        view.layers = tuple(layer.frozen() for layer in self.layers)
         return view
 
     def tensors(self) -> list[Tensor]:
-        held = [*self.keys, *self.values, *(self.sink_keys or [])]
-        return [tensor for slots in held for tensor in slots if tensor is not None]
+        return [tensor for layer in self.layers for slots in (layer.keys, layer.values, layer.sinks)
+                for tensor in slots if tensor is not None]
 
-    def write(self, layer: int, raw_key: Tensor, key: Tensor, value: Tensor, placement: Placement,
-              sink_rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        tokens, sink = self.layout.frame_tokens, self.layout.sink
-        keys, values = list(self.keys[layer]), list(self.values[layer])
-        sinks = None if self.sink_keys is None else list(self.sink_keys[layer])
-        for source, slot, length in placement.segments:
-            for i in range(length):
-                given = slice((source + i) * tokens, (source + i + 1) * tokens)
-                keys[slot + i], values[slot + i] = key[:, given], value[:, given]
-                if sinks is not None and slot + i < sink:
-                    sinks[slot + i] = raw_key[:, given]
-        if sink_rotation is not None:
-            keys[:sink] = rotate(torch.cat(sinks, dim=1), sink_rotation, self.layout.heads).split(tokens, dim=1)
-        if self.writable:
-            self.keys[layer], self.values[layer] = keys, values
-            if sinks is not None:
-                self.sink_keys[layer] = sinks
-        return torch.cat(keys[:placement.attended], dim=1), torch.cat(values[:placement.attended], dim=1)
+    def open(self, frame_ids: range, sink_mode: str, rows: int, columns: int) -> Window:
+        layout, head_dim = self.layout, self.layout.width // self.layout.heads
+        slots = slots_of(frame_ids[0], len(frame_ids), layout.capacity, layout.sink, sink_mode)
+        end = frame_ids[-1] + 1
+        start = max(0, end - layout.capacity) if layout.relative_sink else 0
+        if start != self.sink_start:  # as in `KVCache`
+            self.sink_start = start
+            rotation_LP2 = make_rotation(range(start, start + layout.sink), rows, columns, head_dim, self.device)
+            for layer in self.layers:
+                turned = rotate(torch.cat(layer.sinks, dim=1), rotation_LP2, layout.heads)
+                layer.keys = [*turned.split(layout.frame_tokens, dim=1), *layer.keys[layout.sink:]]
+        return Window(make_rotation(frame_ids, rows, columns, head_dim, self.device), slots,
+                      min(end, layout.capacity) * layout.frame_tokens, None, self.layers)
 
 
 @dataclass(kw_only=True)
