@@ -15,6 +15,7 @@ from .common.inputs import checked
 NODES = [
     ("dynamicrafter.nodes", "LoadDynamiCrafter"),
     ("dynamicrafter.nodes", "DynamiCrafterImageToVideo"),
+    ("dynamicrafter.nodes_quick", "PictureToVideo"),
     ("ddim.nodes", "DDIMSampler"),
     ("ddim.nodes", "DDIMSamplerSelect"),
     ("ddim.nodes", "SamplingReport"),

@@ -34,6 +34,10 @@ SUBCOMMANDS = {  # name: (module, what it does)
     "status": ("batch:status", "how far a batch is"),
     "resume": ("batch:resume", "go on with a batch"),
     "retry": ("batch:retry", "try the failed jobs of a batch again"),
+    "live": ("live", "make a video block by block, and change its prompt meanwhile"),
+    "fetch": ("fetch", "download a known model"),
+    "list": ("models:list_models", "which models are there, where, and what they are"),
+    "convert": ("models:convert", "a checkpoint as a pruned .safetensors file"),
 }
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 

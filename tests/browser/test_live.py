@@ -1,5 +1,6 @@
 """The panel of the causal samplers: blocks are played as they come, prompts are sent, and the run is stopped."""
 import json
+from itertools import count
 from pathlib import Path
 
 import av
@@ -7,9 +8,10 @@ import pytest
 
 GRAPH = Path(__file__).resolve().parents[2] / "workflows" / "api" / "causal_long_video.json"
 SAMPLER, TO_FILE = "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_BlockAutoregressiveToFile"
+SEEDS = count()  # ComfyUI does not run a node again with the same inputs
 PANEL = ".stillmotion-live"
 STATE = """() => {
-    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p);
+    const panel = app.graph._nodes.map(n => n.stillmotionLive).find(p => p?.prompt_id);
     if (!panel) return null;
     const { position, total, first, playing, ended, blocks, shown } = panel.player;
     const context = panel.canvas.getContext('2d', { willReadFrequently: true });
@@ -19,13 +21,22 @@ STATE = """() => {
 }"""
 
 
+VIEW = """() => {  // the whole node, with room for the panel
+    const node = app.graph._nodes.find(n => n.comfyClass.startsWith('Stillmotion_BlockAutoregressive'));
+    app.canvas.ds.scale = 0.6;
+    app.canvas.ds.offset[0] = 400 - node.pos[0];
+    app.canvas.ds.offset[1] = 120 - node.pos[1];
+    app.canvas.setDirty(true, true);
+}"""
+
+
 def graph(**changes):
     """The long video until stopped, straight to a file, with two steps a block."""
     found = json.loads(GRAPH.read_text())
     sampler, = (node for node in found.values() if node["class_type"] == SAMPLER)
     sampler["class_type"] = TO_FILE
     sampler["inputs"] |= {"steps": "1000, 600", "length": -1, "filename_prefix": "video/live", "fps": 8.0, "crf": 16,
-                          "clip": ["2", 1], **changes}
+                          "clip": ["2", 1], "seed": next(SEEDS), **changes}
     for node in ("7", "8"):
         del found[node]
     return found
@@ -40,6 +51,7 @@ def wait(page, condition):
 @pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
 def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     page.run_js("graph => app.loadApiJson(graph, 'test')", graph())
+    page.run_js(VIEW)
     page.run_js("() => { window.ended = false; app.api.addEventListener('execution_success', () => ended = true); }")
     page.run_js("() => app.queuePrompt(0, 1)")
     begun = wait(page, "s.blocks >= 2 && s.position > 1")
@@ -54,6 +66,16 @@ def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     page.page.get_by_role("button", name="Send").click()
     wait(page, "s.told.includes('text')")  # an empty prompt is answered, not sent
 
+    scrub = page.page.locator(f"{PANEL} input[type=range]")
+    scrub.fill("3")
+    paused = page.run_js(STATE)
+    assert (paused["shown"], paused["playing"]) == (3, False)
+    scrub.fill("7")
+    moved = page.run_js(STATE)
+    assert moved["shown"] == 7 and moved["sum"] != paused["sum"]
+    page.page.get_by_title("Play or pause").click()
+    wait(page, "s.position > 8 && s.playing")
+
     page.page.get_by_role("button", name="Stop").click()
     page.page.wait_for_function("() => window.ended")
     done = wait(page, "s.ended && s.status.startsWith('complete')")
@@ -61,16 +83,9 @@ def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
         assert sum(1 for _ in video.decode(video=0)) == done["total"] > 8
     assert page.page.get_by_role("button", name="Send").is_disabled()
-
-    scrub = page.page.locator(f"{PANEL} input[type=range]")
-    scrub.fill("3")
-    paused = page.run_js(STATE)
-    assert (paused["shown"], paused["playing"]) == (3, False)
-    scrub.fill(str(done["total"] - 1))
-    last = page.run_js(STATE)
-    assert last["shown"] == done["total"] - 1 and last["sum"] != paused["sum"]
-    page.page.get_by_title("Play or pause").click()
-    wait(page, f"s.position < {done['total'] - 4} && s.playing")  # loops
+    page.page.locator(f"{PANEL} canvas").wait_for(state="hidden")  # ComfyUI shows the saved video:
+    page.page.wait_for_function("""name => [...document.querySelectorAll('video')].some(
+        v => v.currentSrc.includes(name) && v.readyState >= 2 && v.videoWidth)""", arg=saved["filename"])
 
 
 def test_the_panel_is_not_part_of_the_saved_graph(page):
