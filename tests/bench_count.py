@@ -2,9 +2,11 @@
 
 The network runs at full size on meta tensors, so that nothing is computed and any machine can count. The figures are
 for a CUDA device: what each operation launches and moves there is in `CUDA`; views are free. Bytes are those of the
-arguments and results of every operation, without caches between operations. An attention is one kernel.
+arguments and results of every operation, without caches between operations. An attention is one kernel, and so is an
+operation of `nodes/common/fused.py`, as on a GPU with Triton; "without_triton" counts their plain forms.
 """
 from collections import Counter
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -29,9 +31,18 @@ def tensors_of(*values) -> list:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
-def group_norm(x, *_, result):
+def group_norm(x, *_, result, **__):
     """Moments, their scale and shift, and the result: the input is read twice."""
     return 3, 3 * occupied(x)
+
+
+def store(ring, axis, slots, x, *, result):
+    """What is written into a ring; the rest of it is left alone."""
+    return 1, 2 * occupied(x)
+
+
+def norm_rotate(x, norm, rotation, *_, result):
+    return 1, 2 * occupied(x) + occupied(rotation)
 
 
 def convolution(x, weight, bias, *_, result):
@@ -45,7 +56,9 @@ def convolution(x, weight, bias, *_, result):
     return kernels, moved
 
 
-CUDA = {aten.native_group_norm: group_norm, aten.convolution: convolution}
+FUSED = {"add_norm", "norm_rotate", "gated_gelu", "group_norm"}
+CUDA = {aten.native_group_norm: group_norm, aten.convolution: convolution, aten.index_copy_: store,
+        "group_norm": group_norm, "norm_rotate": norm_rotate}
 
 
 class Operations(TorchDispatchMode):
@@ -64,20 +77,21 @@ class Operations(TorchDispatchMode):
         made = tensors_of(result)
         if self.inside or func.is_view or kind in FREE or not any(tensor.is_meta for tensor in made):
             return result
-        if kind in CUDA:
-            self.count(kind, *CUDA[kind](*args, result=made[0]))
-        else:  # what is written in place is an argument and a result
-            read = tensors_of(args[1:] if kind is aten.copy_ else args, kwargs)
-            self.count(kind, 1, sum(map(occupied, [*read, *made])))
+        self.count(kind, args[1:] if kind is aten.copy_ else args, kwargs, made)
         return result
 
-    def count(self, kind, kernels: int, moved: int) -> None:
+    def count(self, kind, args, kwargs, made: list) -> None:
+        """Count an operation, by itself or by its name. What is written in place is an argument and a result."""
+        if kind in CUDA:
+            kernels, moved = CUDA[kind](*args, **(kwargs or {}), result=made[0])
+        else:
+            kernels, moved = 1, sum(map(occupied, [*tensors_of(args, kwargs), *made]))
         name = str(kind).removeprefix("aten.")
         self.kernels[name] += kernels
         self.moved[name] += moved
 
-    def whole(self, function, kernels: int = 1, passes: int = 1):
-        """`function`, counted as `kernels` kernels that read the first argument `passes` times."""
+    def whole(self, function):
+        """`function`, counted as one operation under its name."""
         def call(*args, **kwargs):
             before, self.inside = self.inside, True
             try:
@@ -85,8 +99,7 @@ class Operations(TorchDispatchMode):
             finally:
                 self.inside = before
             if not before:
-                moved = sum(map(occupied, tensors_of(args, kwargs, result))) + (passes - 1) * occupied(args[0])
-                self.count(function.__name__, kernels, moved)
+                self.count(function.__name__, args, kwargs, tensors_of(result))
             return result
         return call
 
@@ -101,14 +114,26 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def count(evaluate) -> dict:
-    """Figures of one call of `evaluate`, on a GPU."""
+def counted(evaluate, fused_functions: dict) -> Operations:
+    """One call of `evaluate`; of `fused_functions`, by the module that calls them, each call is one operation."""
     seen, functional = Operations(), torch.nn.functional
-    # PyTorch has one kernel for this on a GPU only; elsewhere it is made of several.
-    norm = mock.patch.object(functional, "rms_norm", seen.whole(functional.rms_norm))
-    with torch.no_grad(), norm, seen:
+    with ExitStack() as stack:
+        # PyTorch has one kernel for this on a GPU only; elsewhere it is made of several.
+        stack.enter_context(mock.patch.object(functional, "rms_norm", seen.whole(functional.rms_norm)))
+        for module, names in fused_functions.items():
+            for name in names & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, seen.whole(getattr(module, name))))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(seen)
         evaluate()
+    return seen
+
+
+def count(evaluate, modules) -> dict:
+    """Figures of one call of `evaluate` on a GPU. `modules`: those that use fused operations."""
+    seen, plain = counted(evaluate, dict.fromkeys(modules, FUSED)), counted(evaluate, {})
     return {"kernels": seen.kernels.total(), "gigabytes": round(seen.moved.total() / 1e9, 3),
             "matrix_teraflop": round(seen.flop / 1e12, 3),
+            "without_triton": {"kernels": plain.kernels.total(), "gigabytes": round(plain.moved.total() / 1e9, 3)},
             "by_operation": {name: {"kernels": seen.kernels[name], "gigabytes": round(moved / 1e9, 3)}
                              for name, moved in seen.moved.most_common()}}

@@ -67,12 +67,11 @@ def count(options):
     import bench_count
     import torch
     from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
-    from stillmotion.nodes.dynamicrafter import config
-    from stillmotion.nodes.dynamicrafter.unet import VideoUNet
+    from stillmotion.nodes.dynamicrafter import attention, config, unet
 
     params, dtype = config.parse(config.published(options.preset), options.preset).unet, WEIGHT_DTYPES[options.dtype]
     width, height = (side // 8 for side in (pixels(options.size) if options.size else PRESETS[options.preset]))
-    network = VideoUNet(params, torch.nn, bench_count.attention, dtype=dtype, device="meta")
+    network = unet.VideoUNet(params, torch.nn, bench_count.attention, dtype=dtype, device="meta")
     clips, frames = 2, options.frames or 16
     x = bench_count.meta(clips, params.in_channels, frames, height, width, dtype=dtype)
     text = bench_count.meta(clips, 77, params.context_dim, dtype=dtype)
@@ -83,7 +82,7 @@ def count(options):
         network(x, numbers, text, tokens, numbers, transformer_options=kept)
 
     evaluate()
-    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate)}
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention, unet])}
 
 
 def make_conditioning(loaded, width, height, frames):

@@ -19,6 +19,7 @@ const STYLE = `
 .stillmotion-live input { flex: 1; min-width: 0; margin: 0 }
 .stillmotion-live .told { display: flex; flex-direction: column; gap: 2px; max-height: 66px; overflow-y: auto;
   flex: none; user-select: text }
+.stillmotion-live .told div { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; flex: none }
 .stillmotion-live .told .wrong { color: var(--error-text, #f77) }
 .stillmotion-live .told .waits { opacity: .7 }`;
 
@@ -30,7 +31,7 @@ function make(tag, properties = {}, children = []) {
 
 // Plays the frames that are there at `fps`. At their end it waits for the next block; after the run it starts again if
 // `loop` is on. A block: {frame: its first one, count, columns, width, height, image: all of its frames in a grid}.
-class Player {
+export class Player {
   constructor(canvas, moved) {
     Object.assign(this, { canvas, moved, blocks: [], position: 0, fps: 16, playing: true, loop: true, ended: false });
   }
@@ -111,14 +112,19 @@ class Panel {
     this.controls = make("div", { className: "row" }, [this.play, this.scrub, this.place, this.loop]);
     this.element = make("div", { className: "stillmotion-live", onpointerdown: (event) => event.stopPropagation() }, [
       this.canvas, this.controls, make("div", { className: "row" }, [this.status, this.stop]), this.prompts, this.told]);
+    this.element.style.display = "none"; // until the node runs
     const height = () => this.height();
     this.widget = node.addDOMWidget("stillmotion_live", "stillmotion_live", this.element,
       { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height });
     this.widget.serialize = false; // not in widgets_values
   }
+  get plays() { // ComfyUI shows a saved video itself
+    return this.player.blocks.length > 0 && !this.saved;
+  }
   height() { // of the widget, with its margins of 10
+    if (!this.prompt_id) return 0;
     const inner = this.node.size[0] - 24;
-    const picture = this.player.blocks.length ? (inner * this.canvas.height) / this.canvas.width + 38 : 0;
+    const picture = this.plays ? (inner * this.canvas.height) / this.canvas.width + 38 : 0;
     return Math.ceil(picture + 58 + (this.steers ? 32 : 0) + Math.min(this.told.childElementCount, 4) * 18);
   }
   fit() {
@@ -127,7 +133,8 @@ class Panel {
     app.graph.setDirtyCanvas(true, true);
   }
   show() {
-    this.canvas.style.display = this.controls.style.display = this.player.blocks.length ? "" : "none";
+    this.element.style.display = "";
+    this.canvas.style.display = this.controls.style.display = this.plays ? "" : "none";
     this.prompts.style.display = this.steers ? "" : "none";
     for (const part of [this.text, this.button, this.stop]) part.disabled = this.player.ended;
     this.showPosition();
@@ -141,7 +148,7 @@ class Panel {
     this.place.textContent = `${frame + 1} / ${player.total}`;
   }
   begin({ prompt_id, node_id, fps, blocks, steers }) {
-    Object.assign(this, { prompt_id, node_id, blocks, steers });
+    Object.assign(this, { prompt_id, node_id, blocks, steers, saved: false });
     Object.assign(this.player, { blocks: [], position: 0, shown: null, fps, ended: false, playing: true });
     this.told.replaceChildren();
     this.status.textContent = "begins";
@@ -173,7 +180,7 @@ class Panel {
   }
   tell(words, kind = "") {
     for (const line of this.told.querySelectorAll(".waits")) line.remove();
-    this.told.append(make("div", { textContent: words, className: kind }));
+    this.told.append(make("div", { textContent: words, title: words, className: kind }));
     this.told.scrollTop = this.told.scrollHeight;
     this.fit();
   }
@@ -211,14 +218,20 @@ async function watch() {
 
 app.registerExtension({
   name: "Stillmotion.Live",
+  nodeCreated(node) { // not later: Nodes 2.0 does not show widgets that come later
+    if (node.comfyClass?.startsWith("Stillmotion_BlockAutoregressive")) node.stillmotionLive = new Panel(node);
+  },
   setup() {
     document.head.append(make("style", { textContent: STYLE }));
     api.addEventListener("stillmotion.live", ({ detail }) => {
-      const node = nodeOf(detail.node_id);
-      if (!node?.comfyClass?.startsWith("Stillmotion_BlockAutoregressive")) return;
-      if (detail.kind === "begin") node.stillmotionLive ??= new Panel(node);
-      const panel = node.stillmotionLive;
+      const panel = nodeOf(detail.node_id)?.stillmotionLive;
       if (panel && (detail.kind === "begin" || panel.prompt_id === detail.prompt_id)) panel[detail.kind](detail);
+    });
+    api.addEventListener("executed", ({ detail }) => {
+      const panel = nodeOf(detail.display_node ?? detail.node)?.stillmotionLive;
+      if (panel?.prompt_id !== detail.prompt_id || !detail.output?.images) return;
+      panel.saved = true;
+      panel.show();
     });
     api.addEventListener("status", watch); // the server has named the client
     api.addEventListener("reconnected", () => {

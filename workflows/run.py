@@ -34,6 +34,7 @@ SUBCOMMANDS = {  # name: (module, what it does)
     "status": ("batch:status", "how far a batch is"),
     "resume": ("batch:resume", "go on with a batch"),
     "retry": ("batch:retry", "try the failed jobs of a batch again"),
+    "live": ("live", "make a video block by block, and change its prompt meanwhile"),
     "fetch": ("fetch", "download a known model"),
     "list": ("models:list_models", "which models are there, where, and what they are"),
     "convert": ("models:convert", "a checkpoint as a pruned .safetensors file"),
@@ -98,7 +99,7 @@ def check(options):
         return f"--image: there is no file {options.image}"
     if options.image and options.prompt is None:
         return "--image needs a --prompt that says what happens"
-    alone = [name for name in batch.FLAGS if getattr(options, name) not in (None, False)]
+    alone = [name for name in batch.FLAGS if batch.given(getattr(options, name))]
     if alone and not options.prompt_dir:
         return f"--{alone[0]} belongs to a batch: give --prompt_dir, or use `run.py batch`"
     positive = ("steps", "frames", "batch_size", "fps", "width", "height", "limit")

@@ -184,23 +184,30 @@ class BlockLoop:
         t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], x_BCFHW.shape[2]), timestep, dtype=torch.float32)
         self.flows(prompts, x_BCFHW, t_BF, start, sink_mode)
 
+    def predict(self, prompts: Sequence[Any], x_BCFHW: Tensor, step: FlowStep, start: int,
+                held_BCKHW: Tensor | None) -> Tensor:
+        """x0 of a noisy block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
+        count = x_BCFHW.shape[2]
+        held = 0 if held_BCKHW is None else max(0, min(count, held_BCKHW.shape[2] - start))
+        t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], count), step.timestep, dtype=torch.float32)
+        if held:
+            t_BF[:, :held] = 0
+            x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
+        flows = self.flows(prompts, x_BCFHW, t_BF, start, "write")
+        if self.guide is None:
+            x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
+        else:
+            x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows, prompts)
+        if held:
+            x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
+        return x0_BCFHW
+
     def denoise(self, prompts: Sequence[Any], index: int, start: int, count: int, steps: tuple[FlowStep, ...],
                 held_BCKHW: Tensor | None) -> Tensor:
-        """Denoise one block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
-        held = 0 if held_BCKHW is None else max(0, min(count, held_BCKHW.shape[2] - start))
+        """Denoise one block from fresh noise."""
         x_BCFHW = self.noise(start, count, 0)
         for number, step in enumerate(steps):
-            t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], count), step.timestep, dtype=torch.float32)
-            if held:
-                t_BF[:, :held] = 0
-                x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
-            flows = self.flows(prompts, x_BCFHW, t_BF, start, "write")
-            if self.guide is None:
-                x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
-            else:
-                x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows, prompts)
-            if held:
-                x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
+            x0_BCFHW = self.predict(prompts, x_BCFHW, step, start, held_BCKHW)
             self.on_step(index, number, x0_BCFHW)
             if number + 1 < len(steps):
                 x_BCFHW = renoise(x0_BCFHW, self.noise(start, count, number + 1), steps[number + 1].sigma)

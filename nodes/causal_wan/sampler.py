@@ -66,9 +66,13 @@ class Network:
         executor = WrapperExecutor.new_class_executor(self._apply, self.model, wrappers)
         return executor.execute(x_BCFHW, t_BF, None, c_crossattn, None, transformer_options, **block)
 
-    def _apply(self, x_BCFHW, t_BF, c_concat, c_crossattn, control, transformer_options, **block):
-        return self.model.diffusion_model(x_BCFHW.to(self.dtype), t_BF, c_crossattn,
-                                          transformer_options=transformer_options, **block).float()
+    def _apply(self, x_BCFHW, t_BF, c_concat, c_crossattn, control, transformer_options, cache, frame_ids, sink_mode,
+               **block):
+        network, x_BCFHW = self.model.diffusion_model, x_BCFHW.to(self.dtype)
+        # Opened here, a compiled network reads tensors alone; the rest is for the wrappers of other packs.
+        window = network.open(x_BCFHW, frame_ids, cache, sink_mode)
+        return network(x_BCFHW, t_BF, c_crossattn, transformer_options=transformer_options, window=window, cache=cache,
+                       frame_ids=frame_ids, sink_mode=sink_mode, **block).float()
 
     def guide(self, x_BCFHW: Tensor, sigma: float, flows, prompts: list[BranchPrompt], cfg: float) -> Tensor:
         """Guided x0, using the guidance functions on the MODEL if there are any."""

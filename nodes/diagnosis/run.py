@@ -57,10 +57,16 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
     if not finite(tensors([latent["samples"], positive, negative])):
         return Diagnosis(tuple(findings), None), None
 
-    def sample(clip_x0: str):
+    runs = 1 + request.compare_clipping
+
+    def sample(clip_x0: str, done: int = 0):
+        def tell(step, x0, x, total):
+            if callback is not None:
+                callback(done + step, x0, x, runs * total)  # one bar for all runs
+
         with watch(network) as probe:
             samples, report = sample_latent(model, positive, negative, latent, request.seed, request.settings(clip_x0),
-                                            callback=callback)
+                                            callback=tell)
         report = replace(report, origin=probe.origin.text() if probe.origin else "")
         return report, vae.decode(samples["samples"])[0].float()
 
@@ -75,7 +81,7 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
         findings.append(Finding("true clip", "good", f"PSNR {judge.psnr(frames_THWC, reference_THWC):.1f} dB against "
                                                      "the reference."))
     if request.compare_clipping:
-        other, other_THWC = sample("off" if request.clip_x0 != "off" else "static")
+        other, other_THWC = sample("off" if request.clip_x0 != "off" else "static", request.steps)
         runs = [(report, frames_THWC), (other, other_THWC)]
         plain, clipped = runs if request.clip_x0 == "off" else runs[::-1]
         quality = None

@@ -3,29 +3,28 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
 from .objectives import LAWS
 from .parallel import PRECISIONS
+from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
+from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
+OBJECTIVES = ("denoising", "self_rollout")
 PARTS = ("all", "projector_temporal")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
-def _setting(default, text: str, choices: Sequence[str] = ()):
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"help": text, "choices": tuple(choices)})
-
-
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(SelfRolloutSettings):
     """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
+    objective: str = _setting("denoising", "denoising: of clips; self_rollout: causal Wan on its own videos, by "
+                              "distribution matching with a teacher", OBJECTIVES)
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")
@@ -38,7 +37,8 @@ class TrainConfig:
     clip_vision: str = _setting("", "another vision tower file, as core's Load CLIP Vision takes it")
     space: str = _setting("latent", "where a new video U-Net works", SPACES)
 
-    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; empty: Moving Shapes are drawn")
+    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; self_rollout also takes a text file "
+                         "of prompts; empty: Moving Shapes are drawn")
     max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
     num_frames: int = _setting(16, "frames of a clip")
     frame_size: str = _setting("64", "edge of the clips in pixels, or WIDTHxHEIGHT")
@@ -108,6 +108,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to {most}.")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
+        self.check_self_rollout()
         self._check_family()
         self.size()
         wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
@@ -118,6 +119,8 @@ class TrainConfig:
                              "give the full size to both.")
 
     def _check_family(self) -> None:
+        if self.objective == "self_rollout":
+            self._check_rollout()
         if self.family != "video_unet" and not self.checkpoint:
             raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
                              "(from_scratch), or demo.")
@@ -127,6 +130,28 @@ class TrainConfig:
         if self.from_scratch and not self.checkpoint:
             raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
                              "from_scratch away (a new video U-Net is always trained from scratch).")
+
+    def _check_rollout(self) -> None:
+        """Raise ValueError for a training on its own rollouts that this family, or these settings, do not allow."""
+        if self.family != "causal_wan":
+            raise ValueError(f"objective self_rollout is for family causal_wan; {self.family} is trained on clips: "
+                             "choose denoising.")
+        if not self.teacher:
+            raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
+                             "videos in many steps.")
+        for name, wrong in (("stages", bool(self.stages)), ("from_scratch", self.from_scratch),
+                            ("init_2d", bool(self.init_2d)), ("mixed_precision", self.mixed_precision == "fp16")):
+            if wrong:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
+                                 f"{'choose bf16 or no' if name == 'mixed_precision' else 'leave it away'}.")
+
+
+ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
+
+
+def all_settings() -> list[Field]:
+    """Fields of `TrainConfig`, those of self-rollout last."""
+    return sorted(fields(TrainConfig), key=lambda each: each.name in ROLLOUT_SETTINGS)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -139,23 +164,28 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting. Flags not given are absent from the result, so that the YAML value applies."""
-    for each in fields(TrainConfig):
+    group = parser.add_argument_group("objective self_rollout")
+    for each in all_settings():
+        place = group if each.name in ROLLOUT_SETTINGS else parser
         text = each.metadata["help"].replace("%", "%%")  # argparse expands % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
-            parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
-            parser.add_argument(f"--no_{each.name}", action="store_false", help=argparse.SUPPRESS, **flag)
+            text = f"{text} (default: {'yes' if each.default else 'no'})"
+            place.add_argument(f"--{each.name}", action="store_true", help=text, **flag)
+            place.add_argument(f"--no_{each.name}", action="store_false", **flag,
+                               help=f"not {each.name}" if each.default else argparse.SUPPRESS)
         elif each.type.startswith("list"):
             kind = int if each.type == "list[int]" else str
-            parser.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
+            place.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
         else:
             kind = {"int": int, "float": float, "str": str}[each.type]
-            parser.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
+            place.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
                                 help=f"{text} (default: {each.default!r})", **flag)
 
 
 def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
-    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names the file, setting and value."""
+    """Defaults (self_rollout has some of its own), then the YAML, then `given`; checked. Raises ValueError that names
+    the file, setting and value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -167,12 +197,13 @@ def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
         raise ValueError(f"{yaml_path} cannot be read as YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise ValueError(f"{yaml_path} holds no settings: write one `name: value` a line.")
-    for source, settings in ((yaml_path, loaded), ("the command line", given)):
+    own = DEFAULTS if given.get("objective", loaded.get("objective")) == "self_rollout" else {}
+    for source, settings in (("self_rollout", own), (yaml_path, loaded), ("the command line", given)):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
-                             f"{', '.join(each.name for each in fields(TrainConfig))}.") from error
+                             f"{', '.join(each.name for each in all_settings())}.") from error
     config = OmegaConf.to_object(config)
     config.check()
     return config

@@ -79,7 +79,7 @@ def test_the_blocks_of_two_jobs_do_not_meet():
 def test_an_input_that_was_changed_is_not_used(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"clip")
     value = jobgraphs.Changes({}).file(tmp_path / "clip.mp4")
-    assert jobgraphs.read_input(value) == (b"clip", f"{value['sha256'][:16]}_clip.mp4")
+    assert jobgraphs.read_input(value) == (b"clip", f"{value['sha256'][:24]}.mp4")
     (tmp_path / "clip.mp4").write_bytes(b"other")
     with pytest.raises(jobgraphs.BadInput, match="changed after the list was made"):
         jobgraphs.read_input(value)
@@ -128,7 +128,7 @@ def test_a_token_is_sent_and_never_shown(fake):
 
 def test_the_options_that_are_kept_hold_no_password(tmp_path):
     jobs = joblist.JobList(tmp_path / "out", create=True)
-    options = dict.fromkeys([*batch.PLACE, "checkpoint", "preset", "retries"])
+    options = dict.fromkeys([*batch.PLACE, "checkpoint", "preset", "retries", "overwrite"])
     batch.remember(SimpleNamespace(**options | {"workers": "http://me:pw@a,https://b:pw@c:1", "retries": 3}), jobs)
     assert jobs.setting("options") == {"workers": "http://a,https://c:1", "retries": 3}
 

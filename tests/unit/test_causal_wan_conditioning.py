@@ -262,6 +262,31 @@ class Tower:
     penultimate_hidden_states = torch.ones(1, 5, 20)
 
 
+class Eye:
+    """A vision tower that returns what it was shown."""
+
+    def encode_image(self, image_BHWC):
+        return image_BHWC
+
+
+@pytest.mark.parametrize("image", [pictures(5), None])
+def test_the_vision_tower_sees_the_first_image_or_grey(wan_vae, image):
+    text = StubClip().encode_from_tokens_scheduled(1)
+    given = dict(positive=text, negative=text, vae=wan_vae, width=WIDTH, height=HEIGHT, length=17, block=2,
+                 mechanism="in-block clamp" if image is not None else "auto", short_last_block=True, batch_size=1)
+    positive = nodes.CausalWanImageToVideo.execute(**given, image=image, clip_vision=Eye()).result[0]
+    seen = positive[0][1]["clip_vision_output"]
+    assert torch.equal(seen, image[:1]) if image is not None else (seen == 128 / 255).all() and len(seen) == 1
+
+
+def test_size_0_is_that_of_the_published_models(wan_vae, monkeypatch):
+    found = []
+    monkeypatch.setattr(nodes, "image_conditions", lambda vae, image, *size, **_: found.append(size[:2]) or ({}, {}))
+    text = StubClip().encode_from_tokens_scheduled(1)
+    nodes.CausalWanImageToVideo.execute(text, text, wan_vae, 0, 0, 17, 2, "auto", False, 1)
+    assert found == [(832, 480)]
+
+
 @pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("kind, given", [("t2v", {}), ("i2v", {"clip_vision_output": Tower()})])
 def test_the_nodes_together_make_a_video(wan_vae, kind, given, image):

@@ -228,6 +228,15 @@ def test_with_and_without_clipping():
     assert "Connect the true clip" in run(request(compare_clipping=True))[0].findings[-1].text
 
 
+@pytest.mark.parametrize("compare, total", [(False, 4), (True, 8)])
+def test_the_progress_ends_once(compare, total):
+    told = []
+    with torch.inference_mode():
+        diagnose(stub_model("zsnr"), *conditioning(), empty_latent(), StubVAE(), request(compare_clipping=compare),
+                 None, lambda step, x0, x, total: told.append((step + 1, total)))
+    assert told == [(step, total) for step in range(1, total + 1)]
+
+
 def test_a_reference_of_another_size_is_compared_in_brightness_only():
     found, _ = run(request(), reference=picture(0.9, 0.05))
     assert "true clip" not in topics(found) and "for this reference" in found.findings[-1].text

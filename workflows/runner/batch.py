@@ -126,6 +126,10 @@ def start(options):
     commands.start(options, client=bool(options.server or options.workers or options.ray))
 
 
+def given(value):
+    return value is not None and value is not False  # 0 is a value
+
+
 # ---- the commands ----
 
 def make(options):
@@ -182,7 +186,7 @@ def inherit(options):
     jobs.close()
     moved = options.server or options.workers or options.ray
     for name, value in kept.items():
-        if getattr(options, name) is None and not (moved and name in PLACE):
+        if not given(getattr(options, name)) and not (moved and name in PLACE):
             setattr(options, name, Path(value) if name == "models" else value)
 
 
@@ -247,13 +251,13 @@ def run(options, jobs):
 
 def remember(options, jobs):
     """Keep the options for `resume`, without passwords."""
-    kept = {name: getattr(options, name) for name in (*PLACE, "checkpoint", "preset", "retries")}
+    kept = {name: getattr(options, name) for name in (*PLACE, "checkpoint", "preset", "retries", "overwrite")}
     for name in ("server", "workers"):
         kept[name] = re.sub(r"//[^/@,]*@", "//", kept[name]) if kept[name] else None
     for name in ("models", "comfyui", "workers", "checkpoint"):
         if kept[name] and Path(kept[name]).exists():
             kept[name] = os.path.abspath(kept[name])
-    jobs.set("options", {name: value for name, value in kept.items() if value is not None})
+    jobs.set("options", {name: value for name, value in kept.items() if given(value)})
 
 
 def staff(options, jobs, people):

@@ -214,10 +214,11 @@ class Client:
         for path, body in (("/queue", {"delete": [prompt_id]}), ("/interrupt", {"prompt_id": prompt_id})):
             self.request(path, body, tries=1, seconds=5)
 
-    def run(self, graph, workflow=None, progress=None, prompt_id=None, again=False, watch=None):
+    def run(self, graph, workflow=None, progress=None, prompt_id=None, again=False, watch=None, heard=None):
         """Queue a graph and wait for it to finish; returns the history's outputs by node id.
 
-        `progress(node id, value, maximum)` is called at every step, `watch()` about every second. again: the job was
+        `progress(node id, value, maximum)` is called at every step, `watch()` about every second, `heard(kind, data)`
+        for every message about the job. again: the job was
         queued earlier under `prompt_id` and is only waited for. Raises JobError, its subclass JobLost if the server
         does not know the job, and ServerGone; anything that ends the wait early, including Ctrl-C, cancels the job.
         """
@@ -236,7 +237,7 @@ class Client:
                         raise JobLost(f"{self.url} does not know the job any more: it was started again, or somebody "
                                       "removed the job. Run the command again.")
                     look = time.monotonic() + LOOK_SECONDS
-                ended, events = self._follow(events, prompt_id, graph, progress, errors)
+                ended, events = self._follow(events, prompt_id, graph, progress, errors, heard)
                 if watch:
                     watch()
                 if ended:  # the history is updated shortly after the message
@@ -259,7 +260,7 @@ class Client:
         except Broken:  # some proxies do not forward websockets; the history is enough
             return None
 
-    def _follow(self, events, prompt_id, graph, progress, errors):
+    def _follow(self, events, prompt_id, graph, progress, errors, heard):
         """Handle messages for up to a second: (whether the job ended, events or None if the connection broke).
         Errors are kept: the reason a node was blocked is reported nowhere else."""
         from transport import Broken
@@ -271,6 +272,8 @@ class Client:
                 kind, data = message.get("type"), message.get("data")
                 if not isinstance(data, dict) or data.get("prompt_id") != prompt_id:
                     continue
+                if heard:
+                    heard(kind, data)
                 numbers = [data.get("value"), data.get("max")]
                 if kind == "progress" and progress and data.get("node") in graph and all(
                         isinstance(number, (int, float)) for number in numbers):

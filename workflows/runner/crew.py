@@ -5,6 +5,7 @@ names, so that the end of this process at any moment neither loses a video nor m
 """
 
 import contextlib
+import sqlite3
 import threading
 import time
 from collections import namedtuple
@@ -101,7 +102,10 @@ class Member(threading.Thread):
                     self._pause(IDLE_SECONDS)
                 else:
                     self._do(job)
-        except Exception as error:
+        except sqlite3.Error as error:
+            self.crew.error = host.HostError(f"the list in {self.jobs.folder} cannot be written: {error}. Free some "
+                                             "space and resume the batch.")
+        except Exception as error:  # raised in the main thread
             self.crew.error = self.crew.error or error
         finally:
             self.open = False

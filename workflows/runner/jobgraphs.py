@@ -171,7 +171,8 @@ def folder_rows(job, folder, picture_to=None, prompt_to=None, fixed=()):
             found, left_out = pictures.picture_prompts(folder)
         else:
             paths, left_out = pictures.list_folder(folder)
-            found = [(path, None) for path in paths if path.is_file() and path.suffix.lower() in pictures.PICTURES]
+            found = [(path, None) for path in sorted(paths, key=pictures.in_order)
+                     if path.is_file() and path.suffix.lower() in pictures.PICTURES]
             used = {picture for picture, _ in found}
             left_out += [pictures.LeftOut(path.name, "no picture; for prompts in .txt files, give --prompt_to"
                          if path.suffix.lower() == ".txt" else "no picture") for path in paths if path not in used]
@@ -209,7 +210,7 @@ def read_input(value):
         raise BadInput(f"{path} cannot be read: {error}") from None
     except JobError as error:
         raise BadInput(str(error)) from None
-    return data, f"{value['sha256'][:16]}_{name}"
+    return data, value["sha256"][:24] + Path(name).suffix.lower()  # the same at every server: it is in the result
 
 
 def build(template, job, schemas, upload, checkpoint=None):

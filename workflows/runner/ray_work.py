@@ -27,7 +27,7 @@ class Work:
         """The files of a job as [(name, bytes)], its seconds and memory. inputs: {sha256: (bytes, name)}."""
         job = Job(*job)
         self.known[job.template], self.state = template, None
-        if not (self.own and self.own.server and self.own.server.alive()):
+        if not (self.own and self.own.bench):
             problem = self.open()
             if problem:
                 return {"kind": "host", "text": problem}
@@ -45,6 +45,7 @@ class Work:
         except JobError as error:
             return {"kind": "failed", "text": str(error)}
         except ServerGone as error:
+            self.own.lost()
             return {"kind": "lost", "text": str(error)}
         except host.HostError as error:
             return {"kind": "host", "text": str(error)}

@@ -59,7 +59,11 @@ class Bench:
                 used, looked = max(used, self._memory()), time.monotonic()
             watch()
 
-        outputs = self.client.run(graph, workflow, self._told(graph, progress), job.prompt, job.again, look)
+        try:
+            outputs = self.client.run(graph, workflow, self._told(graph, progress), job.prompt, job.again, look)
+        except JobError:
+            self.uploads.clear()  # somebody may have emptied the input folder
+            raise
         with self.client.understood("/history"):
             entries = [entry for node in sorted(outputs) for found in outputs[node].values() if isinstance(found, list)
                        for entry in found if isinstance(entry, dict) and entry.get("type") == "output"]
@@ -68,9 +72,10 @@ class Bench:
         return Made(entries, self.client.fetch, time.monotonic() - start, max(used, self._memory()))
 
     def _upload(self, value, read):
-        if value["sha256"] not in self.uploads:
-            self.uploads[value["sha256"]] = self.client.upload(*read(value))
-        return self.uploads[value["sha256"]]
+        key = value["sha256"], Path(value["file"]).suffix.lower()
+        if key not in self.uploads:
+            self.uploads[key] = self.client.upload(*read(value))
+        return self.uploads[key]
 
     def _memory(self):
         """Bytes in use on the server's device, by all programs."""
@@ -123,9 +128,9 @@ class Own:
 
     label = "this machine"
 
-    def __init__(self, options, templates, start=launch.Server, folder=None):
+    def __init__(self, options, templates, folder=None):
         """folder: where the server's output, and so the blocks of long videos, stays after its end."""
-        self.templates, self.bench, self.server, self.start = templates, None, None, start
+        self.templates, self.bench, self.server = templates, None, None
         self.found = host.find_host(options.comfyui)
         file = Path(options.checkpoint).expanduser().absolute() if options.checkpoint else None
         arguments = ["--output-directory", str(folder)] if folder else []
@@ -135,10 +140,7 @@ class Own:
             threads=1 if options.preset == "demo" else None)  # tiny matrices: more threads only cost synchronization
 
     def open(self):
-        if self.server and not self.server.alive():
-            self.server.stop()
-            self.server = None
-        self.server = self.server or self.start(self.found, **self.settings)
+        self.server = self.server or launch.Server(self.found, **self.settings)
         self.bench = Bench(client.Client(self.server.url, self.server), self.templates,
                            launch.models_folder(self.found.comfyui))
 
@@ -149,11 +151,12 @@ class Own:
         pass  # it ended with the server
 
     def lost(self):
-        self.bench = None
+        self.close()  # it may hang
 
     def close(self):
         if self.server:
             self.server.stop()
+        self.bench = self.server = None
 
 
 # ---- addresses ----
@@ -167,8 +170,8 @@ def read_addresses(text, environment):
     """
     path, common_token = Path(text), environment.get("STILLMOTION_TOKEN")
     if not path.is_file():
-        if "://" not in text and ":" not in text and "." in text:
-            raise host.HostError("--workers: there is no file of this name. Give URL,URL,... or a file of addresses.")
+        if ":" not in text and ("/" in text or text.endswith(".txt")):
+            raise host.HostError(f"there is no file {text}. Give a file of addresses, or http://HOST:PORT,...")
         lines = [(f"address {i}", part.strip()) for i, part in enumerate(text.split(","), 1)]
     else:
         lines = [(f"{path}, line {i}", line.split("#")[0].strip())

@@ -1,4 +1,4 @@
-"""Video Folder, Moving Shapes, Latent Shards and Clip of a Data Set."""
+"""Video Folder, Moving Shapes, Latent Shards, Prompt List and Clip of a Data Set."""
 import torch
 from comfy_api.latest import io
 
@@ -8,6 +8,7 @@ from ...common.schema import schema
 from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
+from .prompts import Prompts
 from .shards import LatentShards
 from .sheet import draw_sheet
 
@@ -142,6 +143,32 @@ class LatentShardsNode(io.ComfyNode):
         items = [shards[i] for i in range(min(PREVIEWED, len(shards)))]
         rows = [(item["caption"], (item["reference"].movedim(0, -1)[None] / 2 + 0.5).clamp(0, 1)) for item in items]
         return io.NodeOutput(shards, shards.summary(), as_images(draw_sheet(rows)))
+
+
+class PromptList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Stillmotion_PromptList",
+            display_name="Prompt List",
+            category="Stillmotion/training",
+            description="A data set of prompts alone, without clips: for text-to-video training on a model's own "
+                        "videos (Self-Rollout).",
+            search_aliases=["data set", "dataset", "prompts", "self forcing"],
+            inputs=[
+                io.String.Input("prompts", default="a red circle moves left\na blue square moves up", multiline=True,
+                                tooltip="One prompt a line."),
+                io.Int.Input("frames", default=81, min=1, max=1024, tooltip="Frames of the videos to make."),
+                io.Int.Input("width", **{**EDGE, "default": 832}, tooltip="Of the videos to make."),
+                io.Int.Input("height", **{**EDGE, "default": 480}, tooltip="Of the videos to make."),
+            ],
+            outputs=OUTPUTS[:2],
+        )
+
+    @classmethod
+    def execute(cls, prompts, frames, width, height) -> io.NodeOutput:
+        made = Prompts(prompts.splitlines(), frames, (height, width))
+        return io.NodeOutput(made, made.summary())
 
 
 class DataSetClip(io.ComfyNode):
