@@ -232,6 +232,27 @@ def test_sixty_jobs_on_a_ray_cluster_with_two_actors(tmp_path):
     assert [command for command in left if "ray" in command.split("/")[-1]] == []
 
 
+@pytest.mark.slow
+def test_a_long_video_goes_on_from_its_blocks(tmp_path):
+    made = json.loads((host.WORKFLOWS / "api" / "causal_text_to_video.json").read_text())
+    made["6"]["inputs"]["resume_folder"] = "long"
+    (tmp_path / "graph.json").write_text(json.dumps(made))
+    for name in ("whole", "out"):
+        process = start("batch", "graph.json", "--output", name, cwd=tmp_path)
+        blocks = tmp_path / f"{name}.batch" / "server" / "long"
+        while name == "out" and len(list(blocks.rglob("block_*.safetensors"))) < 2:
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.02)
+        if name == "out":
+            before = {path: path.stat().st_mtime_ns for path in blocks.rglob("block_*.safetensors")}
+            child, = (pid for pid in descendants(process.pid) if "guard.py" in command_of(pid))
+            os.kill(child, 9)
+        assert process.wait(300) == 0, (tmp_path / "log.txt").read_text()
+    assert len(list(blocks.rglob("block_*.safetensors"))) > len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (tmp_path / "whole" / "graph.mp4").read_bytes() == (tmp_path / "out" / "graph.mp4").read_bytes()
+
+
 # ---- one server ----
 
 def test_a_job_that_fails_is_named_and_tried_again(server, tmp_path):

@@ -171,7 +171,8 @@ def folder_rows(job, folder, picture_to=None, prompt_to=None, fixed=()):
             found, left_out = pictures.picture_prompts(folder)
         else:
             paths, left_out = pictures.list_folder(folder)
-            found = [(path, None) for path in paths if path.is_file() and path.suffix.lower() in pictures.PICTURES]
+            found = [(path, None) for path in sorted(paths, key=pictures.in_order)
+                     if path.is_file() and path.suffix.lower() in pictures.PICTURES]
             used = {picture for picture, _ in found}
             left_out += [pictures.LeftOut(path.name, "no picture; for prompts in .txt files, give --prompt_to"
                          if path.suffix.lower() == ".txt" else "no picture") for path in paths if path not in used]

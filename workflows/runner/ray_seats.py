@@ -98,7 +98,8 @@ def hire(options, templates, folder=None):
         ray.init(address=options.ray, log_to_driver=False, logging_level="ERROR", runtime_env=runtime,
                  **({"include_dashboard": False} if at_home else {}))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise host.HostError(f"--ray {options.ray}: no cluster answers there ({error}).") from None
+        raise host.HostError(f"--ray {options.ray}: no cluster answers there ({error}). If it wants a token, "
+                             "set RAY_AUTH_MODE=token, as for every program that uses it.") from None
     gpus = ray.cluster_resources().get("GPU", 0)
     share = options.ray_gpus if options.ray_gpus is not None else min(1, gpus)
     number = options.ray_workers or (int(gpus / share) if gpus and share else 1)

@@ -170,8 +170,8 @@ def read_addresses(text, environment):
     """
     path, common_token = Path(text), environment.get("STILLMOTION_TOKEN")
     if not path.is_file():
-        if ":" not in text:
-            raise host.HostError("--workers: this is neither a file nor http://HOST:PORT,...; give one of them.")
+        if ":" not in text and ("/" in text or text.endswith(".txt")):
+            raise host.HostError(f"there is no file {text}. Give a file of addresses, or http://HOST:PORT,...")
         lines = [(f"address {i}", part.strip()) for i, part in enumerate(text.split(","), 1)]
     else:
         lines = [(f"{path}, line {i}", line.split("#")[0].strip())
