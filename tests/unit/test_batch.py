@@ -129,8 +129,9 @@ def test_a_token_is_sent_and_never_shown(fake):
 def test_the_options_that_are_kept_hold_no_password(tmp_path):
     jobs = joblist.JobList(tmp_path / "out", create=True)
     options = dict.fromkeys([*batch.PLACE, "checkpoint", "preset", "retries", "overwrite"])
-    batch.remember(SimpleNamespace(**options | {"workers": "http://me:pw@a,https://b:pw@c:1", "retries": 3}), jobs)
-    assert jobs.setting("options") == {"workers": "http://a,https://c:1", "retries": 3}
+    options |= {"workers": "http://me:pw@a,https://b:pw@c:1,me:pw@d", "retries": 0}
+    batch.remember(SimpleNamespace(**options), jobs)
+    assert jobs.setting("options") == {"workers": "http://a,https://c:1,d", "retries": 0}
 
 
 class Crew:

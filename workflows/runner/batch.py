@@ -252,11 +252,11 @@ def run(options, jobs):
 def remember(options, jobs):
     """Keep the options for `resume`, without passwords."""
     kept = {name: getattr(options, name) for name in (*PLACE, "checkpoint", "preset", "retries", "overwrite")}
-    for name in ("server", "workers"):
-        kept[name] = re.sub(r"//[^/@,]*@", "//", kept[name]) if kept[name] else None
-    for name in ("models", "comfyui", "workers", "checkpoint"):
+    for name in ("models", "comfyui", "workers", "checkpoint", "server"):
         if kept[name] and Path(kept[name]).exists():
             kept[name] = os.path.abspath(kept[name])
+        elif kept[name] and name in ("server", "workers"):
+            kept[name] = re.sub(r"(^|,|//)[^/@,]*@", r"\1", kept[name])
     jobs.set("options", {name: value for name, value in kept.items() if given(value)})
 
 
