@@ -306,6 +306,7 @@ def test_a_folder_of_pictures_over_any_graph(server, client, tmp_path):
     assert uploaded == [name]  # once, by its hash
 
 
+@pytest.mark.slow
 def test_the_private_server_comes_back(tmp_path):
     (tmp_path / "graph.json").write_text(json.dumps(PLAIN))
     table = write_table(tmp_path / "table.csv", plain_rows(4))
