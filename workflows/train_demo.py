@@ -19,6 +19,7 @@ host.check_python()
 
 import inprocess  # noqa: E402
 
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     families = ("dynamicrafter", "causal_wan", "video_unet", "early", "autoencoder_96", "dynamicrafter_96",
