@@ -144,7 +144,7 @@ def one_layer(net, known, x0):
     """One layer over the whole video, as gradient checkpointing recomputes it."""
     import torch
     t = torch.zeros(1, x0.shape[2], device="meta")
-    keys = net.project_context(known.texts[0], None)
+    keys = net.project_context(known.texts[0], None)[:1]
     layers, net.blocks = net.blocks, net.blocks[:1]
     try:
         return net(x0.to(torch.bfloat16), t, keys, range(x0.shape[2]))

@@ -35,9 +35,9 @@ def training(folder, dataset=None, params=I2V, on_progress=lambda progress: None
     """Six steps with a student's update in every second, on clips of four frames in blocks of two."""
     settings = make_config(None, {
         "family": "causal_wan", "objective": "self_rollout", "checkpoint": "student", "teacher": "teacher", "block": 2,
-        "rollout_steps": [1000, 500], "gradient_frames": 4, "num_frames": 4, "frame_size": "16", "accumulation": 1,
-        "steps": 6, "fake_updates": 2, "ema_start": 2, "save_every": 3, "sample_every": 6, "learning_rate": 1e-3,
-        "fake_learning_rate": 1e-3, **given})
+        "rollout_steps": [1000, 500], "gradient_frames": 4, "num_frames": 4, "frame_size": "16", "vae_psnr": 0,
+        "accumulation": 1, "steps": 6, "fake_updates": 2, "ema_start": 2, "save_every": 3, "sample_every": 6,
+        "learning_rate": 1e-3, "fake_learning_rate": 1e-3, **given})
     encoders = load_encoders(settings, pixels=False)
     family = SelfRolloutFamily(model(params, 1), model(params, 2), None, encoders, settings)
     return SelfRolloutTraining(family, dataset or MovingShapes(6, 4, (16, 16)), settings, folder / "m.safetensors",

@@ -5,6 +5,7 @@ import json
 
 import comfy.model_management
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -87,6 +88,18 @@ class VideoVAE(FoldedFrames, comfy.sd.VAE):
         self.latent_channels = embed_dim
         self.trained_size = trained_size
         self.downscale_ratio = self.upscale_ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
+
+
+def small_vae(channels):
+    """An untrained TAESD: 8x8 pixels to `channels` values, 2.4 million weights. Core's Load VAE reads a file of its
+    state dict, with 4 or 16 channels. Its methods encode and decode images [N, 3, H, W] in -1..1."""
+    net = comfy.taesd.taesd.TAESD(latent_channels=channels)
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # core's layers leave their weights uninitialised
+            torch.nn.Conv2d.reset_parameters(layer)
+    for fixed in (net.vae_scale, net.vae_shift):
+        fixed.requires_grad_(False)
+    return net
 
 
 def demo_vae() -> VideoVAE:

@@ -66,6 +66,13 @@ def load_trained(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state, strict=False)
 
 
+def halve_frozen(net: nn.Module, dtype: torch.dtype) -> None:
+    """Store frozen weights in half precision: in mixed precision they are only read in it."""
+    for parameter in net.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 @torch.no_grad()
 def frozen_sums(net: nn.Module) -> list[float]:
     """Sums of the absolute frozen weights, one per tensor: they tell one base network from another."""

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
+from .loop import OPTIMIZERS
 from .objectives import LAWS
 from .parallel import PRECISIONS
 from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
@@ -14,7 +16,7 @@ from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
 OBJECTIVES = ("denoising", "self_rollout")
-PARTS = ("all", "projector_temporal")
+PARTS = ("all", "projector_temporal", "lora")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
@@ -27,18 +29,23 @@ class TrainConfig(SelfRolloutSettings):
                               "distribution matching with a teacher", OBJECTIVES)
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
+    network: str = _setting("", "class of a new video U-Net, as module:Class; empty: the pack's")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")
-    train: str = _setting("all", "weights to train; projector_temporal is for DynamiCrafter", PARTS)
+    train: str = _setting("all", "all weights, a LoRA beside them, or DynamiCrafter's projector_temporal", PARTS)
+    lora_rank: int = _setting(16, "rank of the LoRA")
+    lora_targets: list[str] = _setting(list, "parts of names of its layers, as self_attn. ffn.; none: all attentions")
 
     encoders: str = _setting("demo", "DynamiCrafter checkpoint, or `demo`, whose VAE, CLIP and CLIP vision are used")
     vae: str = _setting("", "another VAE file, as core's Load VAE takes it")
     clip: str = _setting("", "another text encoder file, as core's Load CLIP takes it")
     clip_type: str = _setting("stable_diffusion", "type of that text encoder (core's Load CLIP), as wan")
     clip_vision: str = _setting("", "another vision tower file, as core's Load CLIP Vision takes it")
+    vae_psnr: float = _setting(20.0, "least PSNR in dB of clips that the VAE has encoded and decoded; 0: not measured")
     space: str = _setting("latent", "where a new video U-Net works", SPACES)
 
     data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; self_rollout also takes a text file "
                          "of prompts; empty: Moving Shapes are drawn")
+    dataset: str = _setting("", "class of the data set in data_dir, as module:Class; empty: the pack's")
     max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
     num_frames: int = _setting(16, "frames of a clip")
     frame_size: str = _setting("64", "edge of the clips in pixels, or WIDTHxHEIGHT")
@@ -67,6 +74,7 @@ class TrainConfig(SelfRolloutSettings):
     shift: float = _setting(5.0, "causal Wan: moves its noise levels towards pure noise, as its sampler does; 1: not")
     emphasis: float = _setting(1.0, "weight in the loss of places where something moves")
     seed: int = _setting(0, "of new weights, order of clips and noise")
+    optimizer: str = _setting("adamw", "adamw8bit takes a quarter of the memory, and bitsandbytes", OPTIMIZERS)
     mixed_precision: str = _setting("no", "by accelerate", PRECISIONS)
     gradient_checkpointing: bool = _setting(False, "less memory for a longer step")
     device: str = _setting("auto", "cpu, cuda or auto")
@@ -95,12 +103,13 @@ class TrainConfig(SelfRolloutSettings):
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}: choose one of {', '.join(choices)}.")
-        for name in ("num_frames", "model_channels", "num_res_blocks", "batch_size", "accumulation",
+        for name in ("num_frames", "model_channels", "num_res_blocks", "lora_rank", "batch_size", "accumulation",
                      "num_epochs", "learning_rate", "clip_norm", "emphasis", "shift", "save_every", "sample_every",
                      "checkpoint_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        for name in ("max_samples", "num_workers", "validation_clips", "block", "steps", "warmup", "seed"):
+        for name in ("max_samples", "num_workers", "validation_clips", "block", "steps", "warmup", "seed",
+                     "vae_psnr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more.")
         for name, most in (("ema_decay", 0.999999), ("caption_dropout", 1)):
@@ -121,12 +130,19 @@ class TrainConfig(SelfRolloutSettings):
     def _check_family(self) -> None:
         if self.objective == "self_rollout":
             self._check_rollout()
-        if self.family != "video_unet" and not self.checkpoint:
+        if self.family in ("dynamicrafter", "causal_wan") and not self.checkpoint:
             raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
                              "(from_scratch), or demo.")
-        if self.train != "all" and self.family != "dynamicrafter":
-            raise ValueError(f"train {self.train} is for family dynamicrafter; {self.family} is trained whole: "
-                             "choose all.")
+        if self.family == "vae" and (self.checkpoint or self.init_2d or self.stages):
+            raise ValueError("family vae trains a new VAE at one size: leave checkpoint, init_2d and stages away.")
+        if self.network and self.family != "video_unet":
+            raise ValueError(f"network {self.network} is for family video_unet: leave it away for {self.family}.")
+        if self.dataset and not self.data_dir:
+            raise ValueError(f"dataset {self.dataset} needs a folder: name it with data_dir.")
+        if self.train == "projector_temporal" and self.family != "dynamicrafter":
+            raise ValueError(f"train {self.train} is for family dynamicrafter: choose all or lora.")
+        if self.train == "lora" and (self.from_scratch or not self.checkpoint):
+            raise ValueError("train lora adapts the weights of a checkpoint: name one, and leave from_scratch away.")
         if self.from_scratch and not self.checkpoint:
             raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
                              "from_scratch away (a new video U-Net is always trained from scratch).")
@@ -139,11 +155,13 @@ class TrainConfig(SelfRolloutSettings):
         if not self.teacher:
             raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
                              "videos in many steps.")
-        for name, wrong in (("stages", bool(self.stages)), ("from_scratch", self.from_scratch),
-                            ("init_2d", bool(self.init_2d)), ("mixed_precision", self.mixed_precision == "fp16")):
-            if wrong:
+        allowed = {"stages": ([],), "from_scratch": (False,), "init_2d": ("",), "mixed_precision": ("no", "bf16"),
+                   "train": ("all",), "optimizer": ("adamw",)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                advice = f"choose {' or '.join(values)}" if all(values) and values[0] else "leave it away"
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
-                                 f"{'choose bf16 or no' if name == 'mixed_precision' else 'leave it away'}.")
+                                 f"{advice}.")
 
 
 ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
@@ -183,27 +201,42 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                                 help=f"{text} (default: {each.default!r})", **flag)
 
 
-def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
-    """Defaults (self_rollout has some of its own), then the YAML, then `given`; checked. Raises ValueError that names
-    the file, setting and value."""
+def make_config(yaml_path: str | Path | None, given: dict, saved: Callable[[Path], dict] = lambda folder: {}
+                ) -> TrainConfig:
+    """Defaults (some are the objective's own), then the YAML, then `given`; checked. To resume, the run's own settings
+    (`saved(its folder)`) stand in for the defaults. Raises ValueError that names the file, setting and value."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config = OmegaConf.structured(TrainConfig)
     try:
         loaded = OmegaConf.create() if yaml_path is None else OmegaConf.load(yaml_path)
     except (OSError, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{yaml_path} cannot be read as YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise ValueError(f"{yaml_path} holds no settings: write one `name: value` a line.")
-    own = DEFAULTS if given.get("objective", loaded.get("objective")) == "self_rollout" else {}
-    for source, settings in (("self_rollout", own), (yaml_path, loaded), ("the command line", given)):
+    sources = [(yaml_path, loaded), ("the command line", given)]
+    config = _merged(sources)
+    if config.resume:
+        folder = Path(config.output).with_suffix("")
+        known = {each.name for each in fields(TrainConfig)} - {"output"}
+        before = {name: value for name, value in saved(folder).items() if name in known}
+        config = _merged([(folder, before), *sources])
+    config.check()
+    return config
+
+
+def _merged(sources: Sequence[tuple[str | Path | None, dict]]) -> TrainConfig:
+    """The defaults, overridden by each of the sources (name, settings) in turn."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config, objectives = OmegaConf.structured(TrainConfig), [given["objective"] for _, given in sources
+                                                             if "objective" in given]
+    own = DEFAULTS if objectives[-1:] == ["self_rollout"] else {}
+    for source, settings in (("self_rollout", own), *sources):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
                              f"{', '.join(each.name for each in all_settings())}.") from error
-    config = OmegaConf.to_object(config)
-    config.check()
-    return config
+    return OmegaConf.to_object(config)

@@ -17,7 +17,8 @@ from ..common.extras import import_extra
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("no", "bf16", "fp16")
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("no", *HALVES)
 
 
 class OneProcess:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,23 @@ def test_the_defaults_are_the_papers_below_the_yaml_below_the_flags(tmp_path):
     assert make_config(path, {"objective": "denoising"}).clip_norm == 1  # the flag decides which defaults apply
 
 
+def test_the_settings_of_the_page_are_valid_and_the_first_are_the_defaults(tmp_path):
+    page = (Path(__file__).parents[2] / "web" / "pages" / "self_rollout.md").read_text(encoding="utf-8")
+    short, long = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for text in (short, long):
+        (tmp_path / "page.yaml").write_text(text, encoding="utf-8")
+        config = make_config(tmp_path / "page.yaml", {})
+        if text == short:
+            plain = make_config(None, GIVEN)
+            different = {name for name, value in vars(config).items() if vars(plain)[name] != value}
+    assert different == {"checkpoint", "teacher", "fake_score", "vae", "clip", "clip_type", "data_dir", "block",
+                         "mixed_precision", "negative_prompt"}
+    assert config.switches() == [*range(21, 202, 18)] and (config.rollout_window, config.rollout_sink) == (12, 3)
+
+
 @pytest.mark.parametrize("given, words", [
     ({"family": "dynamicrafter"}, "is for family causal_wan"), ({"teacher": ""}, "needs a teacher"),
-    ({"stages": ["64:5"]}, "does not take: leave it away"), ({"mixed_precision": "fp16"}, "choose bf16 or no"),
+    ({"stages": ["64:5"]}, "does not take: leave it away"), ({"mixed_precision": "fp16"}, "choose no or bf16"),
     ({"from_scratch": True}, "leave it away"), ({"score_max": 1000.0}, "below 1000"), ({"teacher_cfg": 0}, "above 0"),
     ({"adam_beta1": 1}, "below 1"), ({"rollout_sink": -1}, "0 or more"),
     ({"stream_frames": 20}, "each must be at most the next"), ({"stream_frames": 240, "stream_new": 21}, "smaller")])
@@ -219,9 +234,9 @@ def test_the_nodes_train_on_own_videos(tmp_path, monkeypatch):
 
 def test_the_bench_counts_what_the_real_networks_are():
     figures = bench_self_rollout.counted("demo")
-    assert figures["parameters"] == {name: 1_371_664 for name in ("student", "teacher", "fake")}
+    assert figures["parameters"] == {name: 1_210_512 for name in ("student", "teacher", "fake")}
     learned = 4 + 4 + 8
-    assert figures["resident_bytes"]["fake score"] == learned * 1_371_664
+    assert figures["resident_bytes"]["fake score"] == learned * 1_210_512
     assert figures["cache_bytes"] == 2 * 4 * 12 * 16 * 128 * 2  # K and V, layers, finished frames, tokens, width, bytes
     assert figures["activation_bytes"]["checkpointed"] < figures["activation_bytes"]["plain"]
     assert figures["gpus"]["80 GB"] == {"copies": 1, "sharded": 1}

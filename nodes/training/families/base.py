@@ -28,6 +28,8 @@ class Family:
     net: nn.Module
     folder = "checkpoints"                      # subfolder of ComfyUI's models where the loader looks
     blocks: tuple[type[nn.Module], ...] = ()    # classes whose activations gradient checkpointing recomputes
+    lora_targets: tuple[str, ...] = ()          # parts of names of layers that get adapters, unless others are given
+    settled: dict[str, Any] = {}                # settings whose automatic values the family has chosen
     encoders: Encoders
 
     @property
@@ -55,6 +57,10 @@ class Family:
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """Write a checkpoint file for the family's loader, with `metadata` in its header."""
         raise NotImplementedError
+
+    def export_weights(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
+        """Write the network alone, where `export` writes more."""
+        self.export(path, net, metadata)
 
     def load(self, path: Path) -> Any:
         """Load the file as a MODEL."""

@@ -31,10 +31,12 @@ BLOCK, DEMO_BLOCK = 3, 4        # of published models (16 latent channels) and o
 
 class CausalWanTraining(Family):
     folder, blocks = "diffusion_models", (WanBlock,)
+    lora_targets = ("self_attn.", "cross_attn.", "ffn.")
 
     def __init__(self, net: CausalWan, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders = net, encoders
         self.block = settings.block or (BLOCK if net.params.out_dim == 16 else DEMO_BLOCK)
+        self.settled = {"block": self.block}
         self.law, self.shift, self.emphasis = settings.timesteps, settings.shift, settings.emphasis
         self.latent_format = model.model.latent_format
         if encoders.vae is None or net.params.i2v and encoders.clip_vision is None:
@@ -131,7 +133,7 @@ class CausalWanTraining(Family):
         return checkpoint.load(read_checkpoint(path))
 
 
-def load_model(found: Checkpoint):
+def load_model(found: Checkpoint, settings: TrainConfig):
     return checkpoint.load(found, weight_dtype="fp32")
 
 

@@ -14,6 +14,7 @@ from ...common.files import Checkpoint, read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter import checkpoint
 from ...dynamicrafter.attention import SpatialTransformer, TemporalTransformer
+from ...dynamicrafter.keys import TEXT, VAE, VISION
 from ...dynamicrafter.resampler import Resampler
 from ...dynamicrafter.unet import ResBlock, TemporalConv, UNetParams, VideoUNet
 from .. import objectives
@@ -29,6 +30,7 @@ BOTH_ENDS = 1 / 3  # fraction of clips conditioned on their last frame too
 
 class DynamiCrafterTraining(Family):
     blocks = (ResBlock, SpatialTransformer, TemporalTransformer)
+    lora_targets = (".attn1.", ".attn2.")
 
     def __init__(self, net: VideoUNet, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders, self.emphasis = net, encoders, settings.emphasis
@@ -85,12 +87,18 @@ class DynamiCrafterTraining(Family):
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """The checkpoint that the model was loaded from, with the new weights, in the file's original dtype."""
+        self._save(path, net, metadata, left_out=("model_ema.",))
+
+    def export_weights(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
+        """The same without VAE and towers, for a loader that gets them from elsewhere."""
+        self._save(path, net, metadata, left_out=("model_ema.", VAE, TEXT.split(".")[0], VISION.split(".")[0]))
+
+    def _save(self, path: Path, net: nn.Module, metadata: dict[str, str], left_out: tuple[str, ...]) -> None:
         source = read_checkpoint(self.source.path)
         file_key = checkpoint.checkpoint_keys(source.tensors)
-        tensors = {key: value for key, value in source.tensors.items() if not key.startswith("model_ema.")}
+        tensors = {key: value for key, value in source.tensors.items() if not key.startswith(left_out)}
         for key, value in net.state_dict().items():
-            old = tensors[file_key(key)]
-            tensors[file_key(key)] = value.detach().to("cpu", old.dtype).contiguous()
+            tensors[file_key(key)] = value.detach().to("cpu", source.tensors[file_key(key)].dtype)
         save_file({key: value.contiguous() for key, value in tensors.items()}, path,
                   metadata={"format": "pt", **source.metadata, **metadata})
 
@@ -98,7 +106,7 @@ class DynamiCrafterTraining(Family):
         return checkpoint.load(read_checkpoint(path), self.source.variant, yaml_path=self.source.yaml_path).model
 
 
-def load_model(found: Checkpoint):
+def load_model(found: Checkpoint, settings: TrainConfig):
     return checkpoint.load(found, weight_dtype="fp32").model
 
 

@@ -15,15 +15,21 @@ OTHERS = 10 ** 9  # batches of the fake score are numbered from 0; those of the 
 
 
 class SelfRolloutTraining(Training):
-    """`family` is a `SelfRolloutFamily`. There is no validation: neither loss says how good the videos are."""
+    """`family` is a `SelfRolloutFamily`. There is no validation and no best checkpoint: neither loss says how good the
+    videos are."""
+
+    ranks = False
 
     def _stage(self, number: int, net: nn.Module, size: tuple[int, int], steps: int) -> nn.Module:
         settings, processes, method = self.settings, self.processes, self.family.method
+        cache = self._clip_cache(self.family.encode, size)
         batches = Batches(self.dataset, self.train_clips, self.family.encode, size=settings.batch_size,
-                          seed=settings.seed, workers=settings.num_workers, stride=processes.count)
+                          seed=settings.seed, workers=settings.num_workers, stride=processes.count, cache=cache)
+        self.batches_a_step, self.per_epoch = settings.accumulation * processes.count, batches.per_epoch
         self.validation = []
-        self.shown = Batches(self.dataset, self.train_clips, self.family.encode, seed=settings.seed,
-                             size=min(SAMPLES, len(self.train_clips)))(0)
+        shown = Batches(self.dataset, self.train_clips, self.family.encode, seed=settings.seed, cache=cache,
+                        size=min(SAMPLES, len(self.train_clips)))
+        self.shown, self.captions = shown(0), [self.dataset[index]["caption"] for index in shown.picks(0)]
         for score in (method.real, method.fake):
             score.to(processes.device)
             if settings.gradient_checkpointing:
