@@ -6,7 +6,7 @@
     python workflows/train.py --family dynamicrafter --checkpoint model.ckpt --encoders model.ckpt --data_dir clips \\
         --train projector_temporal --num_frames 16 --frame_size 512x320
     python workflows/train.py --output results/training/model.safetensors --resume
-    accelerate launch --num_processes 2 workflows/train.py --config train.yaml --comfyui PATH
+    accelerate launch --multi_gpu --num_processes 2 workflows/train.py --config train.yaml --comfyui PATH
 
 Every setting may stand in the YAML by the name of its flag (examples: workflows/training). The result lies at --output,
 and in a folder of the same name beside it settings, state, log, checkpoints, samples and curves. --resume goes on with
