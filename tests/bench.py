@@ -4,7 +4,9 @@
     python tests/bench.py --preset 512 --dtype fp16             full size with random weights: 256, 512, 1024
     python tests/bench.py --family causal_wan                   block-autoregressive Wan, the demo model
     python tests/bench.py --family causal_wan --preset 1.3b --dtype bf16 [--compile]
+    python tests/bench.py --count --preset 1024 --dtype fp16    kernels, bytes, FLOP of an evaluation, without a GPU
     python tests/bench.py --family training                     a training step, with and without checkpointing
+    python tests/bench.py --family training --objective self_rollout --preset 1.3b    what it needs, counted
     python tests/bench.py --case FOLDER                         a reference case of either family (see parity.py)
     python tests/bench.py --family causal_wan --help            all options of a family
 
@@ -40,6 +42,8 @@ def parse_arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where there is a GPU")
     parser.add_argument("--size", metavar="WxH", help="pixels; default: the model's own")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--count", action="store_true", help="count the operations of one evaluation on a GPU (see "
+                        "bench_count.py): no time, no GPU needed; not for training")
     parser.add_argument("--comfyui", metavar="PATH", help="an existing ComfyUI folder to run in")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures here as well")
     known, _ = parser.parse_known_args()
@@ -50,6 +54,8 @@ def parse_arguments():
     options = parser.parse_args()
     if options.case and options.preset:
         parser.error("--case and --preset are two models: give one of them")
+    if options.count and not (getattr(options, "preset", None) and hasattr(FAMILIES[options.family], "count")):
+        parser.error("--count takes a --preset of dynamicrafter or causal_wan")
     return options
 
 
@@ -69,6 +75,9 @@ def main():
     options = parse_arguments()
     prepare_host(options)
     import torch
+    if options.count:
+        print(json.dumps(FAMILIES[options.family].count(options), indent=1))
+        return 0
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="stillmotion-bench-") as folder:
         figures = FAMILIES[options.family].measure(options, Path(folder))
     if options.output:

@@ -8,6 +8,7 @@ plain loops stay eager.
 """
 import json
 import statistics
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
@@ -35,6 +36,11 @@ def add_arguments(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks, as compile nodes do")
 
 
+def preset_params(options):
+    from stillmotion.nodes.causal_wan.model import WanParams
+    return WanParams(**WAN | PRESETS[options.preset] | ({"num_layers": options.layers} if options.layers else {}))
+
+
 # ---- models ----------------------------------------------------------------------------------------------
 
 def load_model(options):
@@ -42,7 +48,7 @@ def load_model(options):
     import torch
     from comfy import model_management
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.causal_wan.model import CausalWan, WanParams
+    from stillmotion.nodes.causal_wan.model import CausalWan
     from stillmotion.nodes.common.attention import torch_attention
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
@@ -51,8 +57,7 @@ def load_model(options):
         case = json.loads((options.case / "case.json").read_text())
         name, (width, height), words = options.case.name, (8 * case["w"], 8 * case["h"]), case["text_len"]
     if options.preset:
-        params = WanParams(**WAN | PRESETS[options.preset] | (
-            {"num_layers": options.layers} if options.layers else {}))
+        params = preset_params(options)
         name, (width, height), words = f"causal {options.preset}, random weights", (832, 480), 512
         network = CausalWan(params, torch.nn, torch_attention, device="meta").state_dict()
         found = Checkpoint(name, random_weights({key: value.shape for key, value in network.items()},
@@ -79,6 +84,31 @@ def make_conditionings(params, frames, height, width, words):
     return [[[torch.randn(1, words, params.text_dim, generator=generator), image]] for _ in range(2)]
 
 
+def count(options):
+    """The operations of an evaluation with a full window, by bench_count.py."""
+    import bench_count
+    import torch
+    from stillmotion.nodes.causal_wan import attention
+    from stillmotion.nodes.causal_wan.cache import KVCache
+    from stillmotion.nodes.causal_wan.model import CausalWan
+    from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
+
+    params, dtype, settings = preset_params(options), WEIGHT_DTYPES[options.dtype], make_settings(options, True)
+    width, height = (side // 8 for side in pixels(options.size or "832x480"))
+    network = CausalWan(params, torch.nn, bench_count.attention, dtype=dtype, device="meta")
+    cache = KVCache(params.cache_layout(capacity=settings.window, sink=settings.sink, height=height, width=width,
+                                        relative_sink=False), 1, dtype, "meta")
+    frames = range(2 * settings.window, 2 * settings.window + settings.block)
+    x = bench_count.meta(1, params.in_dim, settings.block, height, width, dtype=dtype)
+    keys = network.project_context(bench_count.meta(1, 512, params.text_dim, dtype=dtype))
+
+    def evaluate():
+        network(x, bench_count.meta(1, settings.block), keys, frames, cache)
+
+    evaluate()
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention])}
+
+
 # ---- the plain loop --------------------------------------------------------------------------------------
 
 class RollingCache:
@@ -88,16 +118,11 @@ class RollingCache:
         self.kept, self.joined = [None] * layers, [None] * layers
         self.start, self.window, self.sink, self.tokens = 0, window, sink, frame_tokens
 
-    def rotation(self, *given):
-        from stillmotion.nodes.causal_wan.rope import make_rotation
-        return make_rotation(*given)
+    def open(self, frame_ids):
+        if frame_ids[0] != self.start:  # the previous block is finished
+            self.start, self.kept = frame_ids[0], list(self.joined)
 
-    def place(self, start, count, sink_mode):
-        if start != self.start:  # the previous block is finished
-            self.start, self.kept = start, list(self.joined)
-        return SimpleNamespace(sink_start=None)
-
-    def write(self, layer, raw_key, key, value, placement, sink_rotation):
+    def write(self, layer, key, value):
         import torch
         pair = key, value
         if self.kept[layer] is not None:
@@ -107,6 +132,29 @@ class RollingCache:
             pair = tuple(torch.cat((part[:, :sink], part[:, -recent:]), dim=1) for part in pair)
         self.joined[layer] = pair
         return pair
+
+
+def rolling_attention(module, cache, layer):
+    """The forward of a self-attention with a rolling cache."""
+    from stillmotion.nodes.common.fused import norm_rotate
+
+    def forward(x, step, _):
+        heads, rotation = module.heads, step.window.rotation_LP2
+        query, key = (norm_rotate(project(x), norm, rotation, heads)
+                      for project, norm in ((module.q, module.norm_q), (module.k, module.norm_k)))
+        key, value = cache.write(layer, key, module.v(x))
+        return module.o(module.attention(query, key, value, heads, transformer_options=step.transformer_options))
+    return forward
+
+
+def rolling_flow(network, x, t, keys, frame_ids, cache):
+    """The network's flow with a rolling cache in every layer."""
+    cache.open(frame_ids)
+    with ExitStack() as patched:
+        for index, block in enumerate(network.blocks):
+            patched.enter_context(mock.patch.object(block.self_attn, "forward",
+                                                    rolling_attention(block.self_attn, cache, index)))
+        return network(x, t, keys, frame_ids=frame_ids)
 
 
 def plain_loop(model, conditionings, shape, settings, seed, keep_context):
@@ -141,8 +189,8 @@ def plain_loop(model, conditionings, shape, settings, seed, keep_context):
         ids = range(start, start + x.shape[2])
         t = torch.full((1, len(ids)), timestep, device=device)
         x = (x if y is None else torch.cat((x, y[:, :, start:ids.stop]), 1)).to(dtype)
-        flows = [network(x, t, kept[branch] if keep_context else network.project_context(*given[branch]),
-                         frame_ids=ids, cache=cache).float() for branch, cache in enumerate(caches)]
+        flows = [rolling_flow(network, x, t, kept[branch] if keep_context else network.project_context(*given[branch]),
+                              ids, cache).float() for branch, cache in enumerate(caches)]
         return flows[0] if len(flows) == 1 else flows[1] + settings.cfg * (flows[0] - flows[1])
 
     blocks = []
@@ -158,25 +206,6 @@ def plain_loop(model, conditionings, shape, settings, seed, keep_context):
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
-
-def cache_share(kind, loop, device):
-    """Fraction of a loop's time spent in the methods of a cache class."""
-    import torch
-    spent = []
-
-    def watch(method):
-        def call(*args):
-            if device.type == "cuda":
-                torch.cuda.synchronize()  # otherwise pending kernels would be counted
-            result, seconds = timed(lambda: method(*args))
-            spent.append(seconds)
-            return result
-        return call
-
-    with mock.patch.object(kind, "place", watch(kind.place)), mock.patch.object(kind, "write", watch(kind.write)):
-        _, seconds = timed(loop)
-    return round(sum(spent) / seconds, 4)
-
 
 def compiled(model):
     """A clone whose transformer blocks are compiled, through ComfyUI's own wrapper."""
@@ -201,26 +230,24 @@ def make_loops(model, running, settings, conditionings, shape):
     import torch
     from stillmotion.nodes.causal_wan.run import prepare
 
-    def ours(chosen=running):
+    def ours():
         latent = {"samples": torch.zeros(shape)}
-        return prepare(chosen, *conditionings, latent, None, 1, settings).sample()["samples"].cpu()
+        return prepare(running, *conditionings, latent, None, 1, settings).sample()["samples"].cpu()
 
     def plain(keep_context=False):
         return plain_loop(model, conditionings, shape, settings, 1, keep_context)
 
-    return {"ours": ours, "plain": plain, "plain_kept": lambda: plain(True)}, lambda: ours(model)
+    return {"ours": ours, "plain": plain, "plain_kept": lambda: plain(True)}
 
 
 def measure_length(options, model, running, settings, shape, words):
     """Figures for one length, with or without a window."""
     import torch
-    from stillmotion.nodes.causal_wan.cache import KVCache
     from stillmotion.nodes.causal_wan.run import inference_dtype, make_plan
 
     params, device = model.model.wan_params, model.load_device
     frames, height, width = shape[2:]
-    loops, eager = make_loops(model, running, settings,
-                              make_conditionings(params, frames, height, width, words), shape)
+    loops = make_loops(model, running, settings, make_conditionings(params, frames, height, width, words), shape)
     latents, peaks = {}, {}
     for name, loop in loops.items():  # load the weights and warm up
         if device.type == "cuda":
@@ -237,8 +264,6 @@ def measure_length(options, model, running, settings, shape, words):
         "times_faster_than_plain_kept": ratio["plain_kept"],
         "cache_bytes": make_plan(settings, frames, None, ()).cache_bytes(
             params, height, width, 1, inference_dtype(model.model).itemsize),
-        "cache_share": cache_share(KVCache, eager, device),
-        "plain_cache_share": cache_share(RollingCache, loops["plain"], device),
         "latents_differ_by": max(((latents["ours"] - other).norm() / other.norm()).item()
                                  for other in latents.values())}
     return figures | ({"peak_memory_mb": peaks} if device.type == "cuda" else {})

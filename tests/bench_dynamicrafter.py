@@ -62,6 +62,29 @@ def write_random_checkpoint(path, variant, dtype):
     save_file(tensors, path)
 
 
+def count(options):
+    """The operations of a step with guidance in one batch and the context already projected, by bench_count.py."""
+    import bench_count
+    import torch
+    from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
+    from stillmotion.nodes.dynamicrafter import attention, config, unet
+
+    params, dtype = config.parse(config.published(options.preset), options.preset).unet, WEIGHT_DTYPES[options.dtype]
+    width, height = (side // 8 for side in (pixels(options.size) if options.size else PRESETS[options.preset]))
+    network = unet.VideoUNet(params, torch.nn, bench_count.attention, dtype=dtype, device="meta")
+    clips, frames = 2, options.frames or 16
+    x = bench_count.meta(clips, params.in_channels, frames, height, width, dtype=dtype)
+    text = bench_count.meta(clips, 77, params.context_dim, dtype=dtype)
+    tokens = bench_count.meta(clips, 257, params.resampler.embedding_dim, dtype=dtype)
+    numbers, kept = bench_count.meta(clips), {"context_cache": {}, "uuids": [0]}
+
+    def evaluate():
+        network(x, numbers, text, tokens, numbers, transformer_options=kept)
+
+    evaluate()
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention, unet])}
+
+
 def make_conditioning(loaded, width, height, frames):
     """(positive, negative, latent shape): encoded if the file has towers, else random in the published shapes."""
     import torch

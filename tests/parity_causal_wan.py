@@ -33,24 +33,26 @@ def make_plan(case: dict):
 def official_cache():
     """LongLive 1.0's cache class, which writes each sink frame only once: if a block after the first reaches into the
     sink, its noisiest step determines the entry. (The pack writes it in every step, like all other frames.)"""
+    import torch
     from stillmotion.nodes.causal_wan.cache import KVCache
 
     class WriteOnceCache(KVCache):
         end = 0  # end of the frames seen so far
 
-        def place(self, start, count, sink_mode):
-            placement = super().place(start, count, sink_mode)
-            again, self.end = start + count <= self.end, max(self.end, start + count)
-            if not again or start == 0 or sink_mode == "replace":
-                return placement
-            return placement._replace(segments=tuple(filter(None, map(self.behind_sink, placement.segments))))
+        def __init__(self, layout, *given):
+            super().__init__(layout, *given)
+            # one more frame, to which nothing attends, for what is not to be written
+            self.layers = tuple(layer._replace(**{name: torch.cat((ring, ring[:, :layout.frame_tokens]), dim=1)
+                                                  for name, ring in zip(layer._fields[:2], layer)})
+                                for layer in self.layers)
 
-        def behind_sink(self, segment):
-            """The part of a segment outside the sink's slots, or None."""
-            skip = max(0, self.layout.sink - segment.slot)
-            if skip >= segment.length:
-                return None
-            return type(segment)(segment.source + skip, segment.slot + skip, segment.length - skip)
+        def open(self, frame_ids, sink_mode, *size):
+            window = super().open(frame_ids, sink_mode, *size)
+            again, self.end = frame_ids[-1] < self.end, max(self.end, frame_ids[-1] + 1)
+            if not again or frame_ids[0] == 0 or sink_mode == "replace":
+                return window
+            slots = window.slots_F
+            return window._replace(slots_F=slots.where(slots >= self.layout.sink, self.layout.capacity))
 
     return WriteOnceCache
 

@@ -5,6 +5,8 @@
     python workflows/train.py --config train.yaml --batch_size 8         the flag wins over the file
     python workflows/train.py --family dynamicrafter --checkpoint model.ckpt --encoders model.ckpt --data_dir clips \\
         --train projector_temporal --num_frames 16 --frame_size 512x320
+    python workflows/train.py --family causal_wan --objective self_rollout --checkpoint STUDENT --teacher TEACHER \\
+        --encoders ENCODERS --data_dir prompts.txt                       causal Wan on its own videos (Self-Forcing)
     python workflows/train.py --output results/training/model.safetensors --resume
     accelerate launch --multi_gpu --num_processes 2 workflows/train.py --config train.yaml --comfyui PATH
 
@@ -77,7 +79,12 @@ def train(settings):
     stop, result = Stop(), Path(settings.output)
     dataset, model = parts.load_dataset(settings), load_model(settings)
     encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings))
-    family = make_family(model, encoders, settings, dataset)
+    if settings.objective == "self_rollout":
+        from stillmotion.nodes.training.self_rollout.family import SelfRolloutFamily
+        from stillmotion.nodes.training.self_rollout.run import SelfRolloutTraining as kind
+        family = SelfRolloutFamily(model, *parts.load_scores(settings), encoders, settings)
+    else:
+        family, kind = make_family(model, encoders, settings, dataset), Training
     if processes.rank == 0:
         print(dataset.summary(), flush=True)
     if settings.init_2d:
@@ -85,7 +92,7 @@ def train(settings):
         copied, new = inflate(family.net, read_checkpoint(settings.init_2d).tensors)
         print(f"2-D weights: {copied} tensors copied, {new} new")
     torch.manual_seed(settings.seed)
-    Training(family, dataset, settings, result, result.with_suffix(""), processes,
+    kind(family, dataset, settings, result, result.with_suffix(""), processes,
              lambda progress: show(progress, stop)).run()
     return result if processes.rank == 0 else None
 

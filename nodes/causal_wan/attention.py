@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cache import KVCache, Placement
-from .rope import Rotation, rotate
+from ..common.fused import add, add_norm, by_frame, norm_rotate, rotate, store
+from .cache import LayerCache, Window
 
 EPS = 1e-6
 
@@ -28,34 +28,19 @@ class ContextKeys(NamedTuple):
 
 @dataclass
 class Step:
-    """What the layers read during one forward pass."""
+    """What all layers read during one forward pass."""
 
     modulation_BF6C: Tensor                 # from the timestep of each frame
-    rotation: Rotation
-    context: tuple[ContextKeys, ...]        # by layer
+    window: Window
     mask_LL: Tensor | None                  # without a cache: True where a token may attend
-    cache: KVCache | None
-    placement: Placement | None
-    sink_rotation: Rotation | None
     transformer_options: dict = field(default_factory=dict)
 
 
-def modulate(x_BLC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor) -> Tensor:
-    """x * (1 + scale) + shift with one shift and scale per frame."""
-    x_BFSC = x_BLC.unflatten(1, (shift_BFC.shape[1], -1))
-    return torch.addcmul(shift_BFC[:, :, None], x_BFSC, 1 + scale_BFC[:, :, None]).flatten(1, 2)
-
-
-def gate(x_BLC: Tensor, gate_BFC: Tensor) -> Tensor:
-    return (x_BLC.unflatten(1, (gate_BFC.shape[1], -1)) * gate_BFC[:, :, None]).flatten(1, 2)
-
-
 class Attention(nn.Module):
-    """Common base of both attention types. `index`: layer number, which selects its keys."""
+    """Common base of both attention types."""
 
-    def __init__(self, index: int, dim: int, heads: int, operations, attention, **factory):
+    def __init__(self, dim: int, heads: int, operations, attention, **factory):
         super().__init__()
-        self.index = index
         self.heads = heads
         self.attention = attention
         self.q = operations.Linear(dim, dim, **factory)
@@ -69,22 +54,31 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Self-attention over the frames of this forward pass and, with a cache, the frames before it."""
 
-    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
-        query = rotate(self.norm_q(self.q(x_BLC)), step.rotation, self.heads)
-        raw_key = self.norm_k(self.k(x_BLC))
-        key, value = rotate(raw_key, step.rotation, self.heads), self.v(x_BLC)
-        if step.cache is not None:
-            key, value = step.cache.write(self.index, raw_key, key, value, step.placement, step.sink_rotation)
-        out = self.attention(query, key, value, self.heads, mask=step.mask_LL,
-                             transformer_options=step.transformer_options)
+    def forward(self, x_BLC: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+        window, heads = step.window, self.heads
+        query = norm_rotate(self.q(x_BLC), self.norm_q, window.rotation_LP2, heads)
+        key, value = self.k(x_BLC), self.v(x_BLC)
+        if cache is None:
+            key = norm_rotate(key, self.norm_k, window.rotation_LP2, heads)
+        elif not isinstance(cache, LayerCache):  # of a training, where backward still needs what was there before
+            key = self.norm_k(key)
+            key, value = cache.extend(key, rotate(key, window.rotation_LP2, heads), value, window)
+        else:
+            if window.sink_frames_S is not None:
+                frames = by_frame(self.norm_k(key), len(window.slots_F))[:, window.sink_frames_S]
+                store(cache.sink_BKC, frames.flatten(1, 2), window.slots_F[window.sink_frames_S])
+            key = norm_rotate(key, self.norm_k, window.rotation_LP2, heads, cache.keys_BKC, window.slots_F)
+            value = store(cache.values_BKC, value, window.slots_F)
+            key, value = key[:, :window.attended], value[:, :window.attended]
+        out = self.attention(query, key, value, heads, mask=step.mask_LL, transformer_options=step.transformer_options)
         return self.o(out)
 
 
 class CrossAttention(Attention):
     """Attention to the text and, in I2V models, to the tokens of the start image; the results are added."""
 
-    def __init__(self, index: int, dim: int, heads: int, i2v: bool, operations, attention, **factory):
-        super().__init__(index, dim, heads, operations, attention, **factory)
+    def __init__(self, dim: int, heads: int, i2v: bool, operations, attention, **factory):
+        super().__init__(dim, heads, operations, attention, **factory)
         self.i2v = i2v
         if i2v:
             self.k_img = operations.Linear(dim, dim, **factory)
@@ -97,8 +91,7 @@ class CrossAttention(Attention):
             return ContextKeys(*text, None, None)
         return ContextKeys(*text, self.norm_k_img(self.k_img(image_BNC)), self.v_img(image_BNC))
 
-    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
-        keys = step.context[self.index]
+    def forward(self, x_BLC: Tensor, step: Step, keys: ContextKeys) -> Tensor:
         options = {"transformer_options": step.transformer_options}
         query = self.norm_q(self.q(x_BLC))
         out = self.attention(query, keys.text_k, keys.text_v, self.heads, **options)
@@ -110,23 +103,24 @@ class CrossAttention(Attention):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last are modulated by the frame's timestep."""
 
-    def __init__(self, index: int, dim: int, ffn_dim: int, heads: int, i2v: bool, operations, attention, **factory):
+    def __init__(self, dim: int, ffn_dim: int, heads: int, i2v: bool, operations, attention, **factory):
         super().__init__()
         layers = {"operations": operations, "attention": attention, **factory}
         self.norm1 = operations.LayerNorm(dim, eps=EPS, elementwise_affine=False, **factory)
-        self.self_attn = SelfAttention(index, dim, heads, **layers)
+        self.self_attn = SelfAttention(dim, heads, **layers)
         self.norm3 = operations.LayerNorm(dim, eps=EPS, **factory)
-        self.cross_attn = CrossAttention(index, dim, heads, i2v, **layers)
+        self.cross_attn = CrossAttention(dim, heads, i2v, **layers)
         self.norm2 = operations.LayerNorm(dim, eps=EPS, elementwise_affine=False, **factory)
         self.ffn = nn.Sequential(operations.Linear(dim, ffn_dim, **factory), nn.GELU(approximate="tanh"),
                                  operations.Linear(ffn_dim, dim, **factory))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim, **factory) / dim ** 0.5)
 
-    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
+    def forward(self, x_BLC: Tensor, step: Step, keys: ContextKeys, cache: LayerCache | None) -> Tensor:
         e = (step.modulation_BF6C + self.modulation.to(step.modulation_BF6C)).unbind(2)
-        x_BLC = x_BLC + gate(self.self_attn(modulate(self.norm1(x_BLC), e[0], e[1]), step), e[2])
-        x_BLC = x_BLC + self.cross_attn(self.norm3(x_BLC), step)
-        return x_BLC + gate(self.ffn(modulate(self.norm2(x_BLC), e[3], e[4])), e[5])
+        x_BLC, normed_BLC = add_norm(x_BLC, None, None, self.norm1, e[1], e[0])
+        x_BLC, normed_BLC = add_norm(x_BLC, self.self_attn(normed_BLC, step, cache), e[2], self.norm3)
+        x_BLC, normed_BLC = add_norm(x_BLC, self.cross_attn(normed_BLC, step, keys), None, self.norm2, e[4], e[3])
+        return add(x_BLC, self.ffn(normed_BLC), e[5])
 
 
 class Head(nn.Module):
@@ -140,7 +134,7 @@ class Head(nn.Module):
 
     def forward(self, x_BLC: Tensor, time_BFC: Tensor) -> Tensor:
         shift, scale = (time_BFC[:, :, None] + self.modulation.to(time_BFC)).unbind(2)
-        return self.head(modulate(self.norm(x_BLC), shift, scale))
+        return self.head(add_norm(x_BLC, None, None, self.norm, scale, shift)[1])
 
 
 class ImageEmbedding(nn.Module):

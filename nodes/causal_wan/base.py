@@ -25,18 +25,20 @@ class ManagedCausalWan(HostNetwork, CausalWan):
         """Flow [B, out_dim, F, H, W] of frames x [B, in_dim, F, H, W] at `timestep` [B], or per frame [B, F].
 
         `context` is text tokens [B, N, text_dim], with `clip_fea` for image to video, or the result of
-        `project_context`. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`; without them, as with
-        core's own samplers, all frames attend to each other.
+        `project_context`. `block`: frame_ids, cache, sink_mode, mask_FF of `CausalWan.forward`, or `window` of
+        `evaluate`; without them, as with core's own samplers, all frames attend to each other.
         """
         return call_wrapped(self._forward, self, x, timestep, context, clip_fea,
                             transformer_options=transformer_options, **block)
 
     def _forward(self, x, timestep, context, clip_fea, transformer_options, frame_ids=None, cache=None,
-                 sink_mode="write", mask_FF=None, **_):
+                 sink_mode="write", mask_FF=None, window=None, **_):
         frames = x.shape[2]
         t_BF = timestep if timestep.ndim == 2 else timestep[:, None].expand(-1, frames)
         if isinstance(context, torch.Tensor):
             context = self.project_context(context, clip_fea)
+        if window is not None:
+            return self.evaluate(x, t_BF, context, window, None, transformer_options)
         return super().forward(x, t_BF, context, range(frames) if frame_ids is None else frame_ids, cache, sink_mode,
                                mask_FF, transformer_options)
 
@@ -85,7 +87,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
             tower = kwargs.get("clip_vision_output")
             if tower is None:
                 raise ValueError("This image-to-video model needs image tokens (clip_fea), but the conditioning has "
-                                 "none. Connect CLIP Vision Encode to clip_vision_output of Causal Wan Image "
+                                 "none. Connect clip_vision (or clip_vision_output) of Causal Wan Image "
                                  "to Video, and pass positive and negative through it.")
             tokens_BNC = tower.penultimate_hidden_states
             check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, TOWERS.format("CLIP_VISION"))

@@ -13,23 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rope import Rotation, make_rotation, rotate
+from ..common.fused import rotate
+from .rope import make_rotation
 
 
-class Segment(NamedTuple):
-    """Frames of a forward pass that occupy adjacent slots."""
+class LayerCache(NamedTuple):
+    """One layer's keys and values [B, capacity * frame_tokens, C], and the sink's keys before their rotation, which
+    only relative sinks keep."""
 
-    source: int  # first frame within the forward pass
-    slot: int
-    length: int
+    keys_BKC: Tensor
+    values_BKC: Tensor
+    sink_BKC: Tensor | None
 
 
-class Placement(NamedTuple):
-    """Where a forward pass writes, and what it attends to."""
+class Window(NamedTuple):
+    """A forward pass: where its frames are written, and what it attends to. All passes with a full window differ in
+    the values of the tensors alone, so that a compiled network or a recorded graph serves them all."""
 
-    segments: tuple[Segment, ...]
-    attended: int                  # slots 0 .. attended - 1
-    sink_start: int | None         # new rotary position of the first sink frame, None: unchanged
+    rotation_LP2: Tensor
+    slots_F: Tensor | None = None                # slot of each frame; None: no cache
+    attended: int = 0                            # tokens of a ring, from the first one on
+    sink_frames_S: Tensor | None = None          # those of the pass that become part of a relative sink
+    layers: tuple[LayerCache, ...] | None = None
 
 
 def slot_of(frame: int, capacity: int, sink: int) -> int:
@@ -37,8 +42,8 @@ def slot_of(frame: int, capacity: int, sink: int) -> int:
     return frame if frame < capacity else sink + (frame - sink) % (capacity - sink)
 
 
-def write_segments(start: int, count: int, capacity: int, sink: int, sink_mode: str) -> tuple[Segment, ...]:
-    """Slots of the frames start .. start + count - 1, adjacent ones merged.
+def slots_of(start: int, count: int, capacity: int, sink: int, sink_mode: str) -> list[int]:
+    """Slots of the frames start .. start + count - 1.
 
     sink_mode "write": frames below `sink` go to the sink slots. "replace": the first `sink` frames of this forward pass
     become the sink, regardless of their index.
@@ -48,14 +53,7 @@ def write_segments(start: int, count: int, capacity: int, sink: int, sink_mode: 
     if len(set(slots)) != count:
         raise ValueError(f"{count} latent frames in one evaluation do not fit a cache of {capacity} frames with "
                          f"{sink} sink frames: give at most {capacity - sink}, or a larger window.")
-    segments = []
-    for source, slot in enumerate(slots):
-        last = segments[-1] if segments else None
-        if last and slot == last.slot + last.length:
-            segments[-1] = last._replace(length=last.length + 1)
-        else:
-            segments.append(Segment(source, slot, 1))
-    return tuple(segments)
+    return slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,56 +76,45 @@ class CacheLayout:
 
 
 class KVCache:
-    """Keys and values [B, capacity * frame_tokens, C] of every layer, for one guidance branch of one sampler call."""
+    """Keys and values of every layer, for one guidance branch of one sampler call. Their tensors stay the same from the
+    first forward pass to the last."""
 
     def __init__(self, layout: CacheLayout, batch: int, dtype: torch.dtype, device):
         self.layout = layout
-        self.sink_start = 0
-        self.turned: tuple[range, Rotation] | None = None  # of the latest forward pass; shared by all steps of a block
+        self.sink_start = 0  # position of the first sink frame
+        self.opened: tuple[tuple, Window] | None = None
 
-        def allocate(frames: int) -> list[Tensor]:
-            shape = (batch, frames * layout.frame_tokens, layout.width)
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(layout.layers)]
+        def allocate(frames: int) -> Tensor:
+            return torch.empty(batch, frames * layout.frame_tokens, layout.width, dtype=dtype, device=device)
 
-        self.keys = allocate(layout.capacity)
-        self.values = allocate(layout.capacity)
-        self.sink_keys = allocate(layout.sink) if layout.relative_sink else None  # not rotated
+        self.layers = tuple(
+            LayerCache(allocate(layout.capacity), allocate(layout.capacity),
+                       allocate(layout.sink) if layout.relative_sink else None) for _ in range(layout.layers))
 
     def tensors(self) -> list[Tensor]:
-        return [*self.keys, *self.values, *(self.sink_keys or [])]
+        return [tensor for layer in self.layers for tensor in layer if tensor is not None]
 
-    def rotation(self, frame_ids: range, height: int, width: int, head_dim: int, device) -> Rotation:
-        """`make_rotation`, cached for the next forward pass over the same frames."""
-        if self.turned is None or self.turned[0] != frame_ids:
-            self.turned = frame_ids, make_rotation(frame_ids, height, width, head_dim, device)
-        return self.turned[1]
+    def open(self, frame_ids: range, sink_mode: str, rows: int, columns: int) -> Window:
+        """Prepare a forward pass over consecutive frames (see `slots_of`), each of rows x columns tokens. All steps of
+        a block share the result."""
+        key = frame_ids, sink_mode
+        if self.opened is None or self.opened[0] != key:
+            self.opened = key, self._open(frame_ids, sink_mode, rows, columns)
+        return self.opened[1]
 
-    def place(self, start: int, count: int, sink_mode: str) -> Placement:
-        """Plan the forward pass over the frames start .. start + count - 1 (see `write_segments`)."""
-        layout = self.layout
-        segments = write_segments(start, count, layout.capacity, layout.sink, sink_mode)
-        end = start + count
+    def _open(self, frame_ids: range, sink_mode: str, rows: int, columns: int) -> Window:
+        layout, device = self.layout, self.layers[0].keys_BKC.device
+        head_dim = layout.width // layout.heads
+        slots = slots_of(frame_ids[0], len(frame_ids), layout.capacity, layout.sink, sink_mode)
+        end = frame_ids[-1] + 1
         # The sink is positioned as if the frames between it and the window had never existed.
-        sink_start = max(0, end - layout.capacity) if layout.relative_sink else 0
-        moved = sink_start != self.sink_start
-        self.sink_start = sink_start
-        return Placement(segments, min(end, layout.capacity), sink_start if moved else None)
-
-    def write(self, layer: int, raw_key: Tensor, key: Tensor, value: Tensor, placement: Placement,
-              sink_rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values [B, L, C] of a forward pass; returns views of everything it attends to."""
-        tokens, sink = self.layout.frame_tokens, self.layout.sink
-        keys, values = self.keys[layer], self.values[layer]
-        for source, slot, length in placement.segments:
-            given = slice(source * tokens, (source + length) * tokens)
-            kept = slice(slot * tokens, (slot + length) * tokens)
-            keys[:, kept] = key[:, given]
-            values[:, kept] = value[:, given]
-            in_sink = min(length, sink - slot)
-            if self.sink_keys is not None and in_sink > 0:
-                raw = raw_key[:, source * tokens:(source + in_sink) * tokens]
-                self.sink_keys[layer][:, slot * tokens:(slot + in_sink) * tokens] = raw
-        if sink_rotation is not None:
-            keys[:, :sink * tokens] = rotate(self.sink_keys[layer], sink_rotation, self.layout.heads)
-        attended = placement.attended * tokens
-        return keys[:, :attended], values[:, :attended]
+        start = max(0, end - layout.capacity) if layout.relative_sink else 0
+        if start != self.sink_start:
+            self.sink_start = start
+            rotation_LP2 = make_rotation(range(start, start + layout.sink), rows, columns, head_dim, device)
+            for layer in self.layers:
+                layer.keys_BKC[:, :len(rotation_LP2)] = rotate(layer.sink_BKC, rotation_LP2, layout.heads)
+        sink_frames = [source for source, slot in enumerate(slots) if layout.relative_sink and slot < layout.sink]
+        return Window(make_rotation(frame_ids, rows, columns, head_dim, device), torch.tensor(slots, device=device),
+                      min(end, layout.capacity) * layout.frame_tokens,
+                      torch.tensor(sink_frames, device=device) if sink_frames else None, self.layers)

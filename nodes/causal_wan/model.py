@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import ContextKeys, Head, ImageEmbedding, Step, WanBlock
-from .cache import CacheLayout, KVCache
+from .cache import CacheLayout, KVCache, Window
 from .rope import make_rotation
 from .schedule import precise_dtype
 
@@ -73,8 +73,8 @@ class CausalWan(nn.Module):
                                             operations.Linear(dim, dim, **factory))
         self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, dim * 6, **factory))
         self.blocks = nn.ModuleList(
-            WanBlock(index, dim, params.ffn_dim, params.num_heads, params.i2v, operations, attention, **factory)
-            for index in range(params.num_layers))
+            WanBlock(dim, params.ffn_dim, params.num_heads, params.i2v, operations, attention, **factory)
+            for _ in range(params.num_layers))
         patch_rows, patch_columns = PATCH[1:]
         self.head = Head(dim, params.out_dim * patch_rows * patch_columns, operations, **factory)
         if params.i2v:
@@ -105,38 +105,41 @@ class CausalWan(nn.Module):
         """Flow [B, out_dim, F, H, W] for frames [B, in_dim, F, H, W] at timesteps t_BF in 0..1000.
 
         context: from `project_context`. frame_ids: absolute index of each latent frame. With a `cache` the frames
-        must be consecutive; their keys are written to it according to `sink_mode` (see `cache.write_segments`) and they
+        must be consecutive; their keys are written to it according to `sink_mode` (see `cache.slots_of`) and they
         attend to everything it holds. Without one they attend to each other; mask_FF [F, F], if given, restricts this
         to entries that are True.
         """
-        params = self.params
-        frames, (height, width) = x_BCFHW.shape[2], x_BCFHW.shape[3:]
-        rows, columns = height // PATCH[1], width // PATCH[2]
+        window, mask_LL = self.open(x_BCFHW, frame_ids, cache, sink_mode), None
+        if cache is None and mask_FF is not None:
+            tokens = len(window.rotation_LP2) // len(frame_ids)
+            mask_LL = mask_FF.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return self.evaluate(x_BCFHW, t_BF, context, window, mask_LL, transformer_options)
+
+    def open(self, x_BCFHW: Tensor, frame_ids: Sequence[int], cache: KVCache | None, sink_mode: str) -> Window:
+        """The window of a forward pass, for `evaluate`."""
+        height, width = x_BCFHW.shape[3:]
         if height % PATCH[1] or width % PATCH[2]:
             raise ValueError(f"The latent is {width} x {height}. Width and height must be multiples of "
                              f"{PATCH[2]} and {PATCH[1]}. Choose another video size.")
-        head_dim, device, dtype = params.dim // params.num_heads, x_BCFHW.device, x_BCFHW.dtype
-        placement = sink_rotation = mask_LL = None
+        rows, columns, params = height // PATCH[1], width // PATCH[2], self.params
         if cache is None:
-            rotation = make_rotation(frame_ids, rows, columns, head_dim, device)
-            if mask_FF is not None:
-                mask_LL = mask_FF.repeat_interleave(rows * columns, 0).repeat_interleave(rows * columns, 1)
-        else:
-            rotation = cache.rotation(frame_ids, rows, columns, head_dim, device)
-            placement = cache.place(frame_ids[0], frames, sink_mode)
-            if placement.sink_start is not None:
-                sink_ids = range(placement.sink_start, placement.sink_start + cache.layout.sink)
-                sink_rotation = make_rotation(sink_ids, rows, columns, head_dim, device)
+            return Window(make_rotation(frame_ids, rows, columns, params.dim // params.num_heads, x_BCFHW.device))
+        return cache.open(frame_ids, sink_mode, rows, columns)
 
-        time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(dtype))
-        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), rotation, context, mask_LL, cache, placement,
-                    sink_rotation, transformer_options)
-        x_BLC = self.patch_embedding(x_BCFHW).flatten(2).transpose(1, 2)
+    def evaluate(self, x_BCFHW: Tensor, t_BF: Tensor, context: tuple[ContextKeys, ...], window: Window,
+                 mask_LL: Tensor | None, transformer_options: dict) -> Tensor:
+        """`forward` after all that depends on the number of a frame has been prepared in `window`."""
+        params = self.params
+        time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(x_BCFHW.dtype))
+        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), window, mask_LL, transformer_options)
+        x_BCFRS = self.patch_embedding(x_BCFHW)
+        x_BLC = x_BCFRS.flatten(2).transpose(1, 2)
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
-        for index, block in enumerate(self.blocks):
+        for index, (block, keys) in enumerate(zip(self.blocks, context, strict=True)):
+            own = keys, None if window.layers is None else window.layers[index]
             replace = replacements.get(("double_block", index))
-            x_BLC = block(x_BLC, step) if replace is None else replaced_block(replace, block, x_BLC, step)
-        return self.unpatchify(self.head(x_BLC, time_BFC), frames, rows, columns)
+            x_BLC = block(x_BLC, step, *own) if replace is None else replaced_block(replace, block, x_BLC, step, own)
+        return self.unpatchify(self.head(x_BLC, time_BFC), *x_BCFRS.shape[2:])
 
     def unpatchify(self, x_BLP: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """Patches (row, column, channel innermost) [B, L, patch * out_dim] to [B, out_dim, F, H, W]."""
@@ -146,11 +149,11 @@ class CausalWan(nn.Module):
             batch, self.params.out_dim, frames, rows * patch_rows, columns * patch_columns)
 
 
-def replaced_block(replace, block: WanBlock, x_BLC: Tensor, step: Step) -> Tensor:
-    """Run a block through a replacement patch, called as in core's Wan model."""
+def replaced_block(replace, block: WanBlock, x_BLC: Tensor, step: Step, own: tuple) -> Tensor:
+    """Run a block through a replacement patch, called as in core's Wan model. `own`: the layer's keys and cache."""
     def original(args: dict) -> dict:
-        return {"img": block(args["img"], step)}
+        return {"img": block(args["img"], step, *own)}
 
-    given = {"img": x_BLC, "txt": step.context, "vec": step.modulation_BF6C, "pe": step.rotation,
+    given = {"img": x_BLC, "txt": own[0], "vec": step.modulation_BF6C, "pe": step.window.rotation_LP2,
              "transformer_options": step.transformer_options}
     return replace(given, {"original_block": original})["img"]

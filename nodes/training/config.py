@@ -4,29 +4,29 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
 from .loop import OPTIMIZERS
 from .objectives import LAWS
 from .parallel import PRECISIONS
+from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
+from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
+OBJECTIVES = ("denoising", "self_rollout")
 PARTS = ("all", "projector_temporal", "lora")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
-def _setting(default, text: str, choices: Sequence[str] = ()):
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"help": text, "choices": tuple(choices)})
-
-
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(SelfRolloutSettings):
     """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
+    objective: str = _setting("denoising", "denoising: of clips; self_rollout: causal Wan on its own videos, by "
+                              "distribution matching with a teacher", OBJECTIVES)
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
     network: str = _setting("", "class of a new video U-Net, as module:Class; empty: the pack's")
@@ -43,7 +43,8 @@ class TrainConfig:
     vae_psnr: float = _setting(20.0, "least PSNR in dB of clips that the VAE has encoded and decoded; 0: not measured")
     space: str = _setting("latent", "where a new video U-Net works", SPACES)
 
-    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; empty: Moving Shapes are drawn")
+    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; self_rollout also takes a text file "
+                         "of prompts; empty: Moving Shapes are drawn")
     dataset: str = _setting("", "class of the data set in data_dir, as module:Class; empty: the pack's")
     max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
     num_frames: int = _setting(16, "frames of a clip")
@@ -116,6 +117,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to {most}.")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
+        self.check_self_rollout()
         self._check_family()
         self.size()
         wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
@@ -126,6 +128,8 @@ class TrainConfig:
                              "give the full size to both.")
 
     def _check_family(self) -> None:
+        if self.objective == "self_rollout":
+            self._check_rollout()
         if self.family in ("dynamicrafter", "causal_wan") and not self.checkpoint:
             raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
                              "(from_scratch), or demo.")
@@ -143,6 +147,30 @@ class TrainConfig:
             raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
                              "from_scratch away (a new video U-Net is always trained from scratch).")
 
+    def _check_rollout(self) -> None:
+        """Raise ValueError for a training on its own rollouts that this family, or these settings, do not allow."""
+        if self.family != "causal_wan":
+            raise ValueError(f"objective self_rollout is for family causal_wan; {self.family} is trained on clips: "
+                             "choose denoising.")
+        if not self.teacher:
+            raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
+                             "videos in many steps.")
+        allowed = {"stages": ([],), "from_scratch": (False,), "init_2d": ("",), "mixed_precision": ("no", "bf16"),
+                   "train": ("all",), "optimizer": ("adamw",)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                advice = f"choose {' or '.join(values)}" if all(values) and values[0] else "leave it away"
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
+                                 f"{advice}.")
+
+
+ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
+
+
+def all_settings() -> list[Field]:
+    """Fields of `TrainConfig`, those of self-rollout last."""
+    return sorted(fields(TrainConfig), key=lambda each: each.name in ROLLOUT_SETTINGS)
+
 
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) from "64" or "512x320" (width first)."""
@@ -154,25 +182,29 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting. Flags not given are absent from the result, so that the YAML value applies."""
-    for each in fields(TrainConfig):
+    group = parser.add_argument_group("objective self_rollout")
+    for each in all_settings():
+        place = group if each.name in ROLLOUT_SETTINGS else parser
         text = each.metadata["help"].replace("%", "%%")  # argparse expands % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
-            parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
-            parser.add_argument(f"--no_{each.name}", action="store_false", help=argparse.SUPPRESS, **flag)
+            text = f"{text} (default: {'yes' if each.default else 'no'})"
+            place.add_argument(f"--{each.name}", action="store_true", help=text, **flag)
+            place.add_argument(f"--no_{each.name}", action="store_false", **flag,
+                               help=f"not {each.name}" if each.default else argparse.SUPPRESS)
         elif each.type.startswith("list"):
             kind = int if each.type == "list[int]" else str
-            parser.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
+            place.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
         else:
             kind = {"int": int, "float": float, "str": str}[each.type]
-            parser.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
+            place.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
                                 help=f"{text} (default: {each.default!r})", **flag)
 
 
 def make_config(yaml_path: str | Path | None, given: dict, saved: Callable[[Path], dict] = lambda folder: {}
                 ) -> TrainConfig:
-    """Defaults, then the YAML, then `given`; checked. To resume, the run's own settings (`saved(its folder)`) stand in
-    for the defaults. Raises ValueError that names the file, setting and value."""
+    """Defaults (some are the objective's own), then the YAML, then `given`; checked. To resume, the run's own settings
+    (`saved(its folder)`) stand in for the defaults. Raises ValueError that names the file, setting and value."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -198,11 +230,13 @@ def _merged(sources: Sequence[tuple[str | Path | None, dict]]) -> TrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.structured(TrainConfig)
-    for source, settings in sources:
+    config, objectives = OmegaConf.structured(TrainConfig), [given["objective"] for _, given in sources
+                                                             if "objective" in given]
+    own = DEFAULTS if objectives[-1:] == ["self_rollout"] else {}
+    for source, settings in (("self_rollout", own), *sources):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
-                             f"{', '.join(each.name for each in fields(TrainConfig))}.") from error
+                             f"{', '.join(each.name for each in all_settings())}.") from error
     return OmegaConf.to_object(config)

@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 from torch.utils.data import Dataset
 
+from ..causal_wan import checkpoint as causal_wan
 from ..common.demo import DYNAMICRAFTER
 from ..common.files import Checkpoint, read_checkpoint, take_prefix
 from ..dynamicrafter import checkpoint as dynamicrafter
@@ -21,6 +22,7 @@ from ..dynamicrafter.keys import VAE, has_prefix
 from .config import TrainConfig
 from .data.clips import Clips, MovingShapes
 from .data.folders import VideoFolder
+from .data.prompts import Prompts
 from .data.shards import INDEX, LatentShards
 from .encoding import Encoders
 
@@ -29,12 +31,18 @@ DRAWN = 1000  # number of Moving Shapes clips if max_samples is not set
 
 
 def load_dataset(settings: TrainConfig) -> Dataset:
-    """Moving Shapes, a folder of videos and captions (with the class `dataset`, if one is named), or latent shards."""
+    """Moving Shapes, a folder of videos and captions (with the class `dataset`, if one is named), latent shards, or a
+    text file of prompts."""
     size = settings.size()
     if not settings.data_dir:
         return MovingShapes(settings.max_samples or DRAWN, settings.num_frames, size, seed=settings.seed,
                             mirror=settings.mirror)
     folder, most = Path(settings.data_dir).expanduser(), settings.max_samples or None
+    if folder.suffix == ".txt" and folder.is_file():
+        if settings.objective != "self_rollout":
+            raise ValueError(f"{folder} holds prompts alone, and this training learns from clips: give a folder with "
+                             "videos/ and captions/.")
+        return Prompts.read(folder, settings.num_frames, size, max_samples=most)
     if not folder.is_dir():
         raise ValueError(f"data_dir: there is no folder {folder}.")
     options = {"max_samples": most, "seed": settings.seed, "mirror": settings.mirror}
@@ -91,6 +99,15 @@ def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
         raise ValueError(f"{settings.encoders} was pruned and holds no {'text encoder' if clip is None else 'VAE'}: "
                          f"name a file of its own ({'clip' if clip is None else 'vae'}), or another checkpoint.")
     return Encoders(None if pixels else vae, clip, clip_vision)
+
+
+def load_scores(settings: TrainConfig) -> tuple[Any, Any]:
+    """(teacher, fake score or None) of self_rollout as MODELs. ValueError for causal ones."""
+    def load(path: str) -> Any:
+        precise = "bf16" if settings.mixed_precision == "bf16" else "fp32"
+        return causal_wan.load(read_checkpoint(path), weight_dtype=precise, causal=False) if path else None
+
+    return load(settings.teacher), load(settings.fake_score)
 
 
 def _encoders_of(found: Checkpoint) -> tuple[Any, Any, Any]:

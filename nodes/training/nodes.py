@@ -1,5 +1,6 @@
 """Train Video Model."""
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -16,11 +17,16 @@ from ..common.values import shown
 from .config import PARTS, TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
+from .data.prompts import Prompts
 from .encoding import Encoders
 from .families.registry import family_of, make_family
 from .parallel import PRECISIONS, make_processes
 from .progress import Progress
 from .run import Training
+from .self_rollout.family import SelfRolloutFamily
+from .self_rollout.nodes import Objective
+from .self_rollout.run import SelfRolloutTraining
+from .self_rollout.settings import DEFAULTS
 
 DataSet = io.Custom("STILLMOTION_DATASET")
 PICTURE_EVERY = 1.0   # seconds between live previews
@@ -89,6 +95,8 @@ class TrainVideoModel(io.ComfyNode):
                                      "published models, or 4 for the demo."),
                 io.Int.Input("lora_rank", default=16, min=1, max=1024, optional=True,
                              tooltip="With train lora: more can learn more, and makes a larger file."),
+                Objective.Input("objective", optional=True, tooltip="From Self-Rollout: causal Wan learns from its own "
+                                                                    "videos. Not connected: from the clips."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The trained model: the moving average of its weights."),
@@ -101,7 +109,7 @@ class TrainVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, data_set, clip, name, resume, steps, batch_size, learning_rate, model_channels, train,
                 caption_dropout, motion_weight, seed, sample_every, mixed_precision, gradient_checkpointing, vae=None,
-                clip_vision=None, model=None, block=0, lora_rank=16) -> io.NodeOutput:
+                clip_vision=None, model=None, block=0, lora_rank=16, objective=None) -> io.NodeOutput:
         comfy.model_management.unload_all_models()
         device = comfy.model_management.get_torch_device()
         pixels = vae is None or vae.spacial_compression_encode() == 1
@@ -115,11 +123,13 @@ class TrainVideoModel(io.ComfyNode):
                 ema_decay=_ema_decay(steps), block=block, lora_rank=lora_rank,
                 space="pixels" if pixels else "latent", family=kind, checkpoint="" if model is None else "connected",
                 **_frame_size(data_set))
+            settings = replace(settings, **_rollout(objective))
             settings.check()
-            family = make_family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set)
+            family, training = _family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set,
+                                       objective)
             result, folder = _places(name, resume, "loras" if train == "lora" else family.folder)
             show = _Show(steps)
-            Training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
+            training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
         curves = draw_curves(read_curves(folder), f"{result.stem}: {steps} steps")
         trained = add_lora(model, read_checkpoint(result)) if train == "lora" else family.load(result)
         return io.NodeOutput(trained, as_images(curves), result.name)
@@ -146,6 +156,25 @@ def _frame_size(data_set) -> dict:
         return {}
     height, width = data_set[0]["video"].shape[2:]
     return {"frame_size": str(width) if width == height else f"{width}x{height}"}
+
+
+def _rollout(objective) -> dict:
+    """The settings of a training on its own videos; its own moving average and clipping."""
+    if objective is None:
+        return {}
+    return {"objective": "self_rollout", "teacher": "connected", "validation_clips": 0, "warmup": 0,
+            **{name: DEFAULTS[name] for name in ("ema_decay", "clip_norm")}, **objective.settings}
+
+
+def _family(model, encoders, settings, data_set, objective) -> tuple:
+    """(family, class of the run)"""
+    if objective is not None:
+        scores = objective.teacher, objective.fake_score
+        return SelfRolloutFamily(model, *scores, encoders, settings), SelfRolloutTraining
+    if isinstance(data_set, Prompts):
+        raise ValueError("This data set has prompts alone, and the training learns from clips. Connect Self-Rollout as "
+                         "objective, or a data set of clips.")
+    return make_family(model, encoders, settings, data_set), Training
 
 
 def _depth(model_channels) -> dict:

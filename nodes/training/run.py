@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from .average import halve_frozen
 from .config import TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
+from .data.prompts import Prompts
 from .data.sheet import draw_sheet
 from .disk import DiskCache
 from .encoding import Batches, ClipCache, Encoded, resized
@@ -55,6 +57,7 @@ class Training:
     folder: Path
     processes: OneProcess = field(default_factory=OneProcess)
     on_progress: Callable[[Progress], None] = lambda progress: None
+    ranks: ClassVar[bool] = True   # whether the loss tells better weights from worse
 
     def run(self) -> None:
         """Train from the start or resume (`resume`); returns when `result` is written.
@@ -76,7 +79,7 @@ class Training:
                 check_size(width, height, self.family.side_multiple)
         if self.processes.rank == 0:
             check_folder(self.folder, self.settings.resume)
-        if not self.settings.resume:
+        if not self.settings.resume and not isinstance(self.dataset, Prompts):
             check_vae(self.dataset, self.family.encoders, self.settings.vae_psnr)
         if self.processes.rank > 0:
             self._train(stages)
@@ -190,7 +193,7 @@ class Training:
         score = entry.get("validation", loss)
         curves = read_curves(self.folder)
         append_line(self.folder / "metrics.jsonl", entry)
-        if score <= min((value for _, value in (curves.validation if self.validation else curves.loss)),
+        if self.ranks and score <= min((value for _, value in (curves.validation if self.validation else curves.loss)),
                         default=score):
             self._export(self.folder / "best.safetensors", averaged, step, whole=False)
         if step % settings.checkpoint_every < settings.save_every and step >= settings.checkpoint_every:
@@ -213,17 +216,21 @@ class Training:
         """Write a sheet of samples. Returns {"psnr": dB} of the generated frames against the clips after a VAE round
         trip, or {} if all frames were given."""
         batch = to_device(self.shown, self.processes.device)
-        truth = self.family.encoders.pixels(self.family.truth(batch))
-        made = {name: (self.family.encoders.pixels(latent), given * truth.shape[1] // latent.shape[2]) for
+        truth = self.family.truth(batch)
+        truth = None if truth is None else self.family.encoders.pixels(truth)
+        made = {name: (self.family.encoders.pixels(latent), given, latent.shape[2]) for
                 name, (latent, given) in self.family.sample(net, batch, seed=self.settings.seed).items()}
         rows = []
         for clip, caption in enumerate(self.captions):
-            rows += [(f"{caption} ({name})", frames[clip]) for name, (frames, _) in made.items()]
-            rows.append(("the clip itself", truth[clip]))
+            rows += [(f"{caption} ({name})", frames[clip]) for name, (frames, *_) in made.items()]
+            rows += [] if truth is None else [("the clip itself", truth[clip])]
         self.sheet = draw_sheet(rows)
         (self.folder / "samples").mkdir(exist_ok=True)
         write_whole(self.folder / "samples" / f"step_{step:07}.png", lambda path: self.sheet.save(path, "PNG"))
-        frames, first = list(made.values())[-1]
+        frames, given, latent_frames = list(made.values())[-1]
+        if truth is None:
+            return {}
+        first = given * truth.shape[1] // latent_frames
         if first == truth.shape[1]:
             return {}
         error = (frames[:, first:] - truth[:, first:]).square().mean().item()

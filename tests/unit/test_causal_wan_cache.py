@@ -6,11 +6,19 @@ from block_loop_stub import make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_causal_wan import official_cache
+from stillmotion.nodes.causal_wan.attention import SelfAttention, Step
 from stillmotion.nodes.causal_wan.blocks import BlockLoop
-from stillmotion.nodes.causal_wan.cache import CacheLayout, KVCache, slot_of, write_segments
-from stillmotion.nodes.causal_wan.rope import make_rotation, rotate
+from stillmotion.nodes.causal_wan.cache import CacheLayout, KVCache, slot_of, slots_of
+from stillmotion.nodes.causal_wan.rope import make_rotation
+from stillmotion.nodes.common.fused import rotate, store
 
 TOKENS = 2
+
+
+class Layers:
+    """Layer classes that change nothing."""
+
+    Linear = RMSNorm = torch.nn.Identity
 
 
 class RollingCache:
@@ -67,9 +75,8 @@ def ring_views(plan, cache_class):
     def evaluate(x, t, keys, frame_ids, cache, sink_mode):
         numbers = 1000.0 * (len(views) + 1) + torch.tensor(list(frame_ids))
         new = numbers.repeat_interleave(TOKENS)[None, :, None].expand(1, -1, 2).float()
-        placement = cache.place(frame_ids[0], len(frame_ids), sink_mode)
-        key, value = cache.write(0, new, new, -new, placement, None)
-        assert torch.equal(key, -value)
+        window = cache.open(frame_ids, sink_mode, 1, TOKENS)
+        key = store(window.layers[0].keys_BKC, new, window.slots_F)[:, :window.attended]
         views.append(key[0, ::TOKENS, 0].tolist())
         assert torch.equal(key[0, ::TOKENS], key[0, 1::TOKENS])
         return torch.zeros_like(x)
@@ -103,19 +110,18 @@ def test_the_ring_holds_what_the_rolling_cache_holds(plan, write_once):
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.data())
-def test_segments_write_every_frame_once(data):
+def test_every_frame_has_a_slot_of_its_own(data):
     sink, room = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 9))
     capacity = sink + room
     start, count = data.draw(st.integers(0, 60)), data.draw(st.integers(1, room))
-    segments = write_segments(start, count, capacity, sink, "write")
-    written = {start + source + i: slot + i for source, slot, length in segments for i in range(length)}
-    assert written == {frame: slot_of(frame, capacity, sink) for frame in range(start, start + count)}
-    assert len(segments) <= 3 and set(written.values()) <= set(range(capacity))
+    slots = slots_of(start, count, capacity, sink, "write")
+    assert slots == [slot_of(frame, capacity, sink) for frame in range(start, start + count)]
+    assert len(set(slots)) == count and set(slots) <= set(range(capacity))
 
 
 def test_more_frames_than_fit_are_refused():
     with pytest.raises(ValueError, match="give at most 4"):
-        write_segments(10, 5, capacity=6, sink=2, sink_mode="write")
+        slots_of(10, 5, capacity=6, sink=2, sink_mode="write")
 
 
 @pytest.mark.parametrize("capacity, sink", [(7, 3), (5, 1), (6, 2)])
@@ -129,6 +135,12 @@ def test_a_relative_sink_scores_as_a_window_turned_from_zero(capacity, sink):
     generator = torch.Generator().manual_seed(0)
     raw_BFTC = torch.randn(2, 600, rows * columns, width, generator=generator)
 
+    def attention(query, key, value, *_, **__):
+        seen_by_attention[:] = key, value
+        return query
+
+    seen_by_attention, layer = [], SelfAttention(width, heads, Layers, attention)
+
     def turn(x_BFTC, positions):
         return rotate(x_BFTC.flatten(1, 2), make_rotation(positions, rows, columns, head_dim), heads)
 
@@ -139,11 +151,9 @@ def test_a_relative_sink_scores_as_a_window_turned_from_zero(capacity, sink):
     for start in range(0, 600, block):
         end = start + block
         frames, raw = range(start, end), raw_BFTC[:, start:end]
-        placement = cache.place(start, block, "write")
-        rotation = None
-        if placement.sink_start is not None:
-            rotation = make_rotation(range(placement.sink_start, placement.sink_start + sink), rows, columns, head_dim)
-        keys, values = cache.write(0, raw.flatten(1, 2), turn(raw, frames), raw.flatten(1, 2), placement, rotation)
+        window = cache.open(frames, "write", rows, columns)
+        layer(raw.flatten(1, 2), Step(None, window, None), window.layers[0])
+        keys, values = seen_by_attention
         seen = [*range(min(sink, end)), *range(max(sink, end - (capacity - sink)), end)]
         order = torch.tensor([slot_of(frame, capacity, sink) for frame in seen])
         keys = keys.unflatten(1, (-1, rows * columns))[:, order].flatten(1, 2)

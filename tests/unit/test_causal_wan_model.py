@@ -6,7 +6,8 @@ import pytest
 import torch
 from block_loop_stub import CHANNELS, CLIP, HEIGHT, TEXT, WIDTH, make_network, make_plan, visible_frames
 from stillmotion.nodes.causal_wan.cache import KVCache
-from stillmotion.nodes.causal_wan.rope import axis_pairs, make_rotation, rotate
+from stillmotion.nodes.causal_wan.rope import axis_pairs, make_rotation
+from stillmotion.nodes.common.fused import rotate
 
 
 def random_inputs(frames, batch=1, channels=CHANNELS):
@@ -83,7 +84,7 @@ def test_only_the_distance_between_frames_counts():
 def test_rotation_turns_by_frame_row_and_column():
     assert axis_pairs(128) == (22, 21, 21) and axis_pairs(12) == (2, 2, 2)
     rotation = make_rotation([7], 2, 3, 12)
-    angle = torch.atan2(rotation.sin_LP, rotation.cos_LP)
+    angle = torch.atan2(rotation[..., 1], rotation[..., 0])
     expected = [[0.7168147, 0.07, row, row / 100, column, column / 100] for row in range(2) for column in range(3)]
     assert torch.allclose(angle, torch.tensor(expected), atol=1e-6)  # 7 rad minus one turn, and 7 / 100
     ones = rotate(torch.ones(1, 6, 24), rotation, heads=2)

@@ -119,8 +119,8 @@ class CausalWanTraining(Family):
         name, given = ("from the first frame", 1) if "y" in batch else ("from the text", 0)
         return {name: (self.latent_format.process_out(made), given)}
 
-    def truth(self, batch: Encoded) -> Tensor:
-        return self.latent_format.process_out(batch["z"])
+    def truth(self, batch: Encoded) -> Tensor | None:
+        return self.latent_format.process_out(batch["z"]) if "z" in batch else None
 
     def export(self, path: Path, net: CausalWan, metadata: dict[str, str]) -> None:
         """Native Wan keys in fp16; the header's `config` holds what cannot be inferred from shapes."""
