@@ -17,6 +17,8 @@ import host
 
 host.check_python()
 
+import inprocess  # noqa: E402
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,11 +29,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")
     options = parser.parse_args()
-    host.reexec()
+    inprocess.import_pack(host.reexec())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    import sys
-    sys.path.insert(0, str(host.PACK / "tests"))
-    import conftest  # noqa: F401  makes ComfyUI and the pack importable without a server
     import torch
     torch.set_num_threads(options.threads)
     from stillmotion.nodes.training.recipes import autoencoder, dynamicrafter_96, video_unet_96

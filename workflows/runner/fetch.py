@@ -267,7 +267,7 @@ def receive(remote, content, begin):
 
 def read(answer, url):
     try:
-        return answer.read1(CHUNK)
+        return answer.read(CHUNK)
     except (OSError, http.client.HTTPException) as error:
         raise Broken(f"the connection to {urllib.parse.urlsplit(url).hostname} broke off ({error})") from None
 

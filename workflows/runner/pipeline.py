@@ -48,7 +48,8 @@ def missing_checkpoint(preset, folder):
         "core's CLIP, CLIP Vision and VAE loaders and so does not run with this script)")
     return (f"no DynamiCrafter {preset} checkpoint was found in {folder}. Download model.ckpt (10.4 GB) from Hugging "
             f"Face, repository {REPOSITORY[preset]}{pruned}, and save it as "
-            f"{folder / f'dynamicrafter_{preset}.ckpt'}, or name a file with --checkpoint.")
+            f"{folder / f'dynamicrafter_{preset}.ckpt'} (`run.py fetch dynamicrafter_{preset}` does this), or name "
+            "a file with --checkpoint.")
 
 
 def find_checkpoint(server, preset, name=None, models=None):

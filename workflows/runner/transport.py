@@ -19,7 +19,7 @@ LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
 AWAY = (502, 503, 504)  # a proxy's status while the server behind it is down
-_thread = {}
+_thread, _starting = {}, threading.Lock()
 
 
 class Broken(ServerGone):
@@ -28,9 +28,10 @@ class Broken(ServerGone):
 
 def wait_for(coroutine):
     """The coroutine's result. Anything that ends the wait early, including Ctrl-C, cancels it."""
-    if not _thread:
-        _thread["loop"] = asyncio.new_event_loop()
-        threading.Thread(target=_thread["loop"].run_forever, name="aiohttp", daemon=True).start()
+    with _starting:
+        if not _thread:
+            _thread["loop"] = asyncio.new_event_loop()
+            threading.Thread(target=_thread["loop"].run_forever, name="aiohttp", daemon=True).start()
     future = asyncio.run_coroutine_threadsafe(coroutine, _thread["loop"])
     try:
         while not concurrent.futures.wait([future], 0.2).done:
