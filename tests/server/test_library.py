@@ -8,6 +8,7 @@ import time
 
 import av
 import host
+import launch
 import numpy as np
 import pytest
 import stillmotion
@@ -57,6 +58,27 @@ def test_what_goes_wrong_is_said_and_the_pipeline_goes_on(pipeline, tmp_path):
     pipeline.close()
     with pytest.raises(stillmotion.VideoError, match="the pipeline is closed"):
         pipeline(EXAMPLE, "x")
+
+
+def test_map_makes_the_same_videos_on_several_servers(pipeline, server, tmp_path):
+    with launch.Server(host.find_host(), threads=1) as second:
+        pipeline._servers.append(second.url)  # as server=[..., ...]
+        images = [EXAMPLE, Image.open(EXAMPLE).rotate(90), EXAMPLE]
+        prompts = ["a red circle moves left", "a red circle moves up", "a red circle moves left"]
+        paths = pipeline.map(images, prompts, tmp_path / "out", seed=5, **FEW)
+        assert len(set(paths)) == 2 and paths[0] == paths[2] and paths[0].name.startswith("stillmotion_start_")
+        made = {path: path.read_bytes() for path in paths}
+        assert pipeline.map(images, prompts, tmp_path / "out", seed=5, **FEW) == paths  # nothing is made again
+        assert {path: path.read_bytes() for path in paths} == made
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.batch"]
+    pipeline._servers.pop()
+    assert pipeline.map(images[:1], prompts[0], tmp_path / "alone", seed=5, **FEW)[0].read_bytes() == made[paths[0]]
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        pipeline.map(images[:2], prompts[:1])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(stillmotion.VideoError, match="1 videos failed\nbad_.*is no picture"):
+        pipeline.map([tmp_path / "bad.png", EXAMPLE], "x", tmp_path / "out", retries=0, **FEW)
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
 
 
 def test_a_pipeline_that_cannot_be_made_says_why(server, monkeypatch):
@@ -112,13 +134,14 @@ def alive(pid):
 
 def test_the_examples_of_the_page_run(server, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 4
     for name in ("cat.png", "dog.png"):
         (tmp_path / name).write_bytes(EXAMPLE.read_bytes())
     (tmp_path / "stillmotion").symlink_to(host.PACK)  # beside the scripts, as if installed
     for number, block in enumerate(blocks):
         for real, small in (('"512_512", device="cuda:0"', f'"demo", server="{server.url}"'),
-                            ("num_inference_steps=50", "num_inference_steps=2"), ("steps=25", "steps=2")):
+                            ("num_inference_steps=50", "num_inference_steps=2"),
+                            ("http://gpu1:8188", server.url), (', "http://gpu2:8188"', ""), ("512_512", "demo")):
             block = block.replace(real, small)
         script = tmp_path / f"example{number}.py"
         script.write_text(block)

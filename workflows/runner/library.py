@@ -5,11 +5,15 @@ ComfyUI runs in its own Python and environment (see host.py); this module talks 
 """
 
 import contextlib
+import hashlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import weakref
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,8 +34,9 @@ class DynamiCrafterImg2VideoPipeline:
     resolution: "256_256", "512_512" or "1024_1024", the models made for 256x256, 512x320 and 1024x576 pixels; "demo" is
     the pack's own small model, which knows drawn shapes only. device: "cuda:N", "cpu", or "auto". checkpoint: a file,
     or a name in models/checkpoints; by default the model's file is looked for there. comfyui: folder of a ComfyUI to
-    use in place of the private one. server: the address of a running ComfyUI with this pack; with it device, comfyui
-    and models have no effect. models: one more models folder to search.
+    use instead of the private one. server: the address of a running ComfyUI with this pack, or a list of several: `map`
+    works on all of them, a call on the first; with it device, comfyui and models have no effect. models: one more
+    models folder to search.
 
     Use it as a context manager, or call close(); otherwise the ComfyUI ends with the program. Raises VideoError if
     ComfyUI does not start or the checkpoint is missing, ValueError for an unknown resolution.
@@ -40,21 +45,24 @@ class DynamiCrafterImg2VideoPipeline:
     def __init__(self, resolution="512_512", device="cuda:0", checkpoint=None, comfyui=None, server=None, models=None):
         if resolution not in RESOLUTIONS:
             raise ValueError(f"resolution = {resolution!r} was given; allowed are {', '.join(RESOLUTIONS)}.")
-        if server is None and device.startswith("cuda") and comfyui is None and not host.has_nvidia():
+        servers = [server] if isinstance(server, str) else list(server or ())
+        if not servers and device.startswith("cuda") and comfyui is None and not host.has_nvidia():
             raise VideoError(f"device = {device!r} was given, and this machine has no NVIDIA driver. Use device='cpu', "
                              "which is slow, or server= with the address of a ComfyUI on another machine.")
-        self.resolution, self.preset = resolution, RESOLUTIONS[resolution]
-        own = {} if server else {"device": device, "models": models and str(models)}
-        self._python, self._environment = python_for(server, comfyui)
+        self.resolution, self.preset, self.checkpoint = resolution, RESOLUTIONS[resolution], checkpoint
+        own = {} if servers else {"device": device, "models": models and str(models)}
+        self._python, self._environment = python_for(servers, comfyui)
         self._process = subprocess.Popen(
             [self._python, str(WORK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
             start_new_session=True, env=self._environment)
         self._close = weakref.finalize(self, stop, self._process)
         try:
-            self._ask(resolution=self.preset, checkpoint=checkpoint and str(checkpoint), server=server, **own)
+            answer = self._ask(resolution=self.preset, checkpoint=checkpoint and str(checkpoint),
+                               server=servers[0] if servers else None, **own)
         except BaseException:
             self.close()
             raise
+        self._servers = servers or [answer["url"]]
 
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, return_dict=True, seed=123):
@@ -76,6 +84,61 @@ class DynamiCrafterImg2VideoPipeline:
             frames_THWC = torch.from_numpy(numpy.load(result))
         videos_BCTHW = (frames_THWC.movedim(-1, 0)[None].float() / 255).contiguous()
         return {"videos": videos_BCTHW} if return_dict else (videos_BCTHW,)
+
+    def map(self, images, prompts, output="results/library", negative_prompt="", num_inference_steps=50,
+            guidance_scale=None, eta=1.0, frame_stride=None, num_frames=16, height=None, width=None, seed=123, fps=8,
+            retries=2):
+        """Animate many images on all servers; returns the paths of their MP4 files in `output`, in the order given.
+
+        images: files or PIL images; prompts: as many, or one text for all; the rest as in a call. The jobs are a batch
+        of run.py: the list is on disk, a lost server's jobs go to the others, and the same call again makes only what
+        is not there yet. Raises VideoError with the names of those that failed, when all others are done.
+        """
+        images = list(images)
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images and {len(prompts)} prompts were given: give as many, or one text.")
+        if not images:
+            return []
+        output = Path(output).absolute()
+        flags = {"--negative_prompt": negative_prompt, "--steps": num_inference_steps, "--eta": eta, "--seed": seed,
+                 "--guidance_scale": guidance_scale, "--frame_stride": frame_stride, "--frames": num_frames,
+                 "--height": height, "--width": width, "--fps": fps, "--checkpoint": self.checkpoint}
+        flags = [f"{name}={value}" for name, value in flags.items() if value is not None]
+        with tempfile.TemporaryDirectory(prefix="stillmotion-library-") as private:
+            found = [job_of(image, prompt, [self.preset, *flags], private) for image, prompt in zip(images, prompts)]
+            names = [name for name, _, _ in found]
+            # beside the list, where a batch that was stopped finds them again
+            pictures = output.with_name(f"{output.name}.pictures") / digest("\n".join(names).encode())
+            pictures.mkdir(parents=True, exist_ok=True)
+            for (name, picture, suffix), prompt in zip(found, prompts):
+                (pictures / f"{name}{suffix}").write_bytes(picture)
+                (pictures / f"{name}.txt").write_text(prompt, encoding="utf-8")
+            workers = Path(private, "workers.txt")  # a file: others on this machine can read a command's arguments
+            workers.write_text("\n".join(self._servers))
+            self._batch([self.preset, f"--prompt_dir={pictures}", f"--output={output}", f"--workers={workers}",
+                         f"--retries={retries}", "--json", *flags])
+        shutil.rmtree(pictures)
+        with contextlib.suppress(OSError):  # pictures of a batch that failed stay for `run.py retry`
+            pictures.parent.rmdir()
+        return [output / f"{name}.mp4" for name in names]
+
+    def _batch(self, arguments):
+        """Run run.py; raises VideoError with the failures that it names."""
+        done = subprocess.Popen([self._python, str(host.WORKFLOWS / "run.py"), *arguments], stdout=subprocess.PIPE,
+                                text=True, encoding="utf-8", env=self._environment)
+        try:
+            text, _ = done.communicate()
+        except BaseException:
+            done.terminate()
+            done.wait()
+            raise
+        if done.returncode:
+            found = json.loads(text or "{}")
+            failures = [f"{job['name']}: {job['error']}" for job in found.get("failures", ())]
+            raise VideoError("\n".join([f"{len(failures)} videos failed" if failures else
+                                        found.get("error", "the batch did not end; its last words are above"),
+                                        *failures]))
 
     def _ask(self, **values):
         """Send one request to the child and wait; whatever ends the wait early stops the child and its job."""
@@ -108,9 +171,24 @@ class DynamiCrafterImg2VideoPipeline:
         self.close()
 
 
-def python_for(server, comfyui):
+def job_of(image, prompt, settings, folder):
+    """(name of the video, bytes of the picture, their suffix); the name tells picture, prompt and settings apart."""
+    path = Path(picture_file(image, folder))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise VideoError(f"{path} cannot be read: {error.strerror}.") from None
+    stem = re.sub(r"\W", "_", path.stem[:40])
+    return f"{stem}_{digest(data, prompt.encode(), *(text.encode() for text in settings))}", data, path.suffix
+
+
+def digest(*parts):
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+
+
+def python_for(servers, comfyui):
     """(Python, environment) for the child: ComfyUI's, or the running one if it is to talk to a server only and can."""
-    if server and all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
+    if servers and all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
         return sys.executable, None
     try:
         found = host.find_host(comfyui)
@@ -149,8 +227,7 @@ def save_video(videos, path, fps=8):
     An existing file is replaced, whole or not at all. Raises ValueError for several videos, invalid frames or fps, and
     OSError if the file cannot be written.
     """
-    from ...nodes.common import video
-
+    video = import_module(f"{__package__.removesuffix('workflows.runner')}nodes.common.video")
     if videos.ndim == 5:
         if len(videos) != 1:
             raise ValueError(f"{len(videos)} videos were given for one file. Save each as videos[i:i + 1].")

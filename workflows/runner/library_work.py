@@ -14,18 +14,6 @@ import pipeline
 from progress import Progress
 
 
-def answer(channel, work):
-    """Do the work of one request and answer; returns its result."""
-    result, found = None, {}
-    try:
-        result = work()
-    except (host.HostError, errors.JobError, errors.ServerGone) as error:
-        found = {"error": str(error)}
-    channel.write(json.dumps(found) + "\n")
-    channel.flush()
-    return result
-
-
 def make(pipe, image, prompt, result, **settings):
     progress = Progress()
     try:
@@ -39,13 +27,19 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels the job and stops ComfyUI
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed goes to the terminal
+    pipe = None
     try:
-        pipe = None
         for request in map(json.loads, sys.stdin):
-            if pipe is None:
-                pipe = answer(channel, lambda: pipeline.Pipeline(**request))
-            else:
-                answer(channel, lambda: make(pipe, **request))
+            try:
+                if pipe is None:
+                    pipe = pipeline.Pipeline(**request)
+                else:
+                    make(pipe, **request)
+                answer = {"url": pipe.client.url}
+            except (host.HostError, errors.JobError, errors.ServerGone) as error:
+                answer = {"error": str(error)}
+            channel.write(json.dumps(answer) + "\n")
+            channel.flush()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)
     finally:
