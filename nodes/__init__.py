@@ -15,6 +15,7 @@ from .common.inputs import checked
 NODES = [
     ("dynamicrafter.nodes", "LoadDynamiCrafter"),
     ("dynamicrafter.nodes", "DynamiCrafterImageToVideo"),
+    ("dynamicrafter.nodes_quick", "PictureToVideo"),
     ("ddim.nodes", "DDIMSampler"),
     ("ddim.nodes", "DDIMSamplerSelect"),
     ("ddim.nodes", "SamplingReport"),
@@ -27,11 +28,14 @@ NODES = [
     ("video_unet.nodes", "LoadVideoUNet"),
     ("video_unet.nodes", "VideoUNetConditions"),
     ("training.nodes", "TrainVideoModel"),
+    ("training.self_rollout.nodes", "SelfRollout"),
     ("training.data.nodes", "VideoFolderNode"),
     ("training.data.nodes", "MovingShapesNode"),
     ("training.data.nodes", "LatentShardsNode"),
+    ("training.data.nodes", "PromptList"),
     ("training.data.nodes", "DataSetClip"),
     ("evaluation.nodes", "EvaluateVideo"),
+    ("common.nodes_folder", "ImagePromptFolder"),
     ("common.nodes", "SaveVideo"),
 ]
 

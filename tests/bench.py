@@ -7,6 +7,7 @@
     python tests/bench.py --count --preset 1024 --dtype fp16    kernels, bytes, FLOP of an evaluation, without a GPU
     python tests/bench.py --family training                     a training step, with and without checkpointing
     python tests/bench.py --family host --steps 20              step caches, attention override and fp8 on the demo
+    python tests/bench.py --family training --objective self_rollout --preset 1.3b    what it needs, counted
     python tests/bench.py --case FOLDER                         a reference case of either family (see parity.py)
     python tests/bench.py --family causal_wan --help            all options of a family
 

@@ -8,19 +8,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_self_rollout
+
 # model_channels, levels, blocks per level, latent edge
 PRESETS = {"demo": (48, (1, 2), 1, 8), "document": (128, (1, 2, 4), 2, 8), "256": (128, (1, 2, 4), 2, 32)}
 CHANNELS, CONTEXT, WARM = 4, 32, 1
 
 
 def add_arguments(parser):
-    parser.add_argument("--preset", choices=PRESETS, default="demo", help="size of the network and its latents")
+    parser.add_argument("--objective", choices=["denoising", "self_rollout"], default="denoising",
+                        help="self_rollout: what causal Wan on its own videos needs, counted")
+    presets = {"denoising": PRESETS, "self_rollout": bench_self_rollout.PRESETS}[
+        parser.parse_known_args()[0].objective]
+    parser.add_argument("--preset", choices=presets, default="demo", help="size of the network and its latents")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=16)
 
 
 def measure(options, folder):
     """Figures of both variants; the losses of the same steps must agree."""
+    if options.objective == "self_rollout":
+        return bench_self_rollout.measure(options, folder)
     figures = {"preset": options.preset, "batch": options.batch, "frames": options.frames}
     for name, checkpointed in (("plain", False), ("checkpointed", True)):
         job = {"preset": options.preset, "batch": options.batch, "frames": options.frames, "runs": options.runs,

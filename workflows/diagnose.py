@@ -134,10 +134,10 @@ def main():
         job = fill(pipe, options)
         outputs = pipe.client.run(job)
         found, *_ = client.results(outputs, graph.find_node(job, DIAGNOSE), "diagnosis")
+        words = found.pop("text")
         if options.json:
             print(json.dumps(found, indent=1))
         else:
-            words, *_ = client.results(outputs, graph.find_node(job, "PreviewAny"), "text")
             plot, *_ = client.results(outputs, graph.find_node(job, "PreviewImage"))
             print(errors.plain(words))
             print(f"\nsaved {commands.save(pipe, plot, options.output, options.overwrite).resolve()}")

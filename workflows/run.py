@@ -11,7 +11,7 @@ there already stays, and the new one gets a number, unless --overwrite is given.
 """
 
 import argparse
-import re
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -22,24 +22,38 @@ import host
 
 host.check_python()
 
+import batch  # noqa: E402
 import commands  # noqa: E402
-import errors  # noqa: E402
 from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
-LONGEST_NAME = 60  # characters of the image's name used in the video's; file systems allow 255 bytes
+# `run.py NAME ...` calls main(arguments after the name), or the function named after a colon, of a module in runner/.
+SUBCOMMANDS = {  # name: (module, what it does)
+    "batch": ("batch", "run an API graph over a table or a folder of pictures"),
+    "status": ("batch:status", "how far a batch is"),
+    "resume": ("batch:resume", "go on with a batch"),
+    "retry": ("batch:retry", "try the failed jobs of a batch again"),
+    "live": ("live", "make a video block by block, and change its prompt meanwhile"),
+    "fetch": ("fetch", "download a known model"),
+    "list": ("models:list_models", "which models are there, where, and what they are"),
+    "convert": ("models:convert", "a checkpoint as a pruned .safetensors file"),
+}
 DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets 256, 512, 1024
 
 
 def parse(arguments):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=subcommands())
     p.add_argument("preset", nargs="?", default="demo", choices=list(commands.PRESETS), help="default: demo")
     p.add_argument("seed_and_device", nargs="*", metavar="[SEED] [DEVICE]", help="short for --seed and --device")
     p.add_argument("--image", "--image_path", type=Path, help="the still image (default: an example)")
     p.add_argument("--prompt", "--prompt_text", help="what happens in the video")
     p.add_argument("--negative_prompt", help="what to keep out of the video")
-    p.add_argument("--prompt_dir", type=Path, help="animate every image in this folder that has a same-named .txt")
+    p.add_argument("--prompt_dir", type=Path,
+                   help="animate every image in this folder that has a same-named .txt, or a line in prompts.txt")
+    p.add_argument("--filter", default="", metavar="PATTERN", help="of --prompt_dir only the images so named (cat*)")
+    p.add_argument("--limit", type=int, help="of --prompt_dir only the first images, in natural order")
     p.add_argument("--seed", type=int, help="default: 123")
     p.add_argument("--steps", "--num_inference_steps", type=int, help="sampling steps, 1 to 1000 (default: 50)")
     p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: 7.5, demo: 1.5)")
@@ -52,7 +66,7 @@ def parse(arguments):
     p.add_argument("--batch_size", type=int, default=1, help="videos for each image, from different noise (default: 1)")
     p.add_argument("--checkpoint", help="a checkpoint file, or a name in ComfyUI's models/checkpoints")
     p.add_argument("--output", "--output_dir", type=Path, help="folder for the videos (default: results)")
-    commands.add_server_flags(p)
+    batch.add_flags(p)
     options = p.parse_intermixed_args(arguments)
     for value in options.seed_and_device[:2]:
         name = "device" if value.startswith(("cuda", "cpu", "auto")) or options.seed is not None else "seed"
@@ -68,78 +82,97 @@ def parse(arguments):
     return options
 
 
+def subcommands():
+    rows = [f"  run.py {name:10} {what}" for name, (_, what) in SUBCOMMANDS.items()]
+    return "\n".join(["other commands (each has its own --help):", *rows]) if rows else None
+
+
 def check(options):
     """What is wrong with the options, or None. Checked before anything is set up or started."""
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
+    if not options.prompt_dir and (options.filter or options.limit):
+        return "--filter and --limit choose among the images of --prompt_dir"
     if options.prompt_dir and not options.prompt_dir.is_dir():
         return f"--prompt_dir: there is no folder {options.prompt_dir}"
     if options.image and not options.image.is_file():
         return f"--image: there is no file {options.image}"
     if options.image and options.prompt is None:
         return "--image needs a --prompt that says what happens"
-    return commands.check(options, ("steps", "frames", "batch_size", "fps", "width", "height"))
+    alone = [name for name in batch.FLAGS if batch.given(getattr(options, name))]
+    if alone and not options.prompt_dir:
+        return f"--{alone[0]} belongs to a batch: give --prompt_dir, or use `run.py batch`"
+    positive = ("steps", "frames", "batch_size", "fps", "width", "height", "limit")
+    return batch.problem(options) or commands.check(options, positive)
 
 
 def jobs(options):
     """[(image, prompt, path of the video without extension)]; reports other files in a folder. Raises HostError."""
+    pictures = common("pictures")
     if not options.prompt_dir:
         image = options.image or EXAMPLE
-        folder = options.output or Path("results")
-        return [(image, options.prompt, folder / f"{short(image)}_{options.preset}_seed{options.seed}")]
+        name = f"{pictures.short_name(image)}_{options.preset}_seed{options.seed}"
+        return [(image, options.prompt, (options.output or Path("results")) / name)]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
-    pictures = common("pictures")
     try:
-        found, left_out = pictures.picture_prompts(options.prompt_dir)
-    except OSError as error:
+        found, left_out = pictures.picture_prompts(options.prompt_dir, options.filter)
+    except (OSError, ValueError) as error:
         raise host.HostError(f"--prompt_dir cannot be read: {error}") from None
     if left_out:
         print(f"{options.prompt_dir}: {pictures.summary(left_out)}", file=sys.stderr, flush=True)
     if not found:
-        raise host.HostError(f"--prompt_dir: no image with a same-named .txt lies in {options.prompt_dir}. Images end "
-                             f"in {', '.join(pictures.PICTURES)}")
-    return [(image, prompt, folder / short(image)) for image, prompt in found]
+        which = f" that fits --filter {options.filter}" if options.filter else ""
+        raise host.HostError(f"--prompt_dir: no image with a same-named .txt or a line in prompts.txt{which} lies in "
+                             f"{options.prompt_dir}. Images end in {', '.join(pictures.PICTURES)}")
+    return [(image, prompt, folder / pictures.short_name(image)) for image, prompt in found[:options.limit]]
 
 
-def short(image):
-    return re.sub(r"[\x00-\x1f\x7f]", "_", image.stem[:LONGEST_NAME])
-
-
-def animate(pipe, options, todo):
-    """Make all videos; a failed image does not stop the others. Returns the number of failures."""
-    settings = dict(negative_prompt=options.negative_prompt, seed=options.seed, steps=options.steps,
-                    guidance_scale=options.guidance_scale, eta=options.eta, frames=options.frames, fps=options.fps,
-                    frame_stride=options.frame_stride, width=options.width, height=options.height)
+def settings_of(options):
+    """The options that make up the video, for Pipeline.run; None leaves a value to the preset or the graph."""
+    names = ("negative_prompt", "seed", "steps", "guidance_scale", "eta", "frames", "fps", "frame_stride", "width",
+             "height", "batch_size")
+    settings = {name: getattr(options, name) for name in names}
     if options.preset != "demo":
-        settings.update({k: v for k, v in DEFAULTS.items() if settings[k] is None})
-    failed = 0
-    for image, prompt, target in todo:
-        print(image, "" if prompt is None else repr(prompt), flush=True)
-        progress = Progress()
-        try:
-            videos = pipe.run(image, prompt, batch_size=options.batch_size, progress=progress, **settings)
-            for i, (entry, *_) in enumerate(videos):
-                path = Path(f"{target}_{i}.mp4" if len(videos) > 1 else f"{target}.mp4")
-                print(f"saved {commands.save(pipe, entry, path, options.overwrite).resolve()}", flush=True)
-        except (errors.JobError, errors.StrangeServer) as error:
-            failed += 1
-            print(f"error: {image.name}: {error}", file=sys.stderr, flush=True)
-        finally:
-            progress.close()
-    return failed
+        settings.update({name: value for name, value in DEFAULTS.items() if settings[name] is None})
+    return settings
+
+
+def animate(pipe, options, image, prompt, target):
+    """Make the video or videos of one picture and save them."""
+    print(image, "" if prompt is None else repr(prompt), flush=True)
+    progress = Progress()
+    try:
+        videos = pipe.run(image, prompt, progress=progress, **settings_of(options))
+    finally:
+        progress.close()
+    for i, (entry, *_) in enumerate(videos):
+        path = Path(f"{target}_{i}.mp4" if len(videos) > 1 else f"{target}.mp4")
+        print(f"saved {commands.save(pipe, entry, path, options.overwrite).resolve()}", flush=True)
+
+
+def animate_folder(options, todo):
+    """Make the videos of a folder as a batch; returns the exit code."""
+    template, rows = batch.presets_jobs(options.preset, options.checkpoint, settings_of(options), todo)
+    return batch.submit(options, todo[0][2].parent, template, rows)
 
 
 def main():
-    options = parse(sys.argv[1:])
-    commands.start(options)
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in SUBCOMMANDS:
+        module, _, function = SUBCOMMANDS[arguments[0]][0].partition(":")
+        return getattr(importlib.import_module(module), function or "main")(arguments[1:])
+    options = parse(arguments)
+    batch.start(options)
     begin = time.monotonic()
     with commands.ending():
         todo = jobs(options)
+        if options.prompt_dir:
+            return animate_folder(options, todo)
         commands.make_folder(todo[0][2].parent)
         with commands.open_pipeline(options, options.preset) as pipe:
             print(f"ComfyUI is ready after {time.monotonic() - begin:.1f} s at {pipe.client.url}", flush=True)
-            commands.tell(animate(pipe, options, todo), len(todo), "videos")
+            animate(pipe, options, *todo[0])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

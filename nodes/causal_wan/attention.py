@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.fused import add, add_norm, by_frame, norm_rotate, store
+from ..common.fused import add, add_norm, by_frame, norm_rotate, rotate, store
 from .cache import LayerCache, Window
 
 EPS = 1e-6
@@ -60,6 +60,9 @@ class SelfAttention(Attention):
         key, value = self.k(x_BLC), self.v(x_BLC)
         if cache is None:
             key = norm_rotate(key, self.norm_k, window.rotation_LP2, heads)
+        elif not isinstance(cache, LayerCache):  # of a training, where backward still needs what was there before
+            key = self.norm_k(key)
+            key, value = cache.extend(key, rotate(key, window.rotation_LP2, heads), value, window)
         else:
             if window.sink_frames_S is not None:
                 frames = by_frame(self.norm_k(key), len(window.slots_F))[:, window.sink_frames_S]

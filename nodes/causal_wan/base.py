@@ -87,7 +87,7 @@ class CausalWanModel(comfy.model_base.BaseModel):
             tower = kwargs.get("clip_vision_output")
             if tower is None:
                 raise ValueError("This image-to-video model needs image tokens (clip_fea), but the conditioning has "
-                                 "none. Connect CLIP Vision Encode to clip_vision_output of Causal Wan Image "
+                                 "none. Connect clip_vision (or clip_vision_output) of Causal Wan Image "
                                  "to Video, and pass positive and negative through it.")
             tokens_BNC = tower.penultimate_hidden_states
             check_width("vision tower", tokens_BNC, self.wan_params.clip_dim, TOWERS.format("CLIP_VISION"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, repeat, takewhile
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +57,18 @@ class Plan:
     switches: tuple[int, ...]           # latent frames from which prompts 1, 2, ... apply
     global_sink: bool                   # the sink keeps the old prompt's keys at a switch
     cfg: float                          # guidance scale; 1: a single branch
+    further: int = 0                    # latent frames of each block after `blocks`, without end; 0: none follow
 
     def __post_init__(self):
-        longest = max(self.blocks)
+        longest = max(*self.blocks, self.further)
         if self.sink < 0:
             raise ValueError(f"sink is {self.sink}: give 0 or more latent frames.")
         if self.window != -1 and self.window < self.sink + longest:
             raise ValueError(f"The window of {self.window} latent frames is smaller than the sink and a block, "
                              f"{self.sink} + {longest}: give at least {self.sink + longest}, or -1 for no window.")
+        if self.further and self.window == -1:
+            raise ValueError("A video until stopped needs a window, or its cache would grow without end: give as many "
+                             f"latent frames as the model was trained with, at least {self.sink + longest}.")
         if any(a >= b for a, b in zip((0, *self.switches), (*self.switches, self.frames))):
             raise ValueError(f"The prompts change at latent frames {list(self.switches)}: give rising frames from 1 to "
                              f"{self.frames - 1}, the last one of this video.")
@@ -70,8 +76,17 @@ class Plan:
             raise ValueError(f"context_noise is {self.context_noise}: it is a timestep from 0 (clean) to 1000.")
 
     @property
-    def frames(self) -> int:
-        return sum(self.blocks)
+    def frames(self) -> int | float:
+        """Latent frames of the video; infinite until it is stopped."""
+        return inf if self.further else sum(self.blocks)
+
+    def lengths(self) -> Iterator[int]:
+        """Latent frames of each block in turn."""
+        return chain(self.blocks, repeat(self.further) if self.further else ())
+
+    def edges(self, frames: int | float) -> list[int]:
+        """The first latent frame of each block, and the end of the last, as far as frame `frames`."""
+        return list(takewhile(lambda edge: edge <= frames, accumulate(self.lengths(), initial=0)))
 
     @property
     def capacity(self) -> int:
@@ -92,11 +107,12 @@ class Plan:
 
     def leading_blocks(self, frames: int) -> int:
         """Number of blocks that the first `frames` latent frames fill."""
-        edges = [sum(self.blocks[:count]) for count in range(len(self.blocks) + 1)]
-        if frames not in edges:
-            raise ValueError(f"{frames} given latent frames end inside a block: this video's blocks are "
-                             f"{list(self.blocks)}. Give {', '.join(map(str, edges[1:-1]))} frames.")
-        return edges.index(frames)
+        edges = self.edges(frames)
+        if edges[-1] != frames:
+            edges = self.edges(min(self.frames - 1, edges[-1] + 3 * max(*self.blocks, self.further)))
+            raise ValueError(f"{frames} given latent frames end inside a block. Give {', '.join(map(str, edges[1:]))} "
+                             "frames.")
+        return len(edges) - 1
 
 
 def guided_x0(x: Tensor, sigma: float, flows: Sequence[Tensor], cfg: float) -> Tensor:
@@ -131,6 +147,8 @@ class BlockLoop:
     `noise(start, count, step)` returns a block's initial noise at step 0 and the noise added before each later step.
     `on_step(block, step, x0)` is called after every denoising step and may raise to end the run.
     `guide(x, sigma, flows, prompts)` returns the x0 of a noisy block from its flow in each branch.
+    `change(block, start)` is called before each block is made. It returns a prompt that begins there in place of a
+    planned one, in the form of `project`, or None.
     """
 
     plan: Plan
@@ -141,11 +159,12 @@ class BlockLoop:
     y_BYFHW: Tensor | None                    # mask and image latent of all frames, I2V models only
     on_step: Callable[[int, int, Tensor], None]
     guide: Callable[[Tensor, float, Sequence[Tensor], Sequence[Any]], Tensor] | None = None  # None: plain CFG
+    change: Callable[[int, int], Sequence[Any] | None] | None = None
 
     def __post_init__(self):
         if len(self.caches) != self.plan.branches:
             raise ValueError(f"{len(self.caches)} caches for {self.plan.branches} guidance branches: give one each.")
-        if self.y_BYFHW is not None and self.y_BYFHW.shape[2] != self.plan.frames:
+        if self.y_BYFHW is not None and not self.plan.further and self.y_BYFHW.shape[2] != self.plan.frames:
             raise ValueError(f"The image condition y has {self.y_BYFHW.shape[2]} latent frames, the video "
                              f"{self.plan.frames}: make both of one length.")
 
@@ -154,7 +173,9 @@ class BlockLoop:
         """Flow of the frames from `start` on in each branch; fills the caches."""
         frame_ids = range(start, start + x_BCFHW.shape[2])
         if self.y_BYFHW is not None:
-            x_BCFHW = torch.cat((x_BCFHW, self.y_BYFHW[:, :, start:frame_ids.stop].to(x_BCFHW)), dim=1)
+            last = self.y_BYFHW.shape[2] - 1  # a video until stopped goes on with the condition of the last frame
+            y_BYFHW = self.y_BYFHW[:, :, [min(frame, last) for frame in frame_ids]]
+            x_BCFHW = torch.cat((x_BCFHW, y_BYFHW.to(x_BCFHW)), dim=1)
         return [self.evaluate(x_BCFHW, t_BF, prompt, frame_ids, cache, sink_mode)
                 for prompt, cache in zip(prompts, self.caches, strict=True)]
 
@@ -163,24 +184,30 @@ class BlockLoop:
         t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], x_BCFHW.shape[2]), timestep, dtype=torch.float32)
         self.flows(prompts, x_BCFHW, t_BF, start, sink_mode)
 
-    def denoise(self, prompts: Sequence[Any], index: int, start: int, steps: tuple[FlowStep, ...],
+    def predict(self, prompts: Sequence[Any], x_BCFHW: Tensor, step: FlowStep, start: int,
                 held_BCKHW: Tensor | None) -> Tensor:
-        """Denoise one block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
-        count = self.plan.blocks[index]
+        """x0 of a noisy block; frames of `held_BCKHW` (at the start of the video) stay as given, at timestep 0."""
+        count = x_BCFHW.shape[2]
         held = 0 if held_BCKHW is None else max(0, min(count, held_BCKHW.shape[2] - start))
+        t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], count), step.timestep, dtype=torch.float32)
+        if held:
+            t_BF[:, :held] = 0
+            x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
+        flows = self.flows(prompts, x_BCFHW, t_BF, start, "write")
+        if self.guide is None:
+            x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
+        else:
+            x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows, prompts)
+        if held:
+            x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
+        return x0_BCFHW
+
+    def denoise(self, prompts: Sequence[Any], index: int, start: int, count: int, steps: tuple[FlowStep, ...],
+                held_BCKHW: Tensor | None) -> Tensor:
+        """Denoise one block from fresh noise."""
         x_BCFHW = self.noise(start, count, 0)
         for number, step in enumerate(steps):
-            t_BF = x_BCFHW.new_full((x_BCFHW.shape[0], count), step.timestep, dtype=torch.float32)
-            if held:
-                t_BF[:, :held] = 0
-                x_BCFHW = torch.cat((held_BCKHW[:, :, start:start + held], x_BCFHW[:, :, held:]), dim=2)
-            flows = self.flows(prompts, x_BCFHW, t_BF, start, "write")
-            if self.guide is None:
-                x0_BCFHW = guided_x0(x_BCFHW, step.sigma, flows, self.plan.cfg)
-            else:
-                x0_BCFHW = self.guide(x_BCFHW, step.sigma, flows, prompts)
-            if held:
-                x0_BCFHW[:, :, :held] = held_BCKHW[:, :, start:start + held]
+            x0_BCFHW = self.predict(prompts, x_BCFHW, step, start, held_BCKHW)
             self.on_step(index, number, x0_BCFHW)
             if number + 1 < len(steps):
                 x_BCFHW = renoise(x0_BCFHW, self.noise(start, count, number + 1), steps[number + 1].sigma)
@@ -211,21 +238,26 @@ class BlockLoop:
         number, start = 0, 0
         prompts = self.project(number)
         recent: list[Tensor] = []  # finished blocks whose frames the next prompt switch needs
-        for index, count in enumerate(plan.blocks):
-            reached = sum(start >= frame for frame in plan.switches)
-            if reached > number and index >= given:
-                number, prompts = reached, self.project(reached)
-                self.switch_prompt(prompts, start, torch.cat(recent, dim=2))
+        for index, count in enumerate(plan.lengths()):
+            if index >= given:
+                reached = sum(start >= frame for frame in plan.switches)
+                changed = self.change(index, start) if self.change else None
+                if changed is None and reached > number:
+                    changed = self.project(reached)
+                number, prompts = reached, changed or prompts
+                if changed and start:
+                    self.switch_prompt(prompts, start, torch.cat(recent, dim=2))
             if index < given:
                 latent = context_BCPHW[:, :, start:start + count]
             else:
                 latent = None if recall is None else recall(index)
                 if latent is None:
                     steps = plan.first_steps if index == given else plan.steps
-                    latent = self.denoise(prompts, index, start, steps, held_BCKHW)
+                    latent = self.denoise(prompts, index, start, count, steps, held_BCKHW)
                 yield Block(index, start, latent)
-            if index + 1 < len(plan.blocks):
+            if start + count < plan.frames:
                 timestep = 0 if index < given else plan.context_noise
                 self.absorb(prompts, latent, timestep, start, "write")
-            recent = last_blocks([*recent, latent], plan.capacity) if number < len(plan.switches) else []
+            more = self.change is not None or number < len(plan.switches)
+            recent = last_blocks([*recent, latent], plan.capacity) if more else []
             start += count

@@ -46,17 +46,21 @@ class Header(NamedTuple):
     causal: bool
 
 
-def load(checkpoint, weights="auto", weight_dtype="auto"):
+def load(checkpoint, weights="auto", weight_dtype="auto", causal=True):
     """Turn a `files.Checkpoint` into ComfyUI's MODEL; `checkpoint.tensors` is emptied.
 
     `weights` chooses between the trained and the averaged weights of an original .pt file, `weight_dtype` is one of
-    `WEIGHT_DTYPES`. Raises ValueError for another model family or variant, for a key that is missing, unknown or of
-    the wrong shape, and for unknown options.
+    `WEIGHT_DTYPES`. `causal` False: a bidirectional model is wanted. Raises ValueError for another model family or
+    variant, for a key that is missing, unknown or of the wrong shape, and for unknown options.
     """
     check_weight_dtype(weight_dtype)
     path = checkpoint.path
     header = read_header(checkpoint.metadata, path)
-    _say_if_not_causal(checkpoint, header)
+    if causal:
+        _say_if_not_causal(checkpoint, header)
+    elif header.causal:
+        raise ValueError(f"{path} is causal, by its header: it sees the frames before a block, not the whole video. "
+                         "Give a bidirectional Wan.")
     tensors = pick(checkpoint, weights)
     check_family(path, tensors)
     quantized = take_quantized(tensors, checkpoint.metadata, native_key, path)

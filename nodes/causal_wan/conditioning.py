@@ -15,6 +15,7 @@ from ..common.images import check_finite, check_size, fit_image
 
 PREFIX, CHUNK, CLAMP, CONCAT = "prefix frame", "still chunk", "in-block clamp", "concat"
 MECHANISMS = ("auto", PREFIX, CHUNK, CLAMP, CONCAT)
+WAN_SIZE = (832, 480)  # width and height that the published causal models were trained with
 START_KEY = "stillmotion_start"  # entry of a LATENT: its given frames
 
 

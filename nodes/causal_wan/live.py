@@ -4,6 +4,9 @@ Layouts: C channels, F latent frames, T video frames, H, W height and width. Vid
 """
 from __future__ import annotations
 
+from io import BytesIO
+from math import ceil, sqrt
+
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from ..common.video import frames_uint8
 
+SHEET_QUALITY = 90
 FRAME_MS = 80  # of the animated preview; the actual rate is set when the video is saved
 
 
@@ -118,6 +122,27 @@ class BlockPreview:
         self.bar.update_absolute(self.bar.current, preview=("PNG", picture, None))
 
 
+def small_frames(frames_THWC: Tensor, size: int) -> list[Image.Image]:
+    """The frames as pictures with no side longer than `size`."""
+    pictures = [Image.fromarray(frame) for frame in frames_uint8(frames_THWC)]
+    for picture in pictures:
+        picture.thumbnail((size, size))
+    return pictures
+
+
+def frame_sheet(frames_THWC: Tensor) -> tuple[bytes, dict]:
+    """(all frames in one JPEG, row by row, and its layout: frame width, frame height, columns)."""
+    pictures = small_frames(frames_THWC, args.preview_size)
+    width, height = pictures[0].size
+    columns = ceil(sqrt(len(pictures)))
+    sheet = Image.new("RGB", (columns * width, ceil(len(pictures) / columns) * height))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    buffer = BytesIO()
+    sheet.save(buffer, "JPEG", quality=SHEET_QUALITY, subsampling=0)
+    return buffer.getvalue(), {"width": width, "height": height, "columns": columns}
+
+
 class MovingPicture:
     """Takes the place of the single image in core's previews; saves all frames, with no side longer than `size`.
 
@@ -125,9 +150,7 @@ class MovingPicture:
     """
 
     def __init__(self, frames_THWC: Tensor, size: int):
-        self.frames = [Image.fromarray(frame) for frame in frames_uint8(frames_THWC)]
-        for frame in self.frames:
-            frame.thumbnail((size, size))
+        self.frames = small_frames(frames_THWC, size)
 
     def save(self, file, format: str, **options) -> None:
         """Like `Image.save`; writes an animated PNG, which browsers play."""

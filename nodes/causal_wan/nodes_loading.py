@@ -4,21 +4,25 @@ from hashlib import sha256
 
 import folder_paths
 import node_helpers
+import torch
 from comfy_api.latest import io
 
 from ..common.core_model import WEIGHT_DTYPES
 from ..common.demo import CAUSAL_WAN
 from ..common.files import read_checkpoint
+from ..common.images import own_size, trained_size
 from ..common.nodes import find_model
 from ..common.schema import schema
 from . import checkpoint as loader
 from .base import wan_params
-from .conditioning import MECHANISMS, image_conditions
+from .conditioning import MECHANISMS, WAN_SIZE, image_conditions
 from .lora import add_lora
 from .nodes_sampling import Timeline
+from .steering import encode_prompt
 from .timeline import PromptTimeline, parse_timeline
 
 FOLDERS = ("diffusion_models", "checkpoints")
+GREY = (1, 64, 64, 3)  # the picture of an image-to-video model that is given none
 
 
 class LoadCausalWan(io.ComfyNode):
@@ -92,8 +96,10 @@ class CausalWanImageToVideo(io.ComfyNode):
                                tooltip="The start image, or the last frames of a clip in order: with Wan's VAE 1, 5, "
                                        "9, ... frames. Scaled and cropped, never stretched. Not connected: text to "
                                        "video."),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("width", default=0, min=0, max=4096, step=16,
+                             tooltip="Pixels, a multiple of 16. 0: as in training, 832 with Wan's VAE."),
+                io.Int.Input("height", default=0, min=0, max=4096, step=16,
+                             tooltip="Pixels, a multiple of 16. 0: as in training, 480 with Wan's VAE."),
                 io.Int.Input("length", default=73, min=2, max=100000,
                              tooltip="Video frames, including the given ones. Wan's VAE makes 4 of each latent frame "
                                      "after the first. With blocks of 3: 73, 85, 97, ... For a number that does not "
@@ -118,6 +124,10 @@ class CausalWanImageToVideo(io.ComfyNode):
                                                   "it for text-to-video models."),
                 io.Model.Input("model", optional=True,
                                tooltip="The model to sample with: auto then chooses the mechanism for it."),
+                io.ClipVision.Input("clip_vision", optional=True,
+                                    tooltip="The vision tower of an image-to-video model, in place of "
+                                            "clip_vision_output: encodes the first image, or plain grey without "
+                                            "one. Do not connect it for text-to-video models."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
@@ -128,8 +138,11 @@ class CausalWanImageToVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, vae, width, height, length, block, mechanism, short_last_block, batch_size,
-                image=None, clip_vision_output=None, model=None):
+                image=None, clip_vision_output=None, model=None, clip_vision=None):
+        if clip_vision is not None and clip_vision_output is None:
+            clip_vision_output = clip_vision.encode_image(torch.full(GREY, 128 / 255) if image is None else image[:1])
         i2v = clip_vision_output is not None if model is None else wan_params(model).i2v
+        width, height = own_size(width, height, trained_size(vae) or WAN_SIZE)
         entries, latent = image_conditions(vae, image, width, height, length, block, mechanism, i2v, short_last_block,
                                            batch_size)
         if clip_vision_output is not None:
@@ -163,7 +176,7 @@ class PromptTimelineNode(io.ComfyNode):
         entries = parse_timeline(prompts)
         return io.NodeOutput(PromptTimeline(
             tuple(start for start, _ in entries),
-            tuple(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for _, prompt in entries)))
+            tuple(encode_prompt(clip, prompt) for _, prompt in entries)))
 
 
 def _names(folders):

@@ -4,6 +4,7 @@ import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import latent_preview
 from comfy_api.latest import InputImpl, io, ui
@@ -14,9 +15,10 @@ from ..common.saving import holding, new_file, saving
 from ..common.schema import schema
 from ..common.values import check_path
 from ..common.video import MAX_FPS, check_mp4, frames_uint8, open_mp4
-from .live import BlockPreview, LiveDecoder
+from .live import LiveDecoder
+from .nodes_live import live, used_prompts
 from .resume import BlockFolder
-from .run import BlockSettings, prepare
+from .run import UNTIL_STOPPED, BlockSettings, prepare
 
 Timeline = io.Custom("STILLMOTION_PROMPT_TIMELINE")
 LESS_MEMORY = "Use a smaller window, size or block, or cfg 1 (half the cache)."
@@ -67,6 +69,23 @@ def _inputs():
     ]
 
 
+def _clip_input():
+    return io.Clip.Input("clip", optional=True,
+                         tooltip="The text encoder of the prompts. With it you can change the prompt while the video "
+                                 "is made: a panel appears in this node. It stays in memory beside the model.")
+
+
+def _summary_output():
+    return io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache, and the "
+                                                            "prompts that were sent while it ran.")
+
+
+def _timeline_output():
+    return Timeline.Output(display_name="timeline",
+                           tooltip="The prompts that were really used: those of the timeline and those that were sent "
+                                   "while it ran. Give it to a second run to make the same video again.")
+
+
 def _resume_input():
     return io.String.Input("resume_folder", default="", optional=True,
                            tooltip="A folder in ComfyUI's output folder. Each finished block is stored there, and an "
@@ -93,23 +112,31 @@ class BlockAutoregressiveSampler(io.ComfyNode):
                              tooltip="Decodes each finished block and shows it here. Wan 2.1's VAE, its tiny one "
                                      "(lighttaew2_1: far faster) or the demo's."),
                 _resume_input(),
+                _clip_input(),
+                io.Float.Input("fps", default=16.0, min=0.1, max=MAX_FPS, step=0.1, optional=True,
+                               tooltip="Frames that the player in this node shows a second. The saved file has its "
+                                       "own. Wan 2.1 was trained on 16."),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The whole video, for VAE Decode."),
-                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
+                _summary_output(),
+                _timeline_output(),
             ],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed, timeline=None, vae=None, resume_folder="", **widgets):
-        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae)
-        if vae is None:
-            callback, show = latent_preview.prepare_callback(model, run.steps), None
-        else:
-            preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
-            callback, show = preview.on_step, lambda part_CFHW: preview.show(decoder.decode(part_CFHW))
-        with memory_advice(f"with {run.summary}", LESS_MEMORY), _resume_folder(resume_folder, run) as folder:
-            return io.NodeOutput(run.sample(callback, folder, show), run.summary)
+    def execute(cls, model, positive, negative, latent, seed, timeline=None, vae=None, resume_folder="", clip=None,
+                fps=16.0, **widgets):
+        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae, clip=clip)
+        with (memory_advice(f"with {run.summary}", LESS_MEMORY), _resume_folder(resume_folder, run) as folder,
+              live(run, fps, folder) as shown):
+            if vae is None:
+                callback, show = latent_preview.prepare_callback(model, run.steps), None
+            else:
+                decoder = LiveDecoder(vae)
+                callback, show = shown.preview.on_step, lambda part_CFHW: shown.show(decoder.decode(part_CFHW))
+            found = run.sample(callback, folder, show, shown.steering)
+        return io.NodeOutput(found, run.summary + used_prompts(shown.steering), shown.steering.timeline(positive))
 
 
 class BlockAutoregressiveToFile(io.ComfyNode):
@@ -127,10 +154,11 @@ class BlockAutoregressiveToFile(io.ComfyNode):
                 *_inputs(),
                 io.Vae.Input("vae", tooltip="Decodes each finished block: Wan 2.1's VAE, its tiny one "
                                             "(lighttaew2_1: far faster, a little softer) or the demo's."),
-                io.Int.Input("length", default=0, min=0, max=10000000,
+                io.Int.Input("length", default=0, min=UNTIL_STOPPED, max=10000000,
                              tooltip="Total video frames, including the given ones; with Wan's VAE 1 + 4 n. 0: as long "
                                      "as the latent. For text-to-video models a short latent is enough, which sets "
-                                     "size and start."),
+                                     "size and start. -1: until you press Stop in this node's panel, or cancel the "
+                                     "run; the video so far is kept."),
                 io.String.Input("filename_prefix", default="video/Stillmotion",
                                 tooltip="Folder and name inside ComfyUI's output folder; a number is added. "
                                         "%year%, %month%, %day%, %hour%, %minute%, %second%, %width%, %height% are "
@@ -142,10 +170,12 @@ class BlockAutoregressiveToFile(io.ComfyNode):
                 Timeline.Input("timeline", optional=True, tooltip="Prompts that follow one another, from Prompt "
                                                                   "Timeline."),
                 _resume_input(),
+                _clip_input(),
             ],
             outputs=[
                 io.Video.Output(display_name="video", tooltip="The saved file."),
-                io.String.Output(display_name="summary", tooltip="Frames, blocks, steps and the size of the cache."),
+                _summary_output(),
+                _timeline_output(),
             ],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -153,28 +183,41 @@ class BlockAutoregressiveToFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, vae, length, filename_prefix, fps, crf, timeline=None,
-                resume_folder="", **widgets):
-        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae, length)
+                resume_folder="", clip=None, **widgets):
+        run = prepare(model, positive, negative, latent, timeline, seed, _settings(**widgets), vae, length, clip)
         batch, _, _, height, width = latent["samples"].shape
         if batch > 1:
             raise ValueError(f"The latent is a batch of {batch} videos, but a file holds one. Set batch_size to 1 in "
                              "the node that makes the latent.")
+        if length == UNTIL_STOPPED and resume_folder.strip():
+            raise ValueError("A video until stopped cannot be resumed: give a length, or leave resume_folder empty.")
         check_mp4(fps, crf)
         scale = vae.spacial_compression_decode()
         name, subfolder = output_name(filename_prefix, width * scale, height * scale, ".mp4")
-        preview, decoder = BlockPreview(run.steps), LiveDecoder(vae)
+        decoder = LiveDecoder(vae)
         with (memory_advice(f"with {run.summary}", LESS_MEMORY), _resume_folder(resume_folder, run) as folder,
-              new_file(name) as content):
-            with _writing(name.path, content, fps, crf, workflow_tags(cls.hidden)) as add:
-                def show(part_CFHW):
-                    frames_THWC = decoder.decode(part_CFHW)
-                    preview.show(frames_THWC)
-                    add(frames_uint8(frames_THWC))
+              live(run, fps, folder) as shown, new_file(name) as content,
+              _writing(name.path, content, fps, crf, workflow_tags(cls.hidden)) as add):
+            def show(part_CFHW):
+                frames_THWC = decoder.decode(part_CFHW)
+                shown.show(frames_THWC)
+                add(frames_uint8(frames_THWC))
 
-                run.stream(preview.on_step, folder, show)
-        shown = [ui.SavedResult(name.path.name, subfolder, io.FolderType.output)]
-        return io.NodeOutput(InputImpl.VideoFromFile(str(name.path)), run.summary,
-                             ui={"images": shown, "animated": (True,)})
+            with _ending(length == UNTIL_STOPPED, shown):
+                run.stream(shown.preview.on_step, folder, show, shown.steering)
+        saved = [ui.SavedResult(name.path.name, subfolder, io.FolderType.output)]
+        return io.NodeOutput(InputImpl.VideoFromFile(str(name.path)), run.summary + used_prompts(shown.steering),
+                             shown.steering.timeline(positive), ui={"images": saved, "animated": (True,)})
+
+
+@contextmanager
+def _ending(kept, shown):
+    """If `kept`, cancelling the run in the with block ends the block only, once something is there to keep."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        if not kept or not shown.steering.frames:
+            raise
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class BlockFolder:
     """
 
     def __init__(self, path: Path, fingerprint: Fingerprint):
-        self.path, self.fingerprint, self.histories = path, fingerprint, fingerprint.histories()
+        self.path, self.fingerprint = path, fingerprint
         with saving(path):
             path.mkdir(parents=True, exist_ok=True)
         self.found = {index for index in range(len(fingerprint.blocks)) if self.file(index).exists()}
@@ -33,12 +33,25 @@ class BlockFolder:
         if self.found:
             log.info("%s: %d of %d blocks are finished already.", path, len(self.found), len(fingerprint.blocks))
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """May be replaced by one whose blocks differ after the stored ones."""
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: Fingerprint) -> None:
+        self._fingerprint, self.histories = fingerprint, fingerprint.histories()
+
     def file(self, index: int) -> Path:
         return self.path / f"block_{index:06}.safetensors"
 
     def recall(self, index: int) -> Tensor | None:
         """Latent of a finished block on the CPU, or None."""
         return self._read(index)[0] if index in self.found else None
+
+    def holds_from(self, index: int) -> bool:
+        """Whether this block or a later one is stored."""
+        return max(self.found, default=-1) >= index
 
     def keep(self, index: int, latent_BCFHW: Tensor) -> None:
         """Store a finished block unless it already exists."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -100,12 +101,14 @@ class BlockSampler(comfy.samplers.Sampler):
 
     The first `start.frames` latent frames are given. SIGMAS are ignored: `plan` defines the steps. `recall` as in
     `BlockLoop.run`. deliver(index, latent_BCFHW) receives every part of the video in order, given frames first (index
-    None). With `whole` the result is the video's latent, otherwise only the last block.
+    None); after a block it may return True to end the video there. change(index, start) returns the CONDITIONING that
+    begins with a block, or None. With `whole` the result is the video's latent, otherwise only the last block.
     """
 
     def __init__(self, plan: Plan, start: StartFrames | None, draw: Callable[[int, int, int], Tensor],
-                 recall: Callable[[int], Tensor | None], deliver: Callable[[int | None, Tensor], None], whole: bool):
-        self.plan, self.start, self.draw = plan, start, draw
+                 recall: Callable[[int], Tensor | None], deliver: Callable[[int | None, Tensor], bool], whole: bool,
+                 change: Callable[[int, int], list | None] | None = None):
+        self.plan, self.start, self.draw, self.change = plan, start, draw, change
         self.recall, self.deliver, self.whole = recall, deliver, whole
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
@@ -117,11 +120,24 @@ class BlockSampler(comfy.samplers.Sampler):
         caches = [KVCache(plan.layout(model.wan_params, height, width), batch, network.dtype, device)
                   for _ in range(plan.branches)]
 
-        def project(number: int) -> list[BranchPrompt]:
-            names = ["positive" if number == 0 else f"prompt {number}", "negative"][:plan.branches]
-            conds = [guider.conds[name] for name in names]
+        def branches(positive: list) -> list[BranchPrompt]:
+            conds = [positive, guider.conds.get("negative")][:plan.branches]
             return [BranchPrompt(branch, cond, network.project(cond[0]["model_conds"], batch))
                     for branch, cond in enumerate(conds)]
+
+        def project(number: int) -> list[BranchPrompt]:
+            return branches(guider.conds[f"prompt {number}" if number else "positive"])
+
+        def change(index: int, start: int) -> list[BranchPrompt] | None:
+            found = self.change(index, start)
+            if found is None:
+                return None
+            # the text encoder may have taken the model's place in memory
+            comfy.sampler_helpers.prepare_sampling(guider.model_patcher, noise.shape, guider.conds,
+                                                   guider.model_options)
+            conds = {"positive": comfy.sampler_helpers.convert_cond(found)}
+            return branches(comfy.samplers.process_conds(model, noise, conds, device, latent_image,
+                                                         denoise_mask)["positive"])
 
         def recall(index: int):
             latent = self.recall(index)
@@ -136,29 +152,34 @@ class BlockSampler(comfy.samplers.Sampler):
                          noise=lambda *place: self.draw(*place).to(device),
                          y_BYFHW=None if y is None else y.process_cond(batch_size=batch, area=None).cond.to(device),
                          on_step=self._progress(callback),
-                         guide=lambda *block: network.guide(*block, plan.cfg))
+                         guide=lambda *block: network.guide(*block, plan.cfg),
+                         change=change if self.change else None)
         parts = []
 
-        def deliver(index: int | None, latent_BCFHW: Tensor) -> None:
+        def deliver(index: int | None, latent_BCFHW: Tensor) -> bool:
             if not latent_BCFHW.isfinite().all():
                 raise ValueError(f"Block {index} has NaN or infinite values: numbers outgrew {network.dtype}. Load the "
                                  "model with weight_dtype bf16 or fp32, or look at the LoRAs and patches on it.")
-            self.deliver(index, latent_BCFHW)
             parts[:] = [*parts, latent_BCFHW] if self.whole else [latent_BCFHW]
+            return self.deliver(index, latent_BCFHW)
 
         if context is not None:
             deliver(None, context[:, :, :1] if self.start.still else context)
         for block in loop.run(context, held, recall):
-            deliver(block.index, block.latent_BCFHW)
+            if deliver(block.index, block.latent_BCFHW):
+                break
         return torch.cat(parts, dim=2)
 
     def _progress(self, callback):
-        """Progress callback over the steps of all blocks; the preview shows the current block."""
+        """Progress callback over the steps of all blocks, or of each block until stopped; the preview shows the current
+        block."""
         plan, first = self.plan, given_blocks(self.plan, self.start)
         total = count_steps(plan, first)
 
         def on_step(block: int, step: int, x0_BCFHW: Tensor) -> None:
-            done = step if block == first else len(plan.first_steps) + (block - first - 1) * len(plan.steps) + step
+            done = step
+            if block > first and not plan.further:
+                done += len(plan.first_steps) + (block - first - 1) * len(plan.steps)
             if callback:
                 callback(done, x0_BCFHW, x0_BCFHW, total)
 
@@ -171,4 +192,7 @@ def given_blocks(plan: Plan, start: StartFrames | None) -> int:
 
 
 def count_steps(plan: Plan, given: int) -> int:
+    """Steps of the run, or of one block of a run until stopped."""
+    if plan.further:
+        return max(len(plan.first_steps), len(plan.steps))
     return len(plan.first_steps) + (len(plan.blocks) - given - 1) * len(plan.steps)

@@ -27,9 +27,37 @@ class ClipLatent(comfy.latent_formats.SD15):
     def __init__(self, scale_factor: float, channels: int = 4):
         super().__init__(scale_factor)
         self.taesd_decoder_name = None  # core's TAESD preview only supports single images
+        self.preview_vae = None
         if channels != self.latent_channels:
             self.latent_channels = channels
             self.latent_rgb_factors = torch.eye(3).tolist() if channels == 3 else None
+
+    def preview_with(self, vae) -> None:
+        """Decode previews with the VAE itself. For small models: their latents have colours of their own, and too few
+        pixels to show."""
+        self.preview_vae, self.latent_rgb_factors = vae, torch.eye(3).tolist()
+
+    @property
+    def latent_rgb_factors_reshape(self):
+        """Read by core when sampling starts, so each run has its own count of steps."""
+        return NextFrame(self)
+
+
+class NextFrame:
+    """Reduces a clip to one frame for core's preview, at each step the next one: the preview moves."""
+
+    def __init__(self, latent_format: ClipLatent):
+        self.latent_format, self.step = latent_format, 0
+
+    def __call__(self, x0_BCTHW: torch.Tensor) -> torch.Tensor:
+        """[1, C, 1, h, w], or with a VAE for previews the frame itself in -1..1, [1, 3, 1, H, W]."""
+        frame = self.step % x0_BCTHW.shape[2]
+        self.step += 1
+        x0_BCTHW = x0_BCTHW[:1, :, frame:frame + 1]
+        vae = self.latent_format.preview_vae
+        if vae is None:
+            return x0_BCTHW
+        return vae.decode(self.latent_format.process_out(x0_BCTHW)).movedim(-1, 1) * 2 - 1
 
 
 class ModelConfig(comfy.supported_models_base.BASE):

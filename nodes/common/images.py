@@ -22,6 +22,19 @@ def check_size(width: int, height: int, multiple: int) -> None:
                              f"{below + multiple}.")
 
 
+def trained_size(*sources) -> tuple[int, int] | None:
+    """Width and height in pixels that a model was trained with, from the first of `sources` (model, VAE) that knows."""
+    return next(filter(None, (getattr(source, "trained_size", None) for source in sources)), None)
+
+
+def own_size(width: int, height: int, known: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height, where 0 means that of `known`, the size in training. Raises ValueError if it is None."""
+    if known is None and 0 in (width, height):
+        raise ValueError(f"width is {width} and height is {height}. 0 means the size that the model was trained with, "
+                         "which is not known here: set both, or connect the VAE that came with the model.")
+    return width or known[0], height or known[1]
+
+
 def fit_image(image_BHWC: Tensor, width: int, height: int, pixel_aspect: float = 1.0) -> Tensor:
     """Scale to fill the frame and centre-crop the rest, preserving the aspect ratio. RGB, 0..1; also accepts bytes.
     `pixel_aspect`: pixel width divided by pixel height."""

@@ -1,5 +1,7 @@
 """Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs with the workflow embedded."""
+import logging
 import os
+import sys
 from pathlib import Path
 
 import folder_paths
@@ -112,12 +114,17 @@ def output_name(prefix: str, width: int, height: int, extension: str) -> tuple[N
 
 
 def workflow_tags(hidden) -> dict:
-    """The prompt and the frontend's workflow, one tag each, as core's save nodes write them; empty if disabled."""
+    """The prompt and the frontend's workflow, one tag each, as core's save nodes write them; empty if disabled.
+
+    Without ComfyUI's mark `is_changed`, which depends on the folders of the server: the same job gives the same file
+    on every server.
+    """
     if args.disable_metadata:
         return {}
     tags = dict(hidden.extra_pnginfo or {})
     if hidden.prompt is not None:
-        tags["prompt"] = hidden.prompt
+        tags["prompt"] = {node: {key: value for key, value in entry.items() if key != "is_changed"}
+                          for node, entry in hidden.prompt.items()}
     return tags
 
 
@@ -134,3 +141,13 @@ def find_model(name, folders, builtin=()):
     places = " or ".join(f"models/{folder}" for folder in folders)
     known = dict.fromkeys([*builtin, *(name for names in held.values() for name in names)])
     raise ValueError(f"There is no file {shown(name)} in {places}. Choose one of: {', '.join(known) or 'none there'}.")
+
+
+def say_on_node(node_id: str | None, text: str) -> None:
+    """Show a text (if not empty) on a node in the page while the graph runs, and in the log."""
+    if not text:
+        return
+    logging.warning("Stillmotion: %s", text)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # None in scripts
+    if server is not None and node_id:
+        server.send_progress_text(text, node_id)

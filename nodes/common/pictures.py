@@ -2,10 +2,12 @@
 
 Imports nothing from the pack, so that a command can load this file alone.
 """
+import re
 import struct
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 NO_DATA = ("thumbs.db", "desktop.ini")  # created by Windows; macOS and Linux metadata files begin with a dot
-LONGEST_PROMPT = 100_000  # bytes
+PROMPTS = ("prompts.txt", "test_prompts.txt")  # prompts of all pictures; the official code's folders have the second
+LONGEST_PROMPT, LONGEST_PROMPTS = 100_000, 10_000_000  # bytes
+LONGEST_NAME = 60  # characters of a picture's name used in the video's; file systems allow 255 bytes
 LEAST_SIDE = 8  # pixels
 LEVELS_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel
@@ -52,11 +56,24 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def picture_prompts(folder: str | Path) -> tuple[list[tuple[Path, str]], list[LeftOut]]:
-    """([(picture, prompt)] of the pictures with a text file of the same name next to them, skipped files)."""
+def in_order(path: Path) -> tuple:
+    """Sort key for natural order: cat2 comes before cat10."""
+    name = normal(path.name)
+    parts = re.split(r"(\d+)", name)  # text and digits in turn
+    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)], name
+
+
+def picture_prompts(folder: str | Path, fits: str = "") -> tuple[list[tuple[Path, str]], list[LeftOut]]:
+    """([(picture, prompt)] in natural order, skipped files).
+
+    A picture's prompt is in the text file of the same name beside it, or else in prompts.txt: one line for all
+    pictures, or one line a picture in their order. fits: only pictures whose name, with or without its suffix, fits
+    this pattern (cat*). Raises OSError for a folder that cannot be read, ValueError for a prompts.txt that does not
+    fit the pictures.
+    """
     paths, left_out = list_folder(folder)
     texts, pictures, found = {}, [], []
-    for path in paths:
+    for path in sorted(paths, key=in_order):
         if path.is_dir():
             left_out.append(LeftOut(path.name, "a folder"))
         elif path.suffix.lower() == ".txt":
@@ -65,27 +82,45 @@ def picture_prompts(folder: str | Path) -> tuple[list[tuple[Path, str]], list[Le
             pictures.append(path)
         else:
             left_out.append(LeftOut(path.name, f"no picture ({', '.join(PICTURES)}) and no .txt"))
-    for path in pictures:
+    names = {normal(path.stem) for path in pictures}
+    shared = next((path for stem, path in texts.items() if path.name.lower() in PROMPTS and stem not in names), None)
+    lines = _lines(shared, len(pictures)) if shared else [None] * len(pictures)
+    for path, line in zip(pictures, lines):
         text = texts.get(normal(path.stem))
         try:
-            if text is None:
+            if text is None and line is None:
                 raise ValueError(f"there is no {path.stem}.txt beside it")
-            found.append((path, read_prompt(text)))
+            if not fits or any(fnmatchcase(normal(name).lower(), normal(fits).lower())
+                               for name in (path.name, path.stem)):
+                found.append((path, read_prompt(text) if text else line))
         except ValueError as error:
             left_out.append(LeftOut(path.name, str(error)))
-    used = {normal(path.stem) for path in pictures}
     left_out += [LeftOut(path.name, "there is no picture of this name") for name, path in texts.items()
-                 if name not in used]
+                 if name not in names and path != shared]
     return found, left_out
 
 
-def read_prompt(path: Path) -> str:
+def _lines(path: Path, pictures: int) -> list[str]:
+    """The lines of a prompts.txt, one for each picture."""
+    lines = [line.strip() for line in read_prompt(path, LONGEST_PROMPTS).splitlines()]
+    if len(lines) not in (1, pictures):
+        raise ValueError(f"{path.name} has {len(lines)} lines for {pictures} pictures. Write one line for all "
+                         "pictures, or one line for each, in the order of their names.")
+    return lines * pictures if len(lines) == 1 else lines
+
+
+def short_name(path: str | Path) -> str:
+    """The name that a picture gives its video: without the suffix, shortened, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f]", "_", Path(path).stem[:LONGEST_NAME])
+
+
+def read_prompt(path: Path, longest: int = LONGEST_PROMPT) -> str:
     """Text of a file in UTF-8 or (with a byte order mark) UTF-16; Windows writes both. Raises ValueError."""
     try:
         with open(path, "rb") as file:
-            data = file.read(LONGEST_PROMPT + 1)
-        if len(data) > LONGEST_PROMPT:
-            raise ValueError(f"{path.name} has more than {LONGEST_PROMPT} bytes, too long for a prompt")
+            data = file.read(longest + 1)
+        if len(data) > longest:
+            raise ValueError(f"{path.name} has more than {longest} bytes, too long for a prompt")
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
@@ -149,10 +184,15 @@ def _reading(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path.name} is damaged or cannot be read ({error})") from error
 
 
-def has_16_bits(path: str | Path) -> bool:
-    """Whether a picture that `open_picture` reads is 16-bit greyscale."""
+def open_start(path: str | Path) -> Image.Image:
+    """A start picture, read as by `open_picture`. Raises ValueError also for 16-bit greyscale: scanners and microscopes
+    use only part of the range, and only the user knows which."""
+    found = open_picture(path)
     with Image.open(path) as picture:
-        return picture.mode not in PLAIN
+        if picture.mode not in PLAIN:
+            raise ValueError(f"{Path(path).name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
+                             "what the video shall begin with.")
+    return found
 
 
 def is_plain(path: str | Path) -> bool:

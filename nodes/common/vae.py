@@ -1,12 +1,17 @@
 """Image autoencoders on video latents: ComfyUI's own VAE with the frame axis folded into the batch."""
 
 import copy
+import json
 
 import comfy.model_management
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
+
+from .demo import DYNAMICRAFTER
+from .files import read_checkpoint, take_prefix
 
 # Pixels processed between progress updates (and interrupt checks): one frame of 512 x 320, or 40 of 64 x 64.
 # ComfyUI splits them further if less memory is free.
@@ -73,14 +78,35 @@ class VideoVAE(FoldedFrames, comfy.sd.VAE):
     """The Stable-Diffusion autoencoder of video latents.
 
     `state_dict` holds the weights without prefix, `ddconfig` and `embed_dim` come from the official YAML,
-    `dtype` None leaves the choice to ComfyUI.
+    `dtype` None leaves the choice to ComfyUI. `trained_size`: width and height in pixels of the pictures of the model
+    that it came with, None if unknown.
     """
 
-    def __init__(self, state_dict, ddconfig, embed_dim, dtype=None):
+    def __init__(self, state_dict, ddconfig, embed_dim, dtype=None, trained_size=None):
         super().__init__(sd=state_dict, config={"params": {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}},
                          dtype=dtype)
         self.latent_channels = embed_dim
+        self.trained_size = trained_size
         self.downscale_ratio = self.upscale_ratio = 2 ** (len(ddconfig["ch_mult"]) - 1)
+
+
+def small_vae(channels):
+    """An untrained TAESD: 8x8 pixels to `channels` values, 2.4 million weights. Core's Load VAE reads a file of its
+    state dict, with 4 or 16 channels. Its methods encode and decode images [N, 3, H, W] in -1..1."""
+    net = comfy.taesd.taesd.TAESD(latent_channels=channels)
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # core's layers leave their weights uninitialised
+            torch.nn.Conv2d.reset_parameters(layer)
+    for fixed in (net.vae_scale, net.vae_shift):
+        fixed.requires_grad_(False)
+    return net
+
+
+def demo_vae() -> VideoVAE:
+    """The VAE that the demo models share."""
+    found = read_checkpoint(DYNAMICRAFTER)
+    params = json.loads(found.metadata["stillmotion.config"])["model"]["params"]["first_stage_config"]["params"]
+    return VideoVAE(take_prefix(found.tensors, "first_stage_model."), params["ddconfig"], params["embed_dim"])
 
 
 def pixel_vae():
@@ -99,9 +125,12 @@ def fold_frames(vae):
 
 def _in_chunks(work, frames, pixels_per_frame):
     """Apply `work` to a few frames at a time, reporting progress and checking for an interrupt in between."""
+    chunks = frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame))
+    if len(chunks) == 1:  # no bar: it would only jump to its end, on the node that shows another one
+        return work(frames)
     progress = comfy.utils.ProgressBar(len(frames))
     done = []
-    for chunk in frames.split(max(1, PIXELS_PER_TICK // pixels_per_frame)):
+    for chunk in chunks:
         comfy.model_management.throw_exception_if_processing_interrupted()  # since 0.12 the progress bar skips updates
         done.append(work(chunk))
         progress.update(len(chunk))

@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import comfy.model_management
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
@@ -17,6 +16,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from .saving import replacing
 from .values import shown
+
+try:
+    import comfy.model_management as management
+except ImportError:  # the library's save_video, in a Python without ComfyUI
+    management = None
 
 FORMATS = ("mp4", "gif", "png frames")
 BT709 = 1  # colour primaries and transfer in H.273; PyAV before 17 has no names for them
@@ -45,8 +49,14 @@ def frames_uint8(images_NHWC: torch.Tensor) -> Iterator[np.ndarray]:
 def hearing_cancel(items: Iterable) -> Iterator:
     """Yield the items, raising InterruptProcessingException before the next one if the run is cancelled."""
     for item in items:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        check_cancelled()
         yield item
+
+
+def check_cancelled() -> None:
+    """Raise InterruptProcessingException if the run is cancelled."""
+    if management:
+        management.throw_exception_if_processing_interrupted()
 
 
 def frame_rate(fps: float | Fraction, form: str = "mp4") -> Fraction:
@@ -112,7 +122,7 @@ def open_mp4(path: Path, fps: float | Fraction, crf: int, tags: dict | None = No
 
         def add(frame: np.ndarray) -> None:
             nonlocal count
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            check_cancelled()
             frame = pad_to_even(frame)
             if count == 0:
                 stream.height, stream.width = frame.shape[:2]

@@ -1,20 +1,21 @@
 """DDIM Sampler, DDIM Sampler Select and Sampling Report."""
-import latent_preview
 from comfy_api.latest import io
 
 from ..common.drawing import as_images
 from ..common.memory import memory_advice
+from ..common.preview import step_preview
 from ..common.schema import schema
 from .plot import draw_report
-from .sampler import TABLES, DDIMSettings, make_sampler, sample_latent
+from .sampler import TABLES, DDIMSettings, make_sampler, own_settings, sample_latent
 from .schedule import SPACINGS
 from .step import CLIP_MODES, Clip
 
 Report = io.Custom("STILLMOTION_REPORT")
 LESS_MEMORY = "Use a smaller model or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction per step)."
 
-STEPS = io.Int.Input("steps", default=50, min=1, max=1000,
-                     tooltip="Number of denoising steps. 50 is the official number; 20 to 25 are often enough.")
+STEPS = io.Int.Input("steps", default=0, min=0, max=1000,
+                     tooltip="Number of denoising steps. 0: the model's own (DynamiCrafter 50, video U-Net 20). 20 to "
+                             "25 are often enough.")
 ETA = io.Float.Input("eta", default=1.0, min=0.0, max=1.0, step=0.01,
                      tooltip="Noise added back at each step. 1 is the official setting and gives more motion; 0 is "
                              "deterministic.")
@@ -65,9 +66,10 @@ class DDIMSampler(io.ComfyNode):
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="Seed of the noise, drawn on the CPU: the same on every machine."),
                 STEPS,
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
-                               tooltip="How strongly the prompt (and the image) is followed. 7.5 is the official "
-                                       "setting; 1 is twice as fast and ignores the negative prompt."),
+                io.Float.Input("cfg", default=-1.0, min=-1.0, max=100.0, step=0.1,
+                               tooltip="How strongly the prompt (and the image) is followed. -1: the model's own (7.5 "
+                                       "for the official models, 1.5 for the demo); 1 is twice as fast and ignores the "
+                                       "negative prompt."),
                 ETA, SPACING, RESCALE, DENOISE,
                 io.Float.Input("image_cfg", default=0.0, min=0.0, max=100.0, step=0.1,
                                tooltip="0: off. Otherwise image and prompt have separate strengths: this one for the "
@@ -95,9 +97,10 @@ class DDIMSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, seed, steps, cfg, eta, spacing, guidance_rescale, denoise,
                 image_cfg, clip_x0, clip_value, recompute_eps, start_step, end_step, tables,
                 noise=None) -> io.NodeOutput:
+        steps, cfg = own_settings(model, steps, cfg)
         settings = DDIMSettings(steps, cfg, eta, spacing, guidance_rescale, denoise, image_cfg,
                                 Clip(clip_x0, clip_value, recompute_eps), start_step, end_step, tables)
-        callback = latent_preview.prepare_callback(model, steps)
+        callback = step_preview(model, steps)
         with memory_advice(f"while sampling a latent of {tuple(latent['samples'].shape)}", LESS_MEMORY):
             samples, report = sample_latent(model, positive, negative, latent, seed, settings,
                                             None if noise is None else noise["samples"], callback=callback)
@@ -129,6 +132,7 @@ class DDIMSamplerSelect(io.ComfyNode):
     @classmethod
     def execute(cls, model, steps, eta, spacing, guidance_rescale, denoise, clip_x0, clip_value, recompute_eps,
                 tables) -> io.NodeOutput:
+        steps, _ = own_settings(model, steps, 1.0)
         settings = DDIMSettings(steps, 1.0, eta, spacing, guidance_rescale, denoise, 0.0,
                                 Clip(clip_x0, clip_value, recompute_eps), 0, steps, tables)
         return io.NodeOutput(*make_sampler(model, settings))

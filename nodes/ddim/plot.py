@@ -1,18 +1,34 @@
-"""Draws a SamplingReport with Pillow: ranges of predicted x0 and latent over the steps, clipped values below."""
+"""Draws a SamplingReport with Pillow: ranges of predicted x0 and latent over the steps, clipped values, the table."""
 import math
+import textwrap
 
 from PIL import Image
 
-from ..common.drawing import ALARM, BLUE, GRID, INK, LEVELS, ORANGE, PAPER, SOFT, Pen, blank, shrink
+from ..common.drawing import (
+    ALARM,
+    BLUE,
+    GRID,
+    INK,
+    LEVELS,
+    ORANGE,
+    PAPER,
+    SOFT,
+    Pen,
+    blank,
+    draw_table,
+    shrink,
+    stacked,
+)
 from .report import SamplingReport
 
-WIDTH, HEIGHT = 1000, 620
-LEFT, RIGHT, TOP, MIDDLE, GAP, BOTTOM = 70, 975, 112, 430, 30, 560
+WIDTH, HEIGHT = 800, 530  # of the curves; the table is below
+LEFT, RIGHT, TOP, MIDDLE, GAP, BOTTOM = 64, 780, 150, 360, 30, 470
+CHARACTERS = 82  # of a line at this width
 X0, LATENT, CLIPPED = BLUE, ORANGE, (128, 90, 190)
 
 
 def draw_report(report: SamplingReport) -> Image.Image:
-    """RGB picture of WIDTH x HEIGHT pixels."""
+    """RGB picture, WIDTH pixels wide: the curves, and the table of the steps below."""
     image = blank(WIDTH, HEIGHT)
     pen = Pen(image)
     columns, steps = report.columns, len(report.timesteps)
@@ -36,7 +52,8 @@ def draw_report(report: SamplingReport) -> Image.Image:
     counted = "values beyond the dashed lines" if report.clip_mode == "off" else "values clipped"
     pen.text(LEFT, MIDDLE + GAP / 2, counted, 13, CLIPPED, "lm")
     _legend(pen, report)
-    return shrink(image)
+    broken = {i for i in range(steps) if columns["nan"][i] or columns["inf"][i]}
+    return stacked(shrink(image), draw_table(*report.table(), WIDTH, broken))
 
 
 class _Axes:
@@ -83,21 +100,14 @@ def _headline(pen, report):
     level, reason = report.verdict()
     pen.box(LEFT, 18, LEFT + 96, 46, LEVELS[level], radius=6)
     pen.text(LEFT + 48, 32, level, 17, PAPER, "mm")
-    first, second = _wrap(reason, 108)
-    pen.text(LEFT + 110, 26 if second else 32, first, 15, INK, "lm")
-    pen.text(LEFT + 110, 44, second, 15, INK, "lm")
-    pen.text(LEFT, 66, report.settings, 13, SOFT, "lm")
-
-
-def _wrap(text, width):
-    if len(text) <= width:
-        return text, ""
-    cut = text.rfind(" ", 0, width)
-    return text[:cut], text[cut + 1:]
+    for line, text in enumerate(textwrap.wrap(f"Sampling: {reason}", CHARACTERS)):
+        pen.text(LEFT + 110, 22 + 19 * line, text, 15, INK, "lm")
+    for line, text in enumerate(textwrap.wrap(report.settings, CHARACTERS + 20)):
+        pen.text(LEFT, 86 + 17 * line, text, 13, SOFT, "lm")
 
 
 def _step_labels(pen, axes, timesteps):
-    every = max(1, math.ceil(len(timesteps) / 12))
+    every = max(1, math.ceil(len(timesteps) / 10))
     for i in range(0, len(timesteps), every):
         pen.text(axes.x(i), axes.bottom + 8, str(i + 1), 13, INK, "mt")
         pen.text(axes.x(i), axes.bottom + 24, f"t {timesteps[i]}", 11, SOFT, "mt")
@@ -105,15 +115,15 @@ def _step_labels(pen, axes, timesteps):
 
 
 def _legend(pen, report):
-    x = LEFT
+    x, y = LEFT, 128
     for colour, label in ((X0, "predicted x0: range and mean"), (LATENT, "latent: range")):
-        pen.box(x, 86, x + 22, 98, colour, 90)
-        pen.path([(x, 92), (x + 22, 92)], colour, 2)
-        pen.text(x + 30, 92, label, 13, INK, "lm")
-        x += 250
-    pen.dashes(x, x + 24, 92, CLIPPED)
+        pen.box(x, y - 6, x + 22, y + 6, colour, 90)
+        pen.path([(x, y), (x + 22, y)], colour, 2)
+        pen.text(x + 30, y, label, 13, INK, "lm")
+        x += 245 if colour == X0 else 150
+    pen.dashes(x, x + 24, y, CLIPPED)
     meaning = "no clipping" if report.clip_mode == "off" else f"{report.clip_mode} clip"
-    pen.text(x + 32, 92, f"+-{report.limit:g} ({meaning})", 13, INK, "lm")
+    pen.text(x + 32, y, f"+-{report.limit:g} ({meaning})", 13, INK, "lm")
     if any(report.columns["nan"]) or any(report.columns["inf"]):
-        pen.box(x + 200, 86, x + 222, 98, ALARM, 70)
-        pen.text(x + 230, 92, "NaN or Inf", 13, INK, "lm")
+        pen.box(x + 180, y - 6, x + 202, y + 6, ALARM, 70)
+        pen.text(x + 210, y, "NaN or Inf", 13, INK, "lm")

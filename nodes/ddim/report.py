@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
+WIDTHS = (4, 6, 9, 9, 9, 8, 12, 9, 9, 5, 5)  # characters of the table's columns as text
 COLUMNS = ("x0_min", "x0_max", "x0_mean", "x0_std", "x_min", "x_max", "x_std", "beyond", "nan", "inf")
 
 # A good image latent ends within about +-2.5 with few values beyond +-3; a broken one reaches +-100. If the start
@@ -65,15 +66,21 @@ class SamplingReport:
     def text(self) -> str:
         """Verdict, settings and a table with one line per step."""
         level, reason = self.verdict()
-        what = "outside" if self.clip_mode == "off" else "clipped"
-        lines = [f"{level}: {reason}", self.settings, f"step     t         x0 range   x0 mean    std      latent range"
-                 f"  {what}  NaN  Inf"]
+        header, rows = self.table()
+        lines = ["".join(f"{text:>{WIDTHS[i]}}" for i, text in enumerate(row)) for row in (header, *rows)]
+        return "\n".join([f"{level}: {reason}", self.settings, *lines])
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """(header, one row per step) as texts."""
+        header = ["step", "t", "x0 min", "max", "mean", "std", "latent min", "max",
+                  "outside" if self.clip_mode == "off" else "clipped", "NaN", "Inf"]
+        rows = []
         for i, (timestep, *v) in enumerate(zip(self.timesteps, *(self.columns[name] for name in COLUMNS))):
             row = dict(zip(COLUMNS, v))
-            lines.append(f"{i + 1:4d} {timestep:5d} {row['x0_min']:8.2f} {row['x0_max']:8.2f} {row['x0_mean']:9.3f} "
-                         f"{row['x0_std']:6.3f} {row['x_min']:9.2f} {row['x_max']:8.2f} {int(row['beyond']):8d} "
-                         f"{int(row['nan']):4d} {int(row['inf']):4d}")
-        return "\n".join(lines)
+            rows.append([str(i + 1), str(timestep), f"{row['x0_min']:.2f}", f"{row['x0_max']:.2f}",
+                         f"{row['x0_mean']:.3f}", f"{row['x0_std']:.3f}", f"{row['x_min']:.2f}", f"{row['x_max']:.2f}",
+                         *(str(int(row[name])) for name in ("beyond", "nan", "inf"))])
+        return header, rows
 
 
 class Recorder:

@@ -23,6 +23,7 @@ from .step import Clip, ddim_step
 Noise = Callable[[int], torch.Tensor]
 TABLES = ("fixed", "original")
 AUTO_RESCALE = -1.0
+OWN_STEPS, OWN_CFG = 0, -1.0  # the model's own
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class DDIMSettings:
         for name, value, allowed in (("spacing", self.spacing, ("auto", *SPACINGS)), ("tables", self.tables, TABLES)):
             if value not in allowed:
                 raise ValueError(f"{name} is '{value}'. Choose one of {', '.join(allowed)}.")
+        if self.cfg < 0:
+            raise ValueError(f"cfg is {self.cfg}. Choose 0 or more, or -1 for the model's own.")
         if self.guidance_rescale != AUTO_RESCALE and not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale is {self.guidance_rescale}. Choose 0 to 1, or -1 for the model's own.")
         if not 0 < self.denoise <= 1:
@@ -56,6 +59,15 @@ class DDIMSettings:
         if self.start_step >= self.steps:
             raise ValueError(f"start_step is {self.start_step}, but there are only {self.steps} steps. Choose a "
                              "smaller start_step.")
+
+
+def own_settings(model, steps: int, cfg: float) -> tuple[int, float]:
+    """steps and cfg, with the model's own values for OWN_STEPS and OWN_CFG. Raises ValueError if it has none."""
+    params = getattr(model.model, "diffusion_params", None)
+    if params is None and (steps == OWN_STEPS or cfg == OWN_CFG):
+        raise ValueError(f"steps is {steps} and cfg is {cfg:g}. 0 steps and cfg -1 mean the model's own, but this "
+                         "model is of another family and has none: set both, for example 20 steps and cfg 7.")
+    return params.steps if steps == OWN_STEPS else steps, params.cfg if cfg == OWN_CFG else cfg
 
 
 class Schedule(NamedTuple):

@@ -16,7 +16,7 @@ SHAPES = ("linear", "cosine")
 
 @dataclass(frozen=True)
 class DiffusionParams:
-    """What a checkpoint was trained with; `spacing` and `guidance_rescale` are the values recommended for it."""
+    """What a checkpoint was trained with; spacing, guidance_rescale, steps and cfg are recommended for it."""
     parameterization: str       # "eps" or "v"
     linear_start: float         # first and last beta of the linear shape
     linear_end: float
@@ -25,6 +25,8 @@ class DiffusionParams:
     spacing: str                # one of SPACINGS
     guidance_rescale: float
     shape: str = "linear"       # one of SHAPES
+    steps: int = 50
+    cfg: float = 7.5
 
     def __post_init__(self):
         if self.shape not in SHAPES:

@@ -46,18 +46,26 @@ class Diagnosis:
 
     def text(self) -> str:
         """Verdict, one line per finding, then the table of the sampling run."""
-        count = sum(finding.level == self.level for finding in self.findings)
-        lines = [f"{self.level}: {count} of {len(self.findings)} findings are {self.level}", ""]
+        lines = [f"{self.level}: {self.headline()}", ""]
         lines += [f"{finding.level:8s} {finding.topic}: {finding.text}" for finding in self.findings]
         return "\n".join(lines + (["", self.report.text()] if self.report else []))
+
+    def headline(self) -> str:
+        """The checks by level, so that the verdict has its reason."""
+        parts = []
+        for level in LEVELS[:0:-1]:
+            topics = [finding.topic for finding in self.findings if finding.level == level]
+            parts += [f"{', '.join(topics)} {'is' if len(topics) == 1 else 'are'} {level}"] if topics else []
+        count = sum(finding.level == "good" for finding in self.findings)
+        return "; ".join([*parts, f"{'the other' if parts else 'all'} {count} checks are good"])
 
     def data(self) -> dict:
         """The same as plain values, for JSON."""
         steps = [] if self.report is None else [
             dict(timestep=t, **dict(zip(self.report.columns, row)))
             for t, *row in zip(self.report.timesteps, *self.report.columns.values())]
-        return {"verdict": self.level, "findings": [asdict(f) for f in self.findings], "steps": steps,
-                "settings": self.report.settings if self.report else "", "values":
+        return {"verdict": self.level, "text": self.text(), "findings": [asdict(f) for f in self.findings],
+                "steps": steps, "settings": self.report.settings if self.report else "", "values":
                 self.report.values if self.report else 0}
 
 
@@ -162,13 +170,19 @@ def ema_pairs(file_tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor
     return pairs
 
 
-def judge_round_trip(picture_HWC: Tensor, back_HWC: Tensor) -> Finding:
-    """VAE round trip of a picture in 0..1: decoding its latent must reproduce the picture."""
+def judge_round_trip(picture_HWC: Tensor, back_HWC: Tensor, sound: bool = False) -> Finding:
+    """VAE round trip of a picture in 0..1: decoding its latent must reproduce the picture. sound: the VAE reproduces
+    a plain test picture, so if this one is lost, it is unlike the pictures that the VAE was trained on."""
     if not finite([back_HWC]):
         return _not_finite("VAE", back_HWC, "load the VAE as fp32 or bf16 (fp16 overflows in some).")
     error = (picture_HWC - back_HWC).square().mean().item()
     lost = error / max(picture_HWC.var().item(), 1e-6)
     found = f"a picture comes back with {psnr(picture_HWC, back_HWC):.1f} dB, and {lost:.0%} of its contrast is lost"
+    if sound and lost > LOST_USUAL:
+        return Finding("VAE", "bad" if lost > LOST_BAD else "doubtful",
+                       f"{found}, though a plain test picture comes back well: the VAE works, but the reference is "
+                       "unlike the pictures that it was trained on. Use a picture of that kind, or a model trained on "
+                       "pictures like yours.")
     if lost > LOST_BAD:
         return Finding("VAE", "bad", f"{found}: no better than one flat colour. Its weights are not loaded or belong "
                                      "to another model. Use the VAE of this checkpoint.")

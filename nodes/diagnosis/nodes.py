@@ -2,12 +2,13 @@
 from pathlib import Path
 
 import folder_paths
-import latent_preview
 import torch
 from comfy_api.latest import io
 
 from ..common.drawing import as_images
+from ..common.preview import step_preview
 from ..common.schema import schema
+from ..ddim.sampler import own_settings
 from ..ddim.step import CLIP_MODES
 from .plot import draw_diagnosis
 from .run import DEPTHS, Request, diagnose
@@ -39,8 +40,8 @@ class DiagnoseModel(io.ComfyNode):
                 io.Int.Input("steps", default=8, min=1, max=1000,
                              tooltip="Sampling steps, without added noise (eta 0). A few reveal most faults; 20 show "
                                      "how good the result can be."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1,
-                               tooltip="Guidance strength, as in the sampler."),
+                io.Float.Input("cfg", default=-1.0, min=-1.0, max=100.0, step=0.1,
+                               tooltip="Guidance strength, as in the sampler. -1: the model's own."),
                 io.Combo.Input("clip_x0", options=list(CLIP_MODES), default="off",
                                tooltip="Clipping of the predicted clean latent, as in the sampler."),
                 io.Float.Input("clip_value", default=3.0, min=0.1, max=100.0, step=0.1,
@@ -71,9 +72,10 @@ class DiagnoseModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, vae, seed, steps, cfg, clip_x0, clip_value, depth,
                 compare_clipping, checkpoint, reference=None) -> io.NodeOutput:
+        _, cfg = own_settings(model, steps, cfg)
         request = Request(seed, steps, cfg, clip_x0, clip_value, depth, compare_clipping, _path(checkpoint))
         found, frames = diagnose(model, positive, negative, latent, vae, request, reference,
-                                 latent_preview.prepare_callback(model, steps))
+                                 step_preview(model, steps))
         if frames is None:
             frames = torch.full((1, 64, 64, 3), 0.5)
         return io.NodeOutput(as_images(draw_diagnosis(found)), found.text(), found.level, frames,

@@ -57,10 +57,16 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
     if not finite(tensors([latent["samples"], positive, negative])):
         return Diagnosis(tuple(findings), None), None
 
-    def sample(clip_x0: str):
+    runs = 1 + request.compare_clipping
+
+    def sample(clip_x0: str, done: int = 0):
+        def tell(step, x0, x, total):
+            if callback is not None:
+                callback(done + step, x0, x, runs * total)  # one bar for all runs
+
         with watch(network) as probe:
             samples, report = sample_latent(model, positive, negative, latent, request.seed, request.settings(clip_x0),
-                                            callback=callback)
+                                            callback=tell)
         report = replace(report, origin=probe.origin.text() if probe.origin else "")
         return report, vae.decode(samples["samples"])[0].float()
 
@@ -69,14 +75,13 @@ def diagnose(model, positive, negative, latent: dict, vae, request: Request, ref
         reference_THWC = fit_image(reference_THWC, frames_THWC.shape[2], frames_THWC.shape[1])
     findings.append(Finding("sampling", *report.verdict()))
     if request.depth == "detailed":
-        findings += _look_at_vae(vae, _test_picture(*frames_THWC.shape[1:3]) if reference_THWC is None
-                                 else reference_THWC[0])
+        findings += _look_at_vae(vae, _test_picture(*frames_THWC.shape[1:3]), reference_THWC)
     findings.append(judge.judge_decoded(frames_THWC, reference_THWC))
     if _same_clip(frames_THWC, reference_THWC) and finite([frames_THWC]):
         findings.append(Finding("true clip", "good", f"PSNR {judge.psnr(frames_THWC, reference_THWC):.1f} dB against "
                                                      "the reference."))
     if request.compare_clipping:
-        other, other_THWC = sample("off" if request.clip_x0 != "off" else "static")
+        other, other_THWC = sample("off" if request.clip_x0 != "off" else "static", request.steps)
         runs = [(report, frames_THWC), (other, other_THWC)]
         plain, clipped = runs if request.clip_x0 == "off" else runs[::-1]
         quality = None
@@ -106,12 +111,16 @@ def _look_at_file(path):
     return [finding or Finding("EMA", "good", f"{path.name} holds only one set of weights, nothing to compare.")]
 
 
-def _look_at_vae(vae, picture_HWC):
-    """Check the VAE's weights and round trip."""
-    weights = judge.judge_parameters("VAE weights", vae.first_stage_model)
-    encoded = vae.encode(picture_HWC[None])
-    back = vae.decode(encoded).reshape(-1, *picture_HWC.shape)[0].float().to(picture_HWC.device)
-    return [weights, judge.judge_round_trip(picture_HWC, back)]
+def _look_at_vae(vae, test_HWC, reference_THWC):
+    """Check the VAE's weights and its round trip of a test picture, then of the reference if there is one."""
+    def round_trip(picture_HWC, sound=False):
+        back = vae.decode(vae.encode(picture_HWC[None])).reshape(-1, *picture_HWC.shape)[0]
+        return judge.judge_round_trip(picture_HWC, back.float().to(picture_HWC.device), sound)
+
+    found = round_trip(test_HWC)
+    if reference_THWC is not None:
+        found = round_trip(reference_THWC[0], found.level == "good")
+    return [judge.judge_parameters("VAE weights", vae.first_stage_model), found]
 
 
 def _test_picture(height, width):

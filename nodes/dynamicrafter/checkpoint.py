@@ -17,7 +17,7 @@ from ..common.files import check_keys, check_kinds, take_prefix
 from ..common.vae import VideoVAE, vae_shapes
 from ..common.values import parse_json
 from .base import make_model, make_patcher
-from .config import VARIANTS, parse, published, read_yaml
+from .config import SMALL, VARIANTS, parse, published, read_yaml
 from .keys import RESAMPLER, TEXT, UNET, VAE, VISION, checkpoint_keys, has_prefix, network_key
 
 log = logging.getLogger(__name__)
@@ -113,10 +113,13 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     network.load_state_dict({network_key(key): _cast(tensors.pop(key), network.dtype) for key in expected}, assign=True)
     # Its origin: training writes its result into a copy of the file.
     model.source = Source(checkpoint.path, variant, yaml_path)
+    model.trained_size = config.size
     vae = text_tower = vision_tower = None
     if has_prefix(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
-                       torch.float32 if weight_dtype == "fp32" else None)
+                       torch.float32 if weight_dtype == "fp32" else None, config.size)
+        if config.size and max(config.size) < SMALL:
+            model.latent_format.preview_with(vae)
     if text:
         text_tower = towers.text_tower(take_prefix(tensors, TEXT), text, config.text_layer, tower_dtype,
                                        embedding_directory)

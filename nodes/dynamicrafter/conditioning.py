@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..common.clip import encode_tokens
 from ..common.images import check_finite, check_size, encode_images, fit_image
+from .config import SMALL
 
 MODES = ("animate", "interpolate", "loop")
+AREAS = (0.4, 2.5)  # of the size in training: beyond these the picture falls apart
+KNOWN_DB = 25.0     # a small model's VAE brings back pictures of the kind that it knows at least so well
 
 
 def check_images(image_BHWC: Tensor, image2_BHWC: Tensor | None, mode: str) -> None:
@@ -40,6 +43,25 @@ def check_counts(frames: int, batch_size: int, images: int, images2: int | None,
         raise ValueError(f"Batch sizes do not match: image {images}, image2 {images2 or 'none'}, batch_size "
                          f"{batch_size}. Each must be 1 or the same number.")
     return max(given, default=1)
+
+
+def strangeness(vae, image_BHWC: Tensor, width: int, height: int, known: tuple[int, int] | None) -> str:
+    """What of the input is nothing like the training, and what to do; "" if all is well or `known`, the size in
+    training, is None. Only small models are asked about the picture: the VAE of a large one knows every picture."""
+    if known is None:
+        return ""
+    found = []
+    if not AREAS[0] <= width * height / (known[0] * known[1]) <= AREAS[1]:
+        found.append(f"The size is {width} x {height}, but this model was trained with {known[0]} x {known[1]}: set "
+                     "width and height to 0.")
+    if max(known) < SMALL and image_BHWC.isfinite().all():
+        picture_1HWC = fit_image(image_BHWC[:1], *known)
+        back_1HWC = vae.decode(encode_images(vae, picture_1HWC)).to(picture_1HWC)
+        if -10 * (picture_1HWC - back_1HWC).square().mean().clamp(min=1e-10).log10() < KNOWN_DB:
+            found.append("The picture is nothing like what this small model knows (the demo: drawn shapes), so the "
+                         "video will not look like it. For your own picture choose a real checkpoint in Load "
+                         "DynamiCrafter: the template 'Your photo to video' says which file goes where.")
+    return " ".join(found)
 
 
 def condition_frames(start_BCHW: Tensor, end_BCHW: Tensor | None, frames: int) -> Tensor:

@@ -18,6 +18,8 @@ VARIANTS = ("256", "512", "512_interp", "1024")
 # fs is the frame stride for 256 (larger is faster) and frames per second for the others (larger is slower).
 DEFAULT_FS = {"256": 3, "512": 24, "512_interp": 5, "1024": 10}
 DEFAULT_ARCH = "ViT-H-14"
+LATENT_SIZE = {"256": [32, 32], "512": [40, 64], "512_interp": [40, 64], "1024": [72, 128]}  # height, width
+SMALL, SMALL_CFG = 256, 1.5  # models of smaller pictures know few things and follow the prompt without strong guidance
 
 # The only values of these settings that the published models use and this network supports. Other settings that
 # matter change the keys, which are all checked.
@@ -58,6 +60,7 @@ class CheckpointConfig:
     text_arch: str          # names of open_clip model configurations
     text_layer: str         # "penultimate" or "last"
     vision_arch: str
+    size: tuple[int, int] | None  # width and height in pixels of the training pictures, None: not in the configuration
 
 
 def published(variant):
@@ -80,6 +83,7 @@ def published(variant):
     }
     params = {
         "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "scale_factor": 0.18215,
+        "image_size": LATENT_SIZE[variant],
         "unet_config": {"params": unet},
         "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": vae}},
         "cond_stage_config": {"params": {"layer": "penultimate"}},
@@ -141,10 +145,12 @@ def parse(config, source):
     layer = text.get("layer", "last")
     if layer not in ("penultimate", "last"):
         raise ValueError(f"{source}: the layer of the text tower is {shown(layer)}. Allowed: penultimate, last.")
+    ddconfig = _autoencoder(vae, source)
+    size = _size(params, 2 ** (len(ddconfig["ch_mult"]) - 1), source)
     return CheckpointConfig(
-        unet=_unet(params, source), diffusion=_diffusion(params, source),
+        unet=_unet(params, source), diffusion=_diffusion(params, size, source), size=size,
         scale_factor=number(params.get("scale_factor", 0.18215), f"{source}: scale_factor", 0, 1000),
-        ddconfig=_autoencoder(vae, source),
+        ddconfig=ddconfig,
         embed_dim=whole(vae.get("embed_dim"), f"{source}: embed_dim of the VAE", high=1024),
         text_arch=text.get("arch", DEFAULT_ARCH), text_layer=layer, vision_arch=vision.get("arch", DEFAULT_ARCH))
 
@@ -174,6 +180,17 @@ def _unet(params, source):
     return unet
 
 
+def _size(params, factor, source):
+    """`image_size` (height and width of the latent, or one number for both) in pixels: width, height."""
+    given = params.get("image_size")
+    if given is None:
+        return None
+    sides = wholes(given if isinstance(given, list) else [given] * 2, f"{source}: image_size", high=1024)
+    if len(sides) != 2:
+        raise ValueError(f"{source}: image_size is {shown(given)}. It must be height and width of the latent.")
+    return sides[1] * factor, sides[0] * factor
+
+
 def _autoencoder(vae, source):
     found = _checked(AUTOENCODER, {"dropout": 0.0, **_section(vae, "ddconfig", source)}, "ddconfig", source)
     if found["ch"] % GROUPS:
@@ -190,7 +207,7 @@ def _checked(kinds, given, part, source):
     return {name: kinds[name](value, f"{source}: {name} of {part}") for name, value in given.items()}
 
 
-def _diffusion(params, source):
+def _diffusion(params, size, source):
     def checked(check, name, default, *limits):
         return check(params.get(name, default), f"{source}: {name}", *limits)
 
@@ -200,4 +217,5 @@ def _diffusion(params, source):
         parameterization=checked(word, "parameterization", "eps"),
         linear_start=checked(number, "linear_start", 1e-4, 0, 1), linear_end=checked(number, "linear_end", 2e-2, 0, 1),
         zero_snr=zero_snr, base_scale=checked(number, "base_scale", 0.7, 0, 100) if scaled else None,
-        spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0)
+        spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0,
+        cfg=SMALL_CFG if size and max(size) < SMALL else 7.5)

@@ -13,11 +13,12 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..common.core_model import WEIGHT_DTYPES
 from ..common.demo import DYNAMICRAFTER
 from ..common.files import read_checkpoint
-from ..common.nodes import find_model
+from ..common.images import own_size, trained_size
+from ..common.nodes import find_model, say_on_node
 from ..common.schema import schema
 from ..common.values import shown
 from . import checkpoint as loader
-from .conditioning import MODES, image_conditions
+from .conditioning import MODES, image_conditions, strangeness
 from .config import VARIANTS
 
 # Shown by the node that needs a part which a pruned file lacks.
@@ -102,11 +103,11 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                                tooltip="animate: start from the image. interpolate: go from image to image2 (with the "
                                        "512_interp model). loop: return to the image, so that the video can repeat "
                                        "(512_interp too)."),
-                io.Int.Input("width", default=512, min=8, max=4096, step=8,
-                             tooltip="Pixels, a multiple of 8. As trained: 256, 512 (x320), 1024 (x576); demo: 64."),
-                io.Int.Input("height", default=320, min=8, max=4096, step=8,
-                             tooltip="Pixels, a multiple of 8. As trained: 256, 320 (512 wide), 576 (1024 wide); "
-                                     "demo: 64."),
+                io.Int.Input("width", default=0, min=0, max=4096, step=8,
+                             tooltip="Pixels, a multiple of 8. 0: as in training (256, 512 or 1024; the demo's own). "
+                                     "Other sizes work, best near that one."),
+                io.Int.Input("height", default=0, min=0, max=4096, step=8,
+                             tooltip="Pixels, a multiple of 8. 0: as in training (256, 320 or 576; the demo's own)."),
                 io.Int.Input("frames", default=16, min=1, max=256,
                              tooltip="The models were trained with 16. Each frame has its own image tokens; for other "
                                      "numbers they are interpolated over time. 8 to 32 work; motion and sharpness fall "
@@ -118,7 +119,11 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=64,
                              tooltip="Clips made at once from the image, each with its own noise."),
                 io.Image.Input("image2", optional=True, tooltip="The last frame, for mode interpolate only."),
+                io.Model.Input("model", optional=True,
+                               tooltip="Only for a pruned checkpoint with the VAE of another one: width and height 0 "
+                                       "then mean this model's size."),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
                 io.Conditioning.Output(display_name="negative", tooltip="With a grey image, for guidance."),
@@ -128,7 +133,10 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, clip_vision, vae, image, mode, width, height, frames, fs, batch_size,
-                image2=None):
+                image2=None, model=None):
+        known = trained_size(model and model.model, vae)
+        width, height = own_size(width, height, known)
+        say_on_node(cls.hidden.unique_id, strangeness(vae, image, width, height, known))
         latent, tokens, grey = image_conditions(clip_vision, vae, image, image2, mode, width, height, frames,
                                                 batch_size)
         values = {"concat_latent_image": latent, "frame_stride": fs}

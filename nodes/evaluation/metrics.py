@@ -17,6 +17,8 @@ SSIM_WINDOW = 11       # pixels: size of the Gaussian window in the paper
 FLOW_EDGE = 128        # maximum side, in pixels, of the frames on which motion is measured
 FLOW_RADIUS = 7        # pixels
 MOVING = 0.1           # pixels per frame: anything slower counts as static
+HEADER = ["", "PSNR dB", "SSIM", "motion error"]
+MOTION_ERROR = "Motion error: difference of the motion in both videos in pixels per frame, where either of them moves."
 STRUCTURE = 0.05       # fraction of the brightness range: where it varies less, motion cannot be measured
 
 
@@ -33,19 +35,22 @@ class Scores:
         return float(self.psnr.mean()), float(self.ssim.mean()), float(self.motion.mean()) if self.motion.size else None
 
     def table(self) -> str:
-        """Text table of the overall means, the means per clip if there are several, and the means per frame."""
-        def row(name: str, psnr: float, ssim: float, motion: float | None) -> str:
-            return f"{name:<10}{psnr:>10.2f}{ssim:>10.4f}{'' if motion is None else f'{motion:.3f}':>14}"
+        """The rows as a text table."""
+        lines = [f"{name:<10}{psnr:>10}{ssim:>10}{motion:>14}" for name, psnr, ssim, motion in (HEADER, *self.rows())]
+        return "\n".join([*lines, "", MOTION_ERROR])
 
-        lines = [f"{'':<10}{'PSNR dB':>10}{'SSIM':>10}{'motion error':>14}", row("mean", *self.mean())]
+    def rows(self) -> list[list[str]]:
+        """Texts for HEADER: the overall means, the means per clip if there are several, and the means per frame."""
+        def row(name: str, psnr: float, ssim: float, motion: float | None) -> list[str]:
+            return [name, f"{psnr:.2f}", f"{ssim:.4f}", "" if motion is None else f"{motion:.3f}"]
+
+        rows = [row("mean", *self.mean())]
         if len(self.psnr) > 1:
-            lines += [row(f"clip {i + 1}", *Scores(self.psnr[i], self.ssim[i], self.motion[i]).mean())
-                      for i in range(len(self.psnr))]
+            rows += [row(f"clip {i + 1}", *Scores(self.psnr[i], self.ssim[i], self.motion[i]).mean())
+                     for i in range(len(self.psnr))]
         motion = [None, *self.motion.mean(0)]
-        lines += [row(f"frame {i + 1}", self.psnr[:, i].mean(), self.ssim[:, i].mean(), motion[i])
-                  for i in range(self.psnr.shape[1])]
-        return "\n".join([*lines, "", "Motion error: difference of the motion in both videos in pixels per frame, "
-                                      "where either of them moves."])
+        return rows + [row(f"frame {i + 1}", self.psnr[:, i].mean(), self.ssim[:, i].mean(), motion[i])
+                       for i in range(self.psnr.shape[1])]
 
 
 def compare(result_NHWC: Tensor, truth_NHWC: Tensor, clip_frames: int = 0) -> Scores:

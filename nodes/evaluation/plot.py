@@ -1,15 +1,18 @@
 """Draws Scores with Pillow."""
 from PIL import Image
 
-from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, shrink
-from .metrics import Scores
+from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, draw_table, shrink, stacked
+from .metrics import HEADER, Scores
 
 WIDTH, LEFT, RIGHT, TOP, PANEL, GAP = 800, 70, 775, 56, 120, 40
 PANELS = (("PSNR, dB", BLUE), ("SSIM", GREEN), ("motion error, pixels per frame", ORANGE))
 
 
 def draw_scores(scores: Scores) -> Image.Image:
-    """RGB picture, WIDTH pixels wide: one panel per measure; thin lines are clips, thick ones the mean."""
+    """RGB picture, WIDTH pixels wide: one panel per measure, then the table.
+
+    Thin lines are clips, thick ones the mean.
+    """
     measures = [m for m in (scores.psnr, scores.ssim, scores.motion) if m.size]
     height = TOP + len(measures) * (PANEL + GAP)
     image = blank(WIDTH, height)
@@ -41,4 +44,4 @@ def draw_scores(scores: Scores) -> Image.Image:
     for frame in range(0, frames, max(1, frames // 16)):
         pen.text(LEFT + (frame + 0.5) * (RIGHT - LEFT) / frames, height - GAP + 6, str(frame + 1), 12, SOFT, "mt")
     pen.text((LEFT + RIGHT) / 2, height - 10, "frame", 12, SOFT, "mm")
-    return shrink(image)
+    return stacked(shrink(image), draw_table(HEADER, scores.rows(), WIDTH))

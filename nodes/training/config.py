@@ -3,41 +3,49 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from .families import FAMILIES
+from .loop import OPTIMIZERS
+from .objectives import LAWS
 from .parallel import PRECISIONS
+from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
+from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
-PARTS = ("all", "projector_temporal")
+OBJECTIVES = ("denoising", "self_rollout")
+PARTS = ("all", "projector_temporal", "lora")
 SIZE = re.compile(r"(\d+)(?:x(\d+))?")
 
 
-def _setting(default, text: str, choices: Sequence[str] = ()):
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"help": text, "choices": tuple(choices)})
-
-
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(SelfRolloutSettings):
     """All settings with their defaults. The texts are the command line's help."""
 
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
+    objective: str = _setting("denoising", "denoising: of clips; self_rollout: causal Wan on its own videos, by "
+                              "distribution matching with a teacher", OBJECTIVES)
     checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
+    network: str = _setting("", "class of a new video U-Net, as module:Class; empty: the pack's")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")
-    train: str = _setting("all", "weights to train; projector_temporal is for DynamiCrafter", PARTS)
+    train: str = _setting("all", "all weights, a LoRA beside them, or DynamiCrafter's projector_temporal", PARTS)
+    lora_rank: int = _setting(16, "rank of the LoRA")
+    lora_targets: list[str] = _setting(list, "parts of names of its layers, as self_attn. ffn.; none: all attentions")
 
     encoders: str = _setting("demo", "DynamiCrafter checkpoint, or `demo`, whose VAE, CLIP and CLIP vision are used")
     vae: str = _setting("", "another VAE file, as core's Load VAE takes it")
     clip: str = _setting("", "another text encoder file, as core's Load CLIP takes it")
     clip_type: str = _setting("stable_diffusion", "type of that text encoder (core's Load CLIP), as wan")
     clip_vision: str = _setting("", "another vision tower file, as core's Load CLIP Vision takes it")
+    vae_psnr: float = _setting(20.0, "least PSNR in dB of clips that the VAE has encoded and decoded; 0: not measured")
     space: str = _setting("latent", "where a new video U-Net works", SPACES)
 
-    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; empty: Moving Shapes are drawn")
+    data_dir: str = _setting("", "folder with videos/ and captions/, or of shards; self_rollout also takes a text file "
+                         "of prompts; empty: Moving Shapes are drawn")
+    dataset: str = _setting("", "class of the data set in data_dir, as module:Class; empty: the pack's")
     max_samples: int = _setting(0, "clips to use at most, 0: all (of Moving Shapes: 1000)")
     num_frames: int = _setting(16, "frames of a clip")
     frame_size: str = _setting("64", "edge of the clips in pixels, or WIDTHxHEIGHT")
@@ -51,7 +59,7 @@ class TrainConfig:
     num_res_blocks: int = _setting(2, "residual blocks a level")
     schedule: str = _setting("cosine", "its noise schedule", ("cosine", "linear"))
     prediction: str = _setting("v", "what it predicts", ("v", "eps"))
-    block: int = _setting(4, "causal Wan: latent frames made at once")
+    block: int = _setting(0, "causal Wan: latent frames made at once; 0: 3, as in published models, or 4 for the demo")
 
     batch_size: int = _setting(4, "clips of a batch")
     accumulation: int = _setting(1, "batches of a step, in each process")
@@ -62,8 +70,11 @@ class TrainConfig:
     ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result")
     clip_norm: float = _setting(1.0, "largest norm of a step's gradients")
     caption_dropout: float = _setting(0.1, "fraction of captions (and image tokens) dropped, for guidance")
+    timesteps: str = _setting("uniform", "law of the noise levels; logit_normal favours the middle", LAWS)
+    shift: float = _setting(5.0, "causal Wan: moves its noise levels towards pure noise, as its sampler does; 1: not")
     emphasis: float = _setting(1.0, "weight in the loss of places where something moves")
     seed: int = _setting(0, "of new weights, order of clips and noise")
+    optimizer: str = _setting("adamw", "adamw8bit takes a quarter of the memory, and bitsandbytes", OPTIMIZERS)
     mixed_precision: str = _setting("no", "by accelerate", PRECISIONS)
     gradient_checkpointing: bool = _setting(False, "less memory for a longer step")
     device: str = _setting("auto", "cpu, cuda or auto")
@@ -92,12 +103,13 @@ class TrainConfig:
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}: choose one of {', '.join(choices)}.")
-        for name in ("num_frames", "model_channels", "num_res_blocks", "block", "batch_size", "accumulation",
-                     "num_epochs", "learning_rate", "clip_norm", "emphasis", "save_every", "sample_every",
+        for name in ("num_frames", "model_channels", "num_res_blocks", "lora_rank", "batch_size", "accumulation",
+                     "num_epochs", "learning_rate", "clip_norm", "emphasis", "shift", "save_every", "sample_every",
                      "checkpoint_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        for name in ("max_samples", "num_workers", "validation_clips", "steps", "warmup", "seed"):
+        for name in ("max_samples", "num_workers", "validation_clips", "block", "steps", "warmup", "seed",
+                     "vae_psnr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be 0 or more.")
         for name, most in (("ema_decay", 0.999999), ("caption_dropout", 1)):
@@ -105,6 +117,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to {most}.")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: it must end in .safetensors.")
+        self.check_self_rollout()
         self._check_family()
         self.size()
         wrong = [stage for stage in self.stages if not re.fullmatch(r"\d+(x\d+)?:[1-9]\d*", stage)]
@@ -115,15 +128,48 @@ class TrainConfig:
                              "give the full size to both.")
 
     def _check_family(self) -> None:
-        if self.family != "video_unet" and not self.checkpoint:
+        if self.objective == "self_rollout":
+            self._check_rollout()
+        if self.family in ("dynamicrafter", "causal_wan") and not self.checkpoint:
             raise ValueError(f"family {self.family} needs a checkpoint: a file to fine-tune, or to take the sizes from "
                              "(from_scratch), or demo.")
-        if self.train != "all" and self.family != "dynamicrafter":
-            raise ValueError(f"train {self.train} is for family dynamicrafter; {self.family} is trained whole: "
-                             "choose all.")
+        if self.family == "vae" and (self.checkpoint or self.init_2d or self.stages):
+            raise ValueError("family vae trains a new VAE at one size: leave checkpoint, init_2d and stages away.")
+        if self.network and self.family != "video_unet":
+            raise ValueError(f"network {self.network} is for family video_unet: leave it away for {self.family}.")
+        if self.dataset and not self.data_dir:
+            raise ValueError(f"dataset {self.dataset} needs a folder: name it with data_dir.")
+        if self.train == "projector_temporal" and self.family != "dynamicrafter":
+            raise ValueError(f"train {self.train} is for family dynamicrafter: choose all or lora.")
+        if self.train == "lora" and (self.from_scratch or not self.checkpoint):
+            raise ValueError("train lora adapts the weights of a checkpoint: name one, and leave from_scratch away.")
         if self.from_scratch and not self.checkpoint:
             raise ValueError("from_scratch takes the sizes from a checkpoint, and none was given: name one, or leave "
                              "from_scratch away (a new video U-Net is always trained from scratch).")
+
+    def _check_rollout(self) -> None:
+        """Raise ValueError for a training on its own rollouts that this family, or these settings, do not allow."""
+        if self.family != "causal_wan":
+            raise ValueError(f"objective self_rollout is for family causal_wan; {self.family} is trained on clips: "
+                             "choose denoising.")
+        if not self.teacher:
+            raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
+                             "videos in many steps.")
+        allowed = {"stages": ([],), "from_scratch": (False,), "init_2d": ("",), "mixed_precision": ("no", "bf16"),
+                   "train": ("all",), "optimizer": ("adamw",)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                advice = f"choose {' or '.join(values)}" if all(values) and values[0] else "leave it away"
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
+                                 f"{advice}.")
+
+
+ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
+
+
+def all_settings() -> list[Field]:
+    """Fields of `TrainConfig`, those of self-rollout last."""
+    return sorted(fields(TrainConfig), key=lambda each: each.name in ROLLOUT_SETTINGS)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -136,40 +182,61 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting. Flags not given are absent from the result, so that the YAML value applies."""
-    for each in fields(TrainConfig):
+    group = parser.add_argument_group("objective self_rollout")
+    for each in all_settings():
+        place = group if each.name in ROLLOUT_SETTINGS else parser
         text = each.metadata["help"].replace("%", "%%")  # argparse expands % itself
         flag = {"dest": each.name, "default": argparse.SUPPRESS}
         if each.type == "bool":
-            parser.add_argument(f"--{each.name}", action="store_true", help=f"{text} (default: no)", **flag)
-            parser.add_argument(f"--no_{each.name}", action="store_false", help=argparse.SUPPRESS, **flag)
+            text = f"{text} (default: {'yes' if each.default else 'no'})"
+            place.add_argument(f"--{each.name}", action="store_true", help=text, **flag)
+            place.add_argument(f"--no_{each.name}", action="store_false", **flag,
+                               help=f"not {each.name}" if each.default else argparse.SUPPRESS)
         elif each.type.startswith("list"):
             kind = int if each.type == "list[int]" else str
-            parser.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
+            place.add_argument(f"--{each.name}", nargs="+", type=kind, help=text, **flag)
         else:
             kind = {"int": int, "float": float, "str": str}[each.type]
-            parser.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
+            place.add_argument(f"--{each.name}", type=kind, choices=each.metadata["choices"] or None,
                                 help=f"{text} (default: {each.default!r})", **flag)
 
 
-def make_config(yaml_path: str | Path | None, given: dict) -> TrainConfig:
-    """Defaults, then the YAML, then `given`; checked. Raises ValueError that names the file, setting and value."""
+def make_config(yaml_path: str | Path | None, given: dict, saved: Callable[[Path], dict] = lambda folder: {}
+                ) -> TrainConfig:
+    """Defaults (some are the objective's own), then the YAML, then `given`; checked. To resume, the run's own settings
+    (`saved(its folder)`) stand in for the defaults. Raises ValueError that names the file, setting and value."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    config = OmegaConf.structured(TrainConfig)
     try:
         loaded = OmegaConf.create() if yaml_path is None else OmegaConf.load(yaml_path)
     except (OSError, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{yaml_path} cannot be read as YAML: {error}") from error
     if not OmegaConf.is_dict(loaded):
         raise ValueError(f"{yaml_path} holds no settings: write one `name: value` a line.")
-    for source, settings in ((yaml_path, loaded), ("the command line", given)):
+    sources = [(yaml_path, loaded), ("the command line", given)]
+    config = _merged(sources)
+    if config.resume:
+        folder = Path(config.output).with_suffix("")
+        known = {each.name for each in fields(TrainConfig)} - {"output"}
+        before = {name: value for name, value in saved(folder).items() if name in known}
+        config = _merged([(folder, before), *sources])
+    config.check()
+    return config
+
+
+def _merged(sources: Sequence[tuple[str | Path | None, dict]]) -> TrainConfig:
+    """The defaults, overridden by each of the sources (name, settings) in turn."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config, objectives = OmegaConf.structured(TrainConfig), [given["objective"] for _, given in sources
+                                                             if "objective" in given]
+    own = DEFAULTS if objectives[-1:] == ["self_rollout"] else {}
+    for source, settings in (("self_rollout", own), *sources):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:
             raise ValueError(f"{source}: {error.full_key} does not fit: {str(error).splitlines()[0]}. Settings: "
-                             f"{', '.join(each.name for each in fields(TrainConfig))}.") from error
-    config = OmegaConf.to_object(config)
-    config.check()
-    return config
+                             f"{', '.join(each.name for each in all_settings())}.") from error
+    return OmegaConf.to_object(config)

@@ -12,7 +12,7 @@ from ..common.drawing import BLUE, GREEN, GRID, INK, ORANGE, SOFT, Pen, blank, s
 from .logs import read_lines
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 588, 44, 268
+LEFT, RIGHT, TOP, BOTTOM = 52, 588, 56, 258
 LOSS, VALIDATION, PSNR = BLUE, ORANGE, GREEN
 
 Points = Sequence[tuple[int, float]]
@@ -67,6 +67,10 @@ def draw_curves(curves: Curves, headline: str) -> Image.Image:
                     for step, value in curves.psnr], PSNR)
         for value, place in ((bottom, BOTTOM), (top, TOP)):
             pen.text(RIGHT + 6, place, f"{value} dB", 11, PSNR, "lm")
+    pen.text((LEFT + RIGHT) / 2, HEIGHT - 6, "step", 11, SOFT, "mb")
+    pen.text(8, TOP - 14, "loss (log scale)", 11, SOFT, "lm")
+    if curves.psnr:
+        pen.text(WIDTH - 8, TOP - 28, "PSNR (dB)", 11, PSNR, "rm")
     for i, (name, colour, points) in enumerate((("loss", LOSS, curves.loss), ("PSNR", PSNR, curves.psnr),
                                                 ("validation loss", VALIDATION, curves.validation))):
         if points:

@@ -5,7 +5,7 @@ Tensor names end in their layout: B batch, T frames, C channels, H height, W wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..common.clip import encode_tokens
 from ..common.vae import fold_frames
 from .data.clips import Clips
+from .disk import DiskCache, Encoded
 
-CACHE_BYTES = 2 * 2 ** 30  # memory for cached encodings of clips and captions; the rest is re-encoded in each epoch
-
-Encoded = dict[str, Tensor]
+CACHE_BYTES = 2 * 2 ** 30  # memory for encodings of clips, and as much for captions; the rest is read again from disk
 
 
 def as_node(function: Callable[..., Tensor], *arguments) -> Tensor:
@@ -30,13 +29,19 @@ def as_node(function: Callable[..., Tensor], *arguments) -> Tensor:
     return result.float().cpu().clone()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoders:
-    """The host's models. vae None: clips stay in pixels. clip_vision None: for networks without image tokens."""
+    """The host's models. vae None: clips stay in pixels. clip_vision None: for networks without image tokens.
+
+    A caption is encoded once: its tokens stay in memory and, with a `disk`, in a file.
+    """
 
     vae: Any
     clip: Any
     clip_vision: Any
+    disk: DiskCache | None = None
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    text_bytes: int = 0
 
     def latent(self, video_CTHW: Tensor) -> Tensor:
         """Posterior mean [C, T, h, w], unscaled, of a clip in -1..1; without a VAE the clip itself."""
@@ -52,11 +57,21 @@ class Encoders:
 
     def text(self, caption: str) -> Tensor:
         """Tokens [L, C], truncated to the length of the empty caption so that captions can be stacked."""
-        tokens_LC = self._text(caption)
-        return tokens_LC[:len(self._text(""))] if caption else tokens_LC
+        if caption not in self.texts:
+            tokens_LC = self._text(caption)
+            if self.text_bytes + tokens_LC.nbytes > CACHE_BYTES:
+                return tokens_LC
+            self.texts[caption], self.text_bytes = tokens_LC, self.text_bytes + tokens_LC.nbytes
+        return self.texts[caption]
 
     def _text(self, caption: str) -> Tensor:
-        return as_node(lambda: self.clip.encode_from_tokens(self.clip.tokenize(caption)))[0]
+        found = self.disk and self.disk.get(f"text/{caption}")
+        if not found:
+            tokens_LC = as_node(lambda: self.clip.encode_from_tokens(self.clip.tokenize(caption)))[0]
+            found = {"text": tokens_LC[:len(self.text(""))] if caption else tokens_LC}
+            if self.disk:
+                self.disk.put(f"text/{caption}", found)
+        return found["text"]
 
     def image_tokens(self, image_CHW: Tensor) -> Tensor:
         """Vision tokens [N, W] of an image in -1..1."""
@@ -72,10 +87,8 @@ def resized(video_CTHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 def varies(dataset: Dataset) -> bool:
     """Whether a clip may differ between epochs, so that its encoding cannot be cached."""
-    kind = type(dataset)
     return isinstance(dataset, Clips) and (
-        dataset.mirror or getattr(dataset, "stride", 0) > 0 or kind.augment_text is not Clips.augment_text
-        or kind.augment_frames is not Clips.augment_frames)
+        dataset.mirror or getattr(dataset, "stride", 0) > 0 or dataset.augments())
 
 
 @lru_cache(maxsize=4)
@@ -84,20 +97,42 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_033 + epoch)).tolist()
 
 
+class ClipCache:
+    """Encoded clips of a data set on disk, without their text, which clips of one caption share: `text` encodes it."""
+
+    def __init__(self, disk: DiskCache, dataset: Dataset, text: Callable[[str], Tensor]):
+        self.disk, self.dataset, self.text = disk, dataset, text
+
+    def get(self, index: int) -> Encoded | None:
+        item = self.disk.get(self.dataset.key(index))
+        if item and "caption" in item:
+            item["text"] = self.text(bytes(item.pop("caption").tolist()).decode())
+        return item
+
+    def put(self, index: int, item: Encoded, caption: str) -> None:
+        kept = {name: value for name, value in item.items() if name != "text"}
+        if "text" in item:
+            kept["caption"] = torch.tensor(list(caption.encode()), dtype=torch.uint8)
+        self.disk.put(self.dataset.key(index), kept)
+
+
 class Batches:
     """Encoded batches of the clips `indices` of a data set, by batch number: the same number gives the same batch.
 
     Every epoch visits each clip once, in its own order; its last batch is filled up from the start of that order.
-    Batches are requested `stride` numbers apart (the number of processes), which lets `workers` prefetch.
+    Batches are requested `stride` numbers apart (the number of processes), which lets `workers` prefetch. With a
+    `cache` encodings are kept on disk too, and clips whose encodings it has are not read.
     """
 
     def __init__(self, dataset: Dataset, indices: Sequence[int], encode: Callable[[dict], Encoded], *, size: int,
-                 seed: int, workers: int = 0, stride: int = 1):
+                 seed: int, workers: int = 0, stride: int = 1, cache: ClipCache | None = None):
         self.dataset, self.indices, self.encode = dataset, indices, encode
         self.size, self.seed, self.workers, self.stride = size, seed, workers, stride
         self.per_epoch = -(-len(indices) // size)
-        self.cache: dict[int, Encoded] = {}
-        self.cached_bytes = 0 if not varies(dataset) else CACHE_BYTES
+        self.kept: dict[int, Encoded] = {}  # in memory
+        fixed = not varies(dataset)
+        self.cached_bytes, self.counted = 0 if fixed else CACHE_BYTES, set()
+        self.disk = cache if fixed and hasattr(dataset, "key") else None
         self.position = self.end = 0  # reader state: the next batch to read, and the end of its epoch
         self.reader: Iterator[list[dict]] = iter(())
 
@@ -109,26 +144,38 @@ class Batches:
 
     def __call__(self, number: int) -> Encoded:
         picks = self.picks(number)
-        missing = set(picks) - self.cache.keys()
-        found = {index: self.encode(item) for index, item in self._read(number).items() if index in missing} \
-            if missing else {}
+        missing = set(picks) - self.kept.keys()
+        found = self._stored(missing) if self.disk else {}
+        if missing - found.keys():
+            for index, item in self._read(number).items():
+                if index in missing and index not in found:
+                    found[index] = self.encode(item)
+                    if self.disk:
+                        self.disk.put(index, found[index], item["caption"])
         for index, item in found.items():
-            nbytes = sum(value.nbytes for value in item.values())
-            if self.cached_bytes + nbytes <= CACHE_BYTES:
-                self.cache[index], self.cached_bytes = item, self.cached_bytes + nbytes
-        chosen = [found[index] if index in found else self.cache[index] for index in picks]
+            self._keep(index, item)
+        chosen = [found[index] if index in found else self.kept[index] for index in picks]
         return {name: torch.stack([item[name] for item in chosen]) for name in chosen[0]}
+
+    def _stored(self, indices: set[int]) -> dict[int, Encoded]:
+        found = {index: self.disk.get(index) for index in indices}
+        return {index: item for index, item in found.items() if item}
+
+    def _keep(self, index: int, item: Encoded) -> None:
+        """Keep an item in memory if there is room. Captions that clips share are counted once."""
+        new = {value.data_ptr(): value.nbytes for value in item.values() if value.data_ptr() not in self.counted}
+        if self.cached_bytes + sum(new.values()) <= CACHE_BYTES:
+            self.kept[index] = item
+            self.counted |= new.keys()
+            self.cached_bytes += sum(new.values())
 
     def _read(self, number: int) -> dict[int, dict]:
         """The items of a batch; prefetches what the following batches of the epoch need."""
-        if not self.position <= number < self.end or (number - self.position) % self.stride:
+        if number != self.position or number >= self.end:
             self.position, self.end = number, (number // self.per_epoch + 1) * self.per_epoch
             self.reader = self._read_epoch(number, self.end)
-        while True:
-            items, at = next(self.reader), self.position
-            self.position += self.stride
-            if at == number:
-                return dict(zip(self.picks(number), items))
+        self.position += self.stride
+        return dict(zip(self.picks(number), next(self.reader)))
 
     def _read_epoch(self, first: int, end: int) -> Iterator[list[dict]]:
         if isinstance(self.dataset, Clips):

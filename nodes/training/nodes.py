@@ -1,5 +1,6 @@
 """Train Video Model."""
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -8,16 +9,24 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..causal_wan.lora import add_lora
 from ..common.drawing import as_images
+from ..common.files import read_checkpoint
 from ..common.schema import schema
 from ..common.values import shown
 from .config import PARTS, TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
+from .data.prompts import Prompts
 from .encoding import Encoders
 from .families.registry import family_of, make_family
 from .parallel import PRECISIONS, make_processes
-from .run import Progress, Training
+from .progress import Progress
+from .run import Training
+from .self_rollout.family import SelfRolloutFamily
+from .self_rollout.nodes import Objective
+from .self_rollout.run import SelfRolloutTraining
+from .self_rollout.settings import DEFAULTS
 
 DataSet = io.Custom("STILLMOTION_DATASET")
 PICTURE_EVERY = 1.0   # seconds between live previews
@@ -36,7 +45,7 @@ class TrainVideoModel(io.ComfyNode):
                         "loss and samples while it runs; cancelled, it saves first.",
             search_aliases=["train", "training", "finetune", "fine-tune", "video trainer"],
             advanced=["train", "caption_dropout", "motion_weight", "seed", "sample_every", "mixed_precision",
-                      "gradient_checkpointing"],
+                      "gradient_checkpointing", "block", "lora_rank"],
             inputs=[
                 DataSet.Input("data_set", tooltip="From Moving Shapes, Video Folder or Latent Shards: it decides "
                                                   "frames and size."),
@@ -81,6 +90,13 @@ class TrainVideoModel(io.ComfyNode):
                                                                           "Wan image to video."),
                 io.Model.Input("model", optional=True, tooltip="A model to train further, LoRAs included; it stays as "
                                                                "it is. Not connected: a new video U-Net."),
+                io.Int.Input("block", default=0, min=0, max=64, optional=True,
+                             tooltip="Causal Wan: latent frames made at once, as the sampler will. 0: 3, as in "
+                                     "published models, or 4 for the demo."),
+                io.Int.Input("lora_rank", default=16, min=1, max=1024, optional=True,
+                             tooltip="With train lora: more can learn more, and makes a larger file."),
+                Objective.Input("objective", optional=True, tooltip="From Self-Rollout: causal Wan learns from its own "
+                                                                    "videos. Not connected: from the clips."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The trained model: the moving average of its weights."),
@@ -93,7 +109,7 @@ class TrainVideoModel(io.ComfyNode):
     @classmethod
     def execute(cls, data_set, clip, name, resume, steps, batch_size, learning_rate, model_channels, train,
                 caption_dropout, motion_weight, seed, sample_every, mixed_precision, gradient_checkpointing, vae=None,
-                clip_vision=None, model=None) -> io.NodeOutput:
+                clip_vision=None, model=None, block=0, lora_rank=16, objective=None) -> io.NodeOutput:
         comfy.model_management.unload_all_models()
         device = comfy.model_management.get_torch_device()
         pixels = vae is None or vae.spacial_compression_encode() == 1
@@ -104,15 +120,19 @@ class TrainVideoModel(io.ComfyNode):
                 model_channels=model_channels, **_depth(model_channels), caption_dropout=caption_dropout,
                 emphasis=motion_weight, seed=seed, mixed_precision=mixed_precision, resume=resume,
                 gradient_checkpointing=gradient_checkpointing, save_every=sample_every, sample_every=sample_every,
-                ema_decay=_ema_decay(steps), space="pixels" if pixels else "latent", family=kind,
-                checkpoint="" if model is None else "connected", **_frame_size(data_set))
+                ema_decay=_ema_decay(steps), block=block, lora_rank=lora_rank,
+                space="pixels" if pixels else "latent", family=kind, checkpoint="" if model is None else "connected",
+                **_frame_size(data_set))
+            settings = replace(settings, **_rollout(objective))
             settings.check()
-            family = make_family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set)
-            result, folder = _places(name, resume, family.folder)
+            family, training = _family(model, Encoders(None if pixels else vae, clip, clip_vision), settings, data_set,
+                                       objective)
+            result, folder = _places(name, resume, "loras" if train == "lora" else family.folder)
             show = _Show(steps)
-            Training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
+            training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
         curves = draw_curves(read_curves(folder), f"{result.stem}: {steps} steps")
-        return io.NodeOutput(family.load(result), as_images(curves), result.name)
+        trained = add_lora(model, read_checkpoint(result)) if train == "lora" else family.load(result)
+        return io.NodeOutput(trained, as_images(curves), result.name)
 
 
 class _Show:
@@ -136,6 +156,25 @@ def _frame_size(data_set) -> dict:
         return {}
     height, width = data_set[0]["video"].shape[2:]
     return {"frame_size": str(width) if width == height else f"{width}x{height}"}
+
+
+def _rollout(objective) -> dict:
+    """The settings of a training on its own videos; its own moving average and clipping."""
+    if objective is None:
+        return {}
+    return {"objective": "self_rollout", "teacher": "connected", "validation_clips": 0, "warmup": 0,
+            **{name: DEFAULTS[name] for name in ("ema_decay", "clip_norm")}, **objective.settings}
+
+
+def _family(model, encoders, settings, data_set, objective) -> tuple:
+    """(family, class of the run)"""
+    if objective is not None:
+        scores = objective.teacher, objective.fake_score
+        return SelfRolloutFamily(model, *scores, encoders, settings), SelfRolloutTraining
+    if isinstance(data_set, Prompts):
+        raise ValueError("This data set has prompts alone, and the training learns from clips. Connect Self-Rollout as "
+                         "objective, or a data set of clips.")
+    return make_family(model, encoders, settings, data_set), Training
 
 
 def _depth(model_channels) -> dict:

@@ -4,11 +4,14 @@ Tensor names end in their layout: B batch, T frames, C channels, H height, W wid
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LAWS = ("uniform", "logit_normal")  # of `draw_levels`
+Timesteps = Callable[[int, torch.Generator], Tensor]
 
 
 def autoencoder_loss(vae: nn.Module, images_BCHW: Tensor, generator: torch.Generator, kl_weight: float,
@@ -41,13 +44,25 @@ def attribute_loss(scores: Sequence[Tensor], said_BA: Tensor) -> Tensor:
     return sum(F.cross_entropy(score, said) for score, said in zip(scores, said_BA.T))
 
 
-def noisy_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Timesteps 0..999 [B], three in five from the noisy end. There the network must generate the motion from image and
-    text alone; with uniform timesteps a small model produces still images. The rest keep colours accurate."""
-    uniform = torch.randint(0, 1000, (batch,), generator=generator)
-    noisy = torch.randint(800, 1000, (batch,), generator=generator)
-    kind = torch.rand(batch, generator=generator)
-    return torch.where(kind < 0.15, 999, torch.where(kind < 0.5, noisy, uniform))
+def draw_levels(shape: Sequence[int], law: str, generator: torch.Generator) -> Tensor:
+    """Noise levels in 0..1 of `shape`: "uniform" (arXiv 2006.11239), or "logit_normal" with mean 0 and deviation 1,
+    which favours the middle (arXiv 2403.03206)."""
+    if law == "uniform":
+        return torch.rand(tuple(shape), generator=generator)
+    if law == "logit_normal":
+        return torch.randn(tuple(shape), generator=generator).sigmoid()
+    raise ValueError(f"The law of timesteps {law!r} is unknown: choose one of {', '.join(LAWS)}.")
+
+
+def draw_timesteps(batch: int, generator: torch.Generator, law: str = "uniform") -> Tensor:
+    """Timesteps 0..999 [B]."""
+    return (1000 * draw_levels((batch,), law, generator)).long().clamp(max=999)
+
+
+def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
+    """Noise levels of flow matching moved towards 1 by `shift`, as a sampler with this shift visits them (arXiv
+    2403.03206, equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
@@ -61,15 +76,15 @@ def concat_condition(z_BCTHW: Tensor, ends_B: Tensor) -> Tensor:
 
 def video_v_loss(unet: nn.Module, z_BCTHW: Tensor, condition_BCTHW: Tensor, text_BLC: Tensor, image_BNW: Tensor,
                  frame_stride_B: Tensor, alphas_cumprod: Tensor, scale_arr: Tensor, generator: torch.Generator,
-                 emphasis: float = 1.0, prediction: str = "v") -> Tensor:
+                 emphasis: float = 1.0, prediction: str = "v", timesteps: Timesteps = draw_timesteps) -> Tensor:
     """Loss of a DynamiCrafter network that predicts "v" (arXiv 2202.00512) or "eps", with its dynamic rescale of x0
-    (arXiv 2310.12190; a `scale_arr` of ones disables it).
+    (arXiv 2310.12190; a `scale_arr` of ones disables it). `timesteps(batch, generator)` draws them, 0..999 [B].
 
     Latent pixels that change over time are weighted by `emphasis`: with a small shape on a plain background, most of
     the frame carries no information about the motion.
     """
     batch = len(z_BCTHW)
-    t = noisy_timesteps(batch, generator)
+    t = timesteps(batch, generator)
     noise = torch.randn(z_BCTHW.shape, generator=generator).to(z_BCTHW)
     scale, alpha = (table[t].to(z_BCTHW).view(-1, 1, 1, 1, 1) for table in (scale_arr, alphas_cumprod))
     x0, signal, sigma = z_BCTHW * scale, alpha.sqrt(), (1 - alpha).sqrt()
@@ -90,15 +105,15 @@ def given_frames(z_BCTHW: Tensor, mask_BT: Tensor) -> Tensor:
 
 def video_unet_loss(net: nn.Module, z_BCTHW: Tensor, mask_BT: Tensor, text_BLC: Tensor, alphas_cumprod: Tensor,
                     prediction: str, generator: torch.Generator, emphasis: float = 1.0,
-                    additional_BD: Tensor | None = None) -> Tensor:
+                    additional_BD: Tensor | None = None, timesteps: Timesteps = draw_timesteps) -> Tensor:
     """Loss of the video U-Net, predicting "eps" (arXiv 2006.11239) or "v" (arXiv 2202.00512), on clips whose frames
-    with mask 1 are given. Noise and timesteps are drawn on the generator's device.
+    with mask 1 are given. `timesteps(batch, generator)` draws them, 0..999 [B], on the generator's device.
 
     Latent pixels that change over time are weighted by `emphasis`, as in `video_v_loss`.
     """
     if prediction not in ("eps", "v"):
         raise ValueError(f"Prediction {prediction!r} is unknown: choose eps or v.")
-    t = noisy_timesteps(len(z_BCTHW), generator)
+    t = timesteps(len(z_BCTHW), generator)
     noise = torch.randn(z_BCTHW.shape, generator=generator).to(z_BCTHW)
     alpha = alphas_cumprod[t].to(z_BCTHW).view(-1, 1, 1, 1, 1)
     signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
@@ -109,14 +124,6 @@ def video_unet_loss(net: nn.Module, z_BCTHW: Tensor, mask_BT: Tensor, text_BLC: 
     change_B1HW = (z_BCTHW.amax(2) - z_BCTHW.amin(2)).amax(1, keepdim=True)
     weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5 * z_BCTHW.std())[:, :, None]
     return (weight_B11HW * (predicted - target).square()).mean()
-
-
-def block_sigmas(shape: Sequence[int], shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels of `shape`, with the sampler's shift: most are near 1, and one in five is exactly 1, where a block's
-    motion must come from image, text and context alone."""
-    even = torch.rand(tuple(shape), generator=generator)
-    shifted = shift * even / (1 + (shift - 1) * even)
-    return torch.where(torch.rand(tuple(shape), generator=generator) < 0.2, 1.0, shifted)
 
 
 def teacher_mask(blocks: Sequence[int], first: int) -> Tensor:

@@ -6,6 +6,7 @@ torchrun.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from ..common.extras import import_extra
 
-PRECISIONS = ("no", "bf16", "fp16")
+log = logging.getLogger(__name__)
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("no", *HALVES)
 
 
 class OneProcess:
@@ -25,8 +29,14 @@ class OneProcess:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
 
-    def prepare(self, optimizer: torch.optim.Optimizer):
-        return optimizer
+    def prepare(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
+        """(loss, optimizer) for `backward`. `loss` is a module whose forward pass is the loss of a batch and whose
+        weights are trained."""
+        return loss, optimizer
+
+    def collecting(self, loss: nn.Module):
+        """Context of all batches of a step but the last: their gradients are added up in this process only."""
+        return contextlib.nullcontext()
 
     def autocast(self):
         return contextlib.nullcontext()
@@ -34,12 +44,9 @@ class OneProcess:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def share(self, state):
-        """Broadcast an object from the first process to all."""
-        return state
-
-    def mean(self, values: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over all processes."""
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over all processes."""
+        return value
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
@@ -54,7 +61,8 @@ class OneProcess:
 class Accelerated(OneProcess):
     """Mixed precision and any number of processes, on GPUs or CPUs, with accelerate.
 
-    Gradients are averaged once per step, after accumulation, no matter how the loss calls the network.
+    PyTorch's DistributedDataParallel wraps the loss, not the network: the loss may call the network in any way and any
+    number of times. Gradients are averaged in buckets during the backward pass of a step's last batch.
     """
 
     def __init__(self, accelerator):
@@ -62,8 +70,12 @@ class Accelerated(OneProcess):
         self.accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
 
-    def prepare(self, optimizer: torch.optim.Optimizer):
-        return self.accelerator.prepare(optimizer)
+    def prepare(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
+        self.accelerator.free_memory()  # accelerate would keep the networks of earlier stages
+        return self.accelerator.prepare(loss, optimizer)
+
+    def collecting(self, loss: nn.Module):
+        return self.accelerator.no_sync(loss)
 
     def autocast(self):
         return self.accelerator.autocast()
@@ -71,14 +83,8 @@ class Accelerated(OneProcess):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def share(self, state):
-        from accelerate.utils import broadcast_object_list
-        return broadcast_object_list([state])[0]
-
-    def mean(self, values: Sequence[Tensor]) -> None:
-        if self.count > 1:
-            for value in values:
-                value.copy_(self.accelerator.reduce(value, reduction="mean"))
+    def mean(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, reduction="mean") if self.count > 1 else value
 
     def clip_gradients(self, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
         return self.accelerator.clip_grad_norm_(parameters, norm)
@@ -106,9 +112,20 @@ def make_processes(precision: str = "no", device: torch.device | str = "cpu") ->
     cpu = torch.device(device).type == "cpu"
     if precision == "fp16" and cpu:
         raise ValueError("Mixed precision fp16 needs a GPU: choose bf16 or no.")
+    if not launched() and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # What accelerate launch leaves when it was asked for several processes and starts a single one.
+        log.warning("accelerate launch was asked for several processes, but started only this one: it finds %s. Give "
+                    "it --multi_gpu for several GPUs; on CPUs use torchrun --nproc_per_node N instead.",
+                    f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU")
     if precision == "no" and not launched():
         return OneProcess(device)
     accelerate = import_extra("accelerate", "accelerate", "Training in mixed precision or several processes")
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # left from an earlier training in this process, possibly with another precision
-    return Accelerated(accelerate.Accelerator(mixed_precision=precision, cpu=cpu))
+    # Some losses leave weights out (an image's, in a text-to-video batch).
+    buckets = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True,
+                                                       broadcast_buffers=False)
+    processes = Accelerated(accelerate.Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[buckets]))
+    if processes.rank == 0 and processes.count > 1:
+        log.info("%d processes train together: a step takes the batches of all.", processes.count)
+    return processes

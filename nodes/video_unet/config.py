@@ -63,7 +63,8 @@ class VideoUNetConfig:
     def diffusion(self) -> DiffusionParams:
         start, end = LINEAR_BETAS
         return DiffusionParams(parameterization=self.prediction, linear_start=start, linear_end=end, zero_snr=False,
-                               base_scale=None, spacing="uniform_trailing", guidance_rescale=0.0, shape=self.schedule)
+                               base_scale=None, spacing="uniform_trailing", guidance_rescale=0.0, shape=self.schedule,
+                               steps=20, cfg=2.0)
 
 
 def to_json(config: VideoUNetConfig) -> str:

@@ -214,13 +214,13 @@ class VideoUNet(nn.Module):
         return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def new_network(params: VideoUNetParams, seed: int) -> VideoUNet:
-    """An untrained network on the CPU: the last layer of each branch is zero, so that each branch starts as the
-    identity and the network predicts zero."""
+def new_network(params: VideoUNetParams, seed: int, kind: type[VideoUNet] = VideoUNet) -> VideoUNet:
+    """An untrained network of class `kind` on the CPU: the last layer of each branch is zero, so that each branch
+    starts as the identity and the network predicts zero."""
     torch.manual_seed(seed)
-    net = VideoUNet(params, nn, torch_attention)
+    net = kind(params, nn, torch_attention)
     for module in net.modules():
-        last = {ResBlock: "temporal_conv", VideoUNet: "output"}.get(type(module))
+        last = {ResBlock: "temporal_conv", kind: "output"}.get(type(module))
         if isinstance(module, Attention):
             last = "to_out"
         if last:

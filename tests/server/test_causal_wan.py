@@ -122,7 +122,7 @@ def test_demo_is_only_a_path(server, client):
     (I2V, {"mechanism": "zoom"}, "still chunk"),
     (I2V, {"length": 30}, "28 or 32"),
     (I2V, {"width": 72}, "64 or 80"),
-    (I2V, {"clip_vision_output": None}, "CLIP Vision Encode"),
+    (I2V, {"clip_vision": None}, "Connect clip_vision"),
     (TIMELINE, {"prompts": "16: a circle\n0: a square"}, "in order"),
     (TIMELINE, {"prompts": "40: a circle"}, "0 to 31"),
     (SAMPLER, {"steps": "fast"}, "whole numbers"),

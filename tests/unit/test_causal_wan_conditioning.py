@@ -21,7 +21,7 @@ from stillmotion.nodes.causal_wan.conditioning import (
     plan_frames,
 )
 from stillmotion.nodes.causal_wan.run import BlockSettings, prepare
-from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline
+from stillmotion.nodes.causal_wan.timeline import PromptTimeline, apply_timeline, parse_timeline, with_image
 from stillmotion.nodes.common.images import fit_image
 from stillmotion.nodes.common.vae import VideoVAE, vae_shapes
 
@@ -226,7 +226,8 @@ def test_prompts_of_a_timeline_take_the_image_of_the_positive_one():
     positive = [["text", {"concat_mask": 1, "pooled_output": 2}]]
     later = ([["a", {"pooled_output": 3}]], [["b", {}]])
     prompts, switches = apply_timeline(PromptTimeline((4, 8), later), positive, 9)
-    assert prompts == [positive, [["a", {"concat_mask": 1, "pooled_output": 3}]], [["b", positive[0][1]]]]
+    assert [with_image(positive, prompt) for prompt in prompts] == [
+        positive, [["a", {"concat_mask": 1, "pooled_output": 3}]], [["b", positive[0][1]]]]
     assert switches == (4, 8)
     prompts, switches = apply_timeline(PromptTimeline((0, 8), later), positive, 9)
     assert [prompt[0][0] for prompt in prompts] == ["a", "b"] and switches == (8,)
@@ -259,6 +260,31 @@ class StubClip:
 
 class Tower:
     penultimate_hidden_states = torch.ones(1, 5, 20)
+
+
+class Eye:
+    """A vision tower that returns what it was shown."""
+
+    def encode_image(self, image_BHWC):
+        return image_BHWC
+
+
+@pytest.mark.parametrize("image", [pictures(5), None])
+def test_the_vision_tower_sees_the_first_image_or_grey(wan_vae, image):
+    text = StubClip().encode_from_tokens_scheduled(1)
+    given = dict(positive=text, negative=text, vae=wan_vae, width=WIDTH, height=HEIGHT, length=17, block=2,
+                 mechanism="in-block clamp" if image is not None else "auto", short_last_block=True, batch_size=1)
+    positive = nodes.CausalWanImageToVideo.execute(**given, image=image, clip_vision=Eye()).result[0]
+    seen = positive[0][1]["clip_vision_output"]
+    assert torch.equal(seen, image[:1]) if image is not None else (seen == 128 / 255).all() and len(seen) == 1
+
+
+def test_size_0_is_that_of_the_published_models(wan_vae, monkeypatch):
+    found = []
+    monkeypatch.setattr(nodes, "image_conditions", lambda vae, image, *size, **_: found.append(size[:2]) or ({}, {}))
+    text = StubClip().encode_from_tokens_scheduled(1)
+    nodes.CausalWanImageToVideo.execute(text, text, wan_vae, 0, 0, 17, 2, "auto", False, 1)
+    assert found == [(832, 480)]
 
 
 @pytest.mark.parametrize("image", [True, False])

@@ -218,7 +218,7 @@ def to_file(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
 
     def run(name="wan", frames=6, batch=1, model=None, **changes):
-        node = with_hidden(nodes.BlockAutoregressiveToFile, {"1": "prompt"}, {})
+        node = with_hidden(nodes.BlockAutoregressiveToFile, {"1": {"class_type": "prompt"}}, {})
         kind = KINDS[name]
         given = {**WIDGETS, "length": 0, "filename_prefix": "long/clip", "fps": 12.0, "crf": 1, **changes}
         out = node.execute(model or load(strong_tensors(kind), weight_dtype="fp32"), conditioning(kind, frames, 1),

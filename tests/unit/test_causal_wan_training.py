@@ -15,6 +15,7 @@ from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training import objectives
 from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.recipes import causal_wan as recipe
+from stillmotion.nodes.training.recipes.laws import block_sigmas
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_one_pass_equals_the_blocks_one_after_the_other_with_a_cache(net, turn):
     z, y = batch.z_BCTHW[:, :, frames], batch.y_BYTHW[:, :, frames]
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(z.shape, generator=generator)
-    sigma_BN = objectives.block_sigmas((len(z), len(excerpt.blocks)), recipe.SHIFT, generator)
+    sigma_BN = block_sigmas((len(z), len(excerpt.blocks)), recipe.SHIFT, generator)
     keys = net.project_context(batch.text_BLC[1], batch.image_BNW)
     context = torch.randn(z.shape, generator=generator)
 

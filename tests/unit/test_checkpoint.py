@@ -41,6 +41,17 @@ def test_every_weight_arrives():
     assert loaded.clip.encode("a red circle").shape == (1, 77, 16)
 
 
+@pytest.mark.parametrize("variant, size", [("256", (256, 256)), ("512", (512, 320)), ("512_interp", (512, 320)),
+                                           ("1024", (1024, 576))])
+def test_the_published_models_know_their_size_and_strength(variant, size):
+    config = parse(published(variant), "")
+    assert config.size == size and (config.diffusion.steps, config.diffusion.cfg) == (50, 7.5)
+    changed = published(variant)
+    changed["model"]["params"]["image_size"] = [8, 8, 8]
+    with pytest.raises(ValueError, match="image_size is .8, 8, 8.. It must be height and width"):
+        parse(changed, "x.yaml")
+
+
 def test_nothing_is_copied():
     """Weights that already have the right dtype are not copied, so that a memory-mapped file is not held twice."""
     found = tensors()
@@ -98,7 +109,7 @@ def test_a_file_of_every_layout(tmp_path, variant):
         options = {} if name == "d.safetensors" else {"yaml_path": tmp_path / "model.yaml"}
         loaded = loader.load(read_checkpoint(tmp_path / name), weight_dtype="fp32", **options)
         assert None not in loaded
-        assert loaded.model.model.diffusion_params == parse(published(variant), "").diffusion
+        assert loaded.model.model.diffusion_params == parse(tiny(variant), "").diffusion
         if expected is None:
             expected, weights = run(loaded), weights_of(loaded)
         assert all(torch.equal(value, weights[key]) for key, value in weights_of(loaded).items())

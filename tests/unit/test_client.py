@@ -6,9 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import client
 import errors
@@ -16,63 +14,11 @@ import host
 import launch
 import pytest
 import transport
+from fake_comfyui import asked, queued
 
 ENTRY = {"filename": "v.mp4", "subfolder": "", "type": "output"}
 DONE = {"status": {"messages": []}, "outputs": {"1": {"images": [ENTRY]}}}
 GRAPH = {"1": {"class_type": "Save", "inputs": {}}}
-
-
-class Fake(BaseHTTPRequestHandler):
-    """Responds like ComfyUI, unless the test overrides a path: with (status, headers, body), or a callable."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        size = int(self.headers.get("Content-Length") or 0)
-        path = self.path.partition("?")[0]
-        self.server.seen.append((self.command, self.path, dict(self.headers), self.rfile.read(size)))
-        answer = next((answer for start, answer in self.server.answers.items() if path.startswith(start)), None)
-        if callable(answer):
-            answer = answer(self)
-        if answer is None:  # the connection breaks
-            self.close_connection = True
-            return
-        status, headers, body = answer if isinstance(answer, tuple) else (200, {}, answer)
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = "Content-Length" in headers  # a wrong one
-
-    do_POST = do_GET
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(transport, "ANSWER_SECONDS", 10)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Fake)
-    server.daemon_threads, server.seen = True, []
-    server.answers = {"/ws": (404, {}, b""), "/system_stats": {}, "/interrupt": b"",
-                      "/queue": {"queue_running": [], "queue_pending": []}}
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def asked(server, path, method="POST"):
-    return [body for kind, where, _, body in server.seen if kind == method and where == path]
-
-
-def queued(server):
-    return [json.loads(body)["prompt_id"] for body in asked(server, "/prompt")]
 
 
 # ---- addresses ----

@@ -1,7 +1,10 @@
 """Condition frames from images: modes, cropping, batches, bad input."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from stillmotion.nodes.common.images import own_size, trained_size
 from stillmotion.nodes.dynamicrafter.conditioning import (
     check_counts,
     check_images,
@@ -41,6 +44,14 @@ def test_nothing_is_stretched(old, new):
 def test_an_image_that_fits_is_left_alone_and_alpha_is_dropped():
     image = torch.rand(1, 8, 16, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(fit_image(image, 16, 8), image[..., :3])
+
+
+def test_size_0_is_that_of_the_training():
+    source = SimpleNamespace(trained_size=(512, 320))
+    assert trained_size(None, SimpleNamespace(), source) == (512, 320) and trained_size(None) is None
+    assert own_size(0, 0, (512, 320)) == (512, 320) and own_size(64, 0, (512, 320)) == (64, 320)
+    with pytest.raises(ValueError, match="set both, or connect the VAE that came with the model"):
+        own_size(512, 0, None)
 
 
 def test_counts():

@@ -1,16 +1,25 @@
 """The built-in demo model: its size, and the sampler with real weights at step counts that used to return NaN."""
 
+import sys
 from random import Random
+from types import SimpleNamespace
 
+import comfy.utils
+import latent_preview
+import numpy as np
 import pytest
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
+from stillmotion.nodes.common.nodes import say_on_node
+from stillmotion.nodes.common.preview import step_preview
 from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint
-from stillmotion.nodes.dynamicrafter.conditioning import image_conditions
+from stillmotion.nodes.dynamicrafter.conditioning import image_conditions, strangeness
 from stillmotion.nodes.training.data import shapes as data
+from tracking import psnr
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +47,53 @@ def test_steps_that_used_to_be_nan(demo, steps):
         frames = demo.vae.decode(result["samples"])
     assert len(report.timesteps) == steps and report.verdict()[0] == "good", report.text()
     assert frames.isfinite().all() and frames.std() > 0.01
+
+
+def drawing(seed=1):
+    return data.draw_clip(data.random_clip(Random(seed), held_out=True), 1).float() / 255
+
+
+def test_it_knows_its_own_size_and_strength(demo):
+    assert demo.vae.trained_size == demo.model.model.trained_size and max(demo.vae.trained_size) < 256
+    assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (50, 1.5)
+
+
+def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):
+    own = demo.vae.trained_size
+    with torch.inference_mode():
+        assert strangeness(demo.vae, drawing(), *own, own) == ""
+        noise = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)).round()
+        assert "choose a real checkpoint in Load DynamiCrafter" in strangeness(demo.vae, noise, *own, own)
+        assert "512 x 320, but this model was trained with" in strangeness(demo.vae, drawing(), 512, 320, own)
+        assert strangeness(demo.vae, noise, 512, 320, None) == strangeness(demo.vae, noise, 512, 320, (512, 320)) == ""
+
+
+def test_what_it_says_is_shown_on_the_node(monkeypatch, caplog):
+    told = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node: told.append((text, node)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    say_on_node("5", "too large")
+    say_on_node("5", "")
+    monkeypatch.delitem(sys.modules, "server")
+    say_on_node("5", "only in the log")
+    assert told == [("too large", "5")] and "only in the log" in caplog.text
+
+
+@pytest.mark.parametrize("prepare", [step_preview, latent_preview.prepare_callback], ids=["DDIM", "KSampler"])
+def test_its_preview_has_the_colours_of_the_video_and_moves(demo, prepare, monkeypatch):
+    shown = []
+    if prepare is latent_preview.prepare_callback:  # core shows a preview only if a method is chosen
+        monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Auto)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK",
+                        lambda value, total, preview, **_: shown.append((value, total, preview)))
+    clip = data.draw_clip(data.random_clip(Random(3), held_out=True), 16).float() / 255
+    with torch.inference_mode():
+        latent = demo.model.model.process_latent_in(demo.vae.encode(clip))
+        for _ in range(2):  # each run starts at the first frame
+            callback = prepare(demo.model, 16)
+            for step in range(16):
+                callback(step, latent, latent, 16)
+    frames = [np.asarray(picture) for _, _, (_, picture, _) in shown]
+    assert all(psnr(frame, (true * 255).numpy()) > 25 for frame, true in zip(frames, [*clip, *clip]))
+    assert not np.array_equal(frames[0], frames[8])
+    assert [value for value, *_ in shown] == [*range(1, 17)] * 2  # one bar a run, and it ends at the total once

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sampler_stub import SHAPE, conditioning, empty_latent, stub_model
+from stillmotion.nodes.ddim.plot import HEIGHT, WIDTH
 from stillmotion.nodes.ddim.report import COLUMNS, SamplingReport
 from stillmotion.nodes.diagnosis import judgement as judge
 from stillmotion.nodes.diagnosis import nodes
@@ -111,6 +112,23 @@ def test_the_round_trip(noise, level):
     assert judge.judge_round_trip(original, back).level == level
 
 
+def test_a_vae_that_works_but_does_not_know_the_picture():
+    original = picture(0.5, 0.2)[0]
+    back = original + 0.15 * torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
+    assert "belongs to the model" in judge.judge_round_trip(original, back).text
+    found = judge.judge_round_trip(original, back, sound=True)
+    assert found.level == "doubtful" and "unlike the pictures that it was trained on" in found.text
+    assert judge.judge_round_trip(original, original, sound=True).level == "good"
+
+
+def test_the_verdict_has_its_reason():
+    levels = {"latent": "good", "VAE": "doubtful", "sampling": "good", "parameters": "bad", "EMA": "bad"}
+    findings = tuple(judge.Finding(topic, level, "") for topic, level in levels.items())
+    assert judge.Diagnosis(findings, None).text().startswith(
+        "bad: parameters, EMA are bad; VAE is doubtful; the other 2 checks are good\n")
+    assert judge.Diagnosis(findings[:1], None).text().startswith("good: all 1 checks are good\n")
+
+
 def sampled(reach, clip_mode):
     columns = {name: [0.0] for name in COLUMNS} | {"x_min": [-reach], "x_max": [reach], "x_std": [1.0], "beyond": [9.0]}
     return SamplingReport("settings", clip_mode, 3.0, 4096, False, [999], columns)
@@ -185,7 +203,7 @@ def test_bad_inputs_end_the_diagnosis_before_sampling():
     assert found.level == "bad" and found.report is None and frames is None
     assert model.model.diffusion_model.calls == 0
     assert "3 of 40 values are NaN or Inf" in found.text()
-    assert draw_diagnosis(found).size[0] == 1000
+    assert draw_diagnosis(found).size[0] == WIDTH
 
 
 def test_the_first_bad_layer_is_in_the_verdict():
@@ -210,6 +228,15 @@ def test_with_and_without_clipping():
     assert "Connect the true clip" in run(request(compare_clipping=True))[0].findings[-1].text
 
 
+@pytest.mark.parametrize("compare, total", [(False, 4), (True, 8)])
+def test_the_progress_ends_once(compare, total):
+    told = []
+    with torch.inference_mode():
+        diagnose(stub_model("zsnr"), *conditioning(), empty_latent(), StubVAE(), request(compare_clipping=compare),
+                 None, lambda step, x0, x, total: told.append((step + 1, total)))
+    assert told == [(step, total) for step in range(1, total + 1)]
+
+
 def test_a_reference_of_another_size_is_compared_in_brightness_only():
     found, _ = run(request(), reference=picture(0.9, 0.05))
     assert "true clip" not in topics(found) and "for this reference" in found.findings[-1].text
@@ -218,7 +245,7 @@ def test_a_reference_of_another_size_is_compared_in_brightness_only():
 def test_the_plot_grows_with_the_findings():
     found, _ = run(request())
     image = draw_diagnosis(found)
-    assert image.size[0] == 1000 and image.size[1] > 620 + 8 * 38
+    assert image.size[0] == WIDTH and image.size[1] > HEIGHT + 7 * 38
     assert np.asarray(image).std() > 10
 
 
@@ -233,7 +260,7 @@ def test_the_node():
     with torch.inference_mode():
         output = nodes.DiagnoseModel.execute(stub_model("v"), *pair, empty_latent(), StubVAE(), **values)
         plot, text, verdict, frames = output.result
-        assert plot.shape[2:] == (1000, 3) and text.startswith(verdict) and frames.shape[0] == SHAPE[2]
+        assert plot.shape[2:] == (WIDTH, 3) and text.startswith(verdict) and frames.shape[0] == SHAPE[2]
         assert output.ui["diagnosis"][0]["verdict"] == verdict
         with pytest.raises(ValueError, match="depth is 'deep'. Choose one of detailed, quick"):
             nodes.DiagnoseModel.execute(stub_model("v"), *pair, empty_latent(), StubVAE(), **values | {"depth": "deep"})

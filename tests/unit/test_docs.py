@@ -1,4 +1,5 @@
 """README, CONTRIBUTING and the pages: their link targets exist."""
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def anchors(path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    for target, _, anchor in (link.partition("#") for link in links):
+    for target, _, anchor in (link.partition("#") for link in links if not link.startswith("https://")):
         path = page.parent / target if target else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), anchor
@@ -52,3 +53,10 @@ def test_every_node_is_in_the_table():
     text = (PACK / "web" / "pages" / "nodes.md").read_text(encoding="utf-8")
     names = [node.GET_SCHEMA().display_name for node in load_nodes(NODES)]
     assert [name for name in names if name not in text] == []
+
+
+def test_every_template_is_in_the_table_in_order():
+    text = (PACK / "web" / "pages" / "graphs.md").read_text(encoding="utf-8")
+    rows = [f"| {e['title']} | {e['name']} | {e['description']} |"
+            for e in json.loads((PACK / "web" / "templates.json").read_text())]
+    assert "\n".join(rows) in text

@@ -6,6 +6,7 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
+from stillmotion.nodes.common.drawing import ROW
 from stillmotion.nodes.evaluation.metrics import SAME, compare
 from stillmotion.nodes.evaluation.plot import draw_scores
 from stillmotion.nodes.training.data import shapes as data
@@ -67,11 +68,11 @@ def test_several_clips_in_a_row_are_measured_apart():
 def test_plot_has_a_line_a_measure_and_clip():
     scores = compare(drawn(2).roll(1, 1), drawn(2))
     picture = np.asarray(draw_scores(scores))
-    assert picture.shape == (536, 800, 3)
+    assert picture.shape == (536 + 5 * ROW, 800, 3)  # below: header, mean, two frames, a margin
     for colour in ((45, 110, 210), (38, 145, 86), (236, 140, 40)):
         assert (abs(picture.astype(int) - colour).sum(-1) < 30).sum() > 40
     one = compare(drawn(1), drawn(1))
-    assert one.mean()[2] is None and draw_scores(one).height == 376 and "motion" in one.table()
+    assert one.mean()[2] is None and draw_scores(one).height == 376 + 4 * ROW and "motion" in one.table()
 
 
 @pytest.mark.parametrize("result, truth, clip_frames, words", [

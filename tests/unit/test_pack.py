@@ -200,7 +200,8 @@ def test_import_directions():
 
 @pytest.mark.parametrize("path", [PACK / "workflows" / "run.py", PACK / "workflows" / "diagnose.py",
                                   *(PACK / "workflows" / "runner" / f"{name}.py" for name in (
-                                      "host", "launch", "client", "graph", "commands", "errors", "guard"))],
+                                      "host", "launch", "client", "graph", "commands", "errors", "guard", "batch",
+                                      "joblist", "jobgraphs"))],
                          ids=relative_name)
 def test_what_runs_before_the_host_exists_needs_the_standard_library_alone(path):
     outside = {module.split(".")[0] for module in imports(path)}

@@ -44,6 +44,29 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     assert pictures.summary([pictures.LeftOut(str(i), "x") for i in range(25)]).endswith("- and 5 more")
 
 
+def test_one_file_of_prompts_in_natural_order_and_a_filter(tmp_path):
+    for name in ("Cat10.PNG", "cat2.jpg", "cat1.png", "dog.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "test_prompts.txt").write_text("one\n\nten\ndog\n")
+    (tmp_path / "cat2.txt").write_text("its own")
+    found, left_out = pictures.picture_prompts(tmp_path)
+    assert [(path.name, prompt) for path, prompt in found] == [
+        ("cat1.png", "one"), ("cat2.jpg", "its own"), ("Cat10.PNG", "ten"), ("dog.png", "dog")] and left_out == []
+    for fits, names in (("cat*", ["cat1.png", "cat2.jpg", "Cat10.PNG"]), ("dog", ["dog.png"]), ("do", []),
+                        ("*.png", ["cat1.png", "Cat10.PNG", "dog.png"])):
+        assert [path.name for path, _ in pictures.picture_prompts(tmp_path, fits)[0]] == names
+    (tmp_path / "test_prompts.txt").write_text("the same for all")
+    assert {prompt for _, prompt in pictures.picture_prompts(tmp_path)[0]} == {"the same for all", "its own"}
+
+
+def test_the_prompt_of_a_picture_named_prompts_is_its_own(tmp_path):
+    for name in ("prompts.png", "other.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "prompts.txt").write_text("a list\non paper\nand more")
+    found, left_out = pictures.picture_prompts(tmp_path)
+    assert [path.name for path, _ in found] == ["prompts.png"] and [name for name, _ in left_out] == ["other.png"]
+
+
 def test_accents_of_macos_and_of_others_are_one_name(tmp_path):
     (tmp_path / unicodedata.normalize("NFD", "caf\u00e9.png")).touch()
     (tmp_path / unicodedata.normalize("NFC", "caf\u00e9.txt")).write_text("coffee")

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.common.drawing import ALARM, LEVELS
+from stillmotion.nodes.common.drawing import ALARM, INK, LEVELS, MOST_ROWS, ROW
 from stillmotion.nodes.ddim.plot import CLIPPED, HEIGHT, LATENT, LEFT, MIDDLE, RIGHT, TOP, WIDTH, X0, draw_report
 from stillmotion.nodes.ddim.report import COLUMNS, Recorder, SamplingReport
 
@@ -68,8 +68,11 @@ def test_the_plot_shows_verdict_clipped_values_and_nan():
     pictures = {}
     for name, changes in {"good": {}, "bad": {"x0_scale": 4.0}, "nan": {"spoil": ("nan", "nan")}}.items():
         image = draw_report(report(**changes))
-        assert image.size == (WIDTH, HEIGHT) and image.mode == "RGB"
+        assert image.size == (WIDTH, HEIGHT + 7 * ROW) and image.mode == "RGB"  # header, five steps and a margin
         pictures[name] = np.asarray(image)
+    table = pictures["good"][HEIGHT:]
+    assert all(near(table[ROW * i:ROW * (i + 1)], INK) > 100 for i in range(1, 6))  # a line of text for each step
+    assert near(pictures["nan"][HEIGHT:], ALARM) > 100  # the steps with NaN are red
     assert near(pictures["good"], LEVELS["good"]) > 1000 > near(pictures["good"], ALARM)
     assert near(pictures["bad"], ALARM) > 1000
     shade = tuple(255 + (c - 255) * 200 // 255 for c in CLIPPED)
@@ -80,7 +83,9 @@ def test_the_plot_shows_verdict_clipped_values_and_nan():
 
 @pytest.mark.parametrize("steps", [1, 2, 61, 1000])
 def test_the_plot_draws_any_number_of_steps(steps):
-    upper_panel = np.asarray(draw_report(report(steps)))[TOP:MIDDLE]
+    picture = np.asarray(draw_report(report(steps)))
+    assert len(picture) == HEIGHT + ROW * (min(steps, MOST_ROWS) + 2)
+    upper_panel = picture[TOP:MIDDLE]
     drawn = (np.abs(upper_panel.astype(int) - X0).max(-1) < 40).any(0).nonzero()[0]  # columns with the means' line
     end = 0 if steps == 1 else (RIGHT - LEFT) / steps / 2  # it runs from the first step to the last
     assert abs(drawn.min() - LEFT - end) < 4 and abs(drawn.max() - RIGHT + end) < 4

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import client
 import graph
@@ -43,6 +45,16 @@ def test_long_names_of_the_original_command_line_work():
     assert run.jobs(options) == [(run.EXAMPLE, "hello", Path("out/stillmotion_start_1024_seed123"))]
 
 
+def test_a_subcommand_gets_the_arguments_after_its_name(monkeypatch, capsys):
+    monkeypatch.setitem(run.SUBCOMMANDS, "recite", ("recite", "say the arguments again"))
+    monkeypatch.setitem(sys.modules, "recite", SimpleNamespace(main=lambda arguments: f"heard {arguments}"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "recite", "demo", "--seed", "1"])
+    assert run.main() == "heard ['demo', '--seed', '1']"
+    with pytest.raises(SystemExit):
+        run.parse(["--help"])
+    assert "run.py recite     say the arguments again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["777"], "invalid choice"),
     (["512", "abc"], "unexpected 'abc'"),
@@ -51,7 +63,7 @@ def test_long_names_of_the_original_command_line_work():
     (["--steps", "1001"], "at most 1000"),
     (["--frames", "-1"], "--frames is -1"),
     (["--image", "missing.png", "--prompt", "x"], "no file missing.png"),
-    (["--prompt_dir", "missing"], "no folder missing"),
+    (["--prompt_dir", "missing"], "no folder missing"), (["--limit", "2"], "among the images of --prompt_dir"),
     (["--fps", "nan"], "--fps is nan"), (["--seed", "-1"], "--seed is -1"),
     (["--server", "127.0.0.1:8188", "--device", "cpu"], "leave out --device"),
 ])
@@ -75,9 +87,23 @@ def test_a_folder_of_images_and_prompts(tmp_path, capsys):
     assert "2 left out" in told and "alone.png: there is no alone.txt" in told and "unused.txt" in told
 
 
+def test_a_folder_with_one_file_of_prompts_a_filter_and_a_limit(tmp_path):
+    for name in ("cat10.png", "cat2.png", "cat9.png", "dog.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "prompts.txt").write_text("two\nnine\nten\nbarks\n")
+    options = ["--prompt_dir", str(tmp_path), "--filter", "cat*", "--limit", "2", "--output", "out"]
+    assert run.jobs(run.parse(options)) == [(tmp_path / "cat2.png", "two", Path("out/cat2")),
+                                            (tmp_path / "cat9.png", "nine", Path("out/cat9"))]
+    with pytest.raises(host.HostError, match="that fits --filter bird lies in"):
+        run.jobs(run.parse([*options[:3], "bird"]))
+    (tmp_path / "dog.png").unlink()
+    with pytest.raises(host.HostError, match="prompts.txt has 4 lines for 3 pictures"):
+        run.jobs(run.parse(options))
+
+
 def test_a_folder_without_pairs_is_refused(tmp_path):
     (tmp_path / "cat.txt").write_text("a cat")
-    with pytest.raises(host.HostError, match="no image with a same-named .txt"):
+    with pytest.raises(host.HostError, match="no image with a same-named .txt or a line"):
         run.jobs(run.parse(["--prompt_dir", str(tmp_path)]))
 
 

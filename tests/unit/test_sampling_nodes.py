@@ -32,12 +32,24 @@ def test_original_uniform_table_out_of_range_is_explained():
     ({"spacing": "karras"}, "Choose one of auto, uniform, uniform_trailing"),
     ({"tables": "new"}, "Choose one of fixed, original"),
     ({"denoise": 0.0}, "denoise"), ({"denoise": 1.5}, "denoise"),
-    ({"guidance_rescale": -0.5}, "-1 for the model's own"),
+    ({"guidance_rescale": -0.5}, "-1 for the model's own"), ({"cfg": -0.5}, "cfg is -0.5"),
     ({"start_step": 6}, "only 6 steps"), ({"start_step": 4, "end_step": 4}, "leaves no step"),
 ])
 def test_bad_settings(changes, words):
     with pytest.raises(ValueError, match=words):
         settings(**changes)
+
+
+def test_steps_and_cfg_of_the_model():
+    model = stub_model("zsnr")
+    assert ours.own_settings(model, 0, -1.0) == (50, 7.5) and ours.own_settings(model, 8, 2.0) == (8, 2.0)
+    report = nodes.DDIMSampler.execute(model, *conditioning(), empty_latent(), 1, 0, -1.0, 1.0, "auto", -1.0, 1.0, 0.0,
+                                       "off", 3.0, False, 0, 1000, "fixed").result[1]
+    assert len(report.timesteps) == 50 and "cfg 7.5" in report.settings
+    model.model.diffusion_params = None
+    assert ours.own_settings(model, 20, 7.0) == (20, 7.0)
+    with pytest.raises(ValueError, match="set both, for example 20 steps"):
+        ours.own_settings(model, 0, 7.0)
 
 
 def test_too_many_steps_for_the_denoise():

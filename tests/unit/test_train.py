@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from stillmotion.nodes.training.families import FAMILIES
 from stillmotion.nodes.training.families.base import Family
 from stillmotion.nodes.training.families.inflate import inflate, sd_names
 from stillmotion.nodes.training.families.registry import module_of
-from stillmotion.nodes.training.loop import fit
+from stillmotion.nodes.training.loop import fit, learning_rate
 from stillmotion.nodes.training.parallel import make_processes
+from stillmotion.nodes.training.resume import saved_settings
 from stillmotion.nodes.training.run import Training
 from stillmotion.nodes.training.trackers import open_trackers
 from stillmotion.nodes.video_unet.unet import VideoUNetParams, new_network
@@ -92,6 +94,25 @@ def test_accelerate_is_named_where_it_is_missing(monkeypatch):
         make_processes("fp16")
 
 
+def test_a_launcher_that_starts_fewer_processes_than_asked_is_named(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert make_processes("no").count == 1 and not caplog.text
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert make_processes("no").count == 1
+    assert "asked for several processes, but started only this one: it finds no GPU. Give it --multi_gpu" in caplog.text
+
+
+@pytest.mark.slow
+def test_accelerate_leaves_what_the_warning_looks_for(tmp_path):
+    """A plain `accelerate launch --num_processes 2` without a GPU starts one process."""
+    pytest.importorskip("accelerate")
+    out = tmp_path / "one.pt"
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", str(TWO),
+                           str(out), "1"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0 and "asked for several processes, but started only this one" in done.stderr
+
+
 def index_of(item):
     return {"index": torch.tensor(int(item["name"][-5:]))}
 
@@ -107,7 +128,7 @@ def test_every_epoch_visits_every_clip_whoever_reads():
     other = batches(stride=2)
     varied = Batches(MovingShapes(5, frames=1, size=(16, 16), mirror=True), [0, 1, 2, 4], index_of, size=3, seed=7)
     assert [other(number)["index"].tolist() for number in (1, 3, 5)] == seen[1::2]
-    assert [varied(number)["index"].tolist() for number in range(6)] == seen and not varied.cache
+    assert [varied(number)["index"].tolist() for number in range(6)] == seen and not varied.kept
 
 
 @pytest.fixture(autouse=True)
@@ -178,11 +199,15 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(resumed[key], weights[key]) for key in weights)
 
 
-def test_what_a_training_leaves(tmp_path):
+def test_what_a_training_leaves(tmp_path, caplog):
+    caplog.set_level("INFO")
     _, losses = train_toy(tmp_path, checkpoint_every=20)
     folder = tmp_path / "m"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(10, 2), (20, 3), (30, 4)]  # 18 clips, 2 a step
+    assert [row["learning_rate"] for row in rows] == [learning_rate(step - 1, 30, 0.05, 0) for step in (10, 20, 30)]
+    line = r"m: step 30 of 30, epoch 4, loss [0-9.]+, learning rate [0-9.e-]+, 0 min 0 s left"
+    assert re.search(line, (folder / "train.log").read_text())
     assert rows[0]["loss"] == pytest.approx(sum(losses[i] for i in range(1, 11)) / 10)
     assert rows[2]["validation"] < rows[0]["validation"] and rows[0]["psnr"] == 100
     assert (folder / "step_0000020.safetensors").exists() and (folder / "samples" / "step_0000030.png").exists()
@@ -195,11 +220,26 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_by_other_settings(tmp_pat
     train_toy(tmp_path, steps=2)
     with pytest.raises(ValueError, match="holds a run already"):
         train_toy(tmp_path, steps=2)
-    with pytest.raises(ValueError, match="batch_size 2, now 4"):
-        train_toy(tmp_path, steps=2, batch_size=4, resume=True)
+    with pytest.raises(ValueError, match="other settings: num_frames 16, now 8. Go on with those"):
+        train_toy(tmp_path, steps=2, num_frames=8, batch_size=4, resume=True)
     with pytest.raises(ValueError, match="no run to go on with"):
         train_toy(tmp_path / "other", resume=True)
     train_toy(tmp_path, steps=4, resume=True)
+
+
+def test_to_resume_the_settings_of_the_run_stand_in_for_the_defaults(tmp_path, caplog):
+    output = f"--output {tmp_path / 'm.safetensors'}"
+    train_toy(tmp_path, stop_at=12, caption_dropout=0.3)
+    config = make_config(None, flags(f"{output} --resume"), saved_settings)
+    assert (config.steps, config.batch_size, config.caption_dropout, config.resume) == (30, 2, 0.3, True)
+    path = tmp_path / "again.yaml"
+    path.write_text("batch_size: 4\nsteps: 20\n")
+    config = make_config(path, flags(f"{output} --resume --steps 15"), saved_settings)
+    assert (config.steps, config.batch_size, config.caption_dropout) == (15, 4, 0.3)
+    with caplog.at_level("INFO"):
+        train_toy(tmp_path, resume=True, batch_size=4, caption_dropout=0.3)
+    assert "Settings changed since the start: batch_size 2, now 4." in caplog.text
+    assert json.loads((tmp_path / "m" / "settings.json").read_text())["batch_size"] == 4
 
 
 def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
@@ -219,7 +259,11 @@ def test_what_a_killed_or_older_run_left_is_gone_on_with(tmp_path, caplog):
     folder = tmp_path / "m"
     train_toy(tmp_path, stop_at=12)
     settings = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "clip_type"}))
+    added = {"clip_type", "timesteps", "shift", "lora_rank", "lora_targets", "optimizer", "vae_psnr", "dataset",
+             "network"}
+    older = {name: value for name, value in settings.items() if name not in added} | {"block": 4}
+    assert len(older) == len(settings) - len(added)
+    (folder / "settings.json").write_text(json.dumps(older))
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"step": 12, "lo')
     train_toy(tmp_path, stop_at=22, resume=True)
@@ -260,7 +304,7 @@ def test_a_full_disk_leaves_the_state_before_and_nothing_else(tmp_path, monkeypa
     assert (tmp_path / "m" / "state_1.pt").read_bytes() == before
     left = {path.name for path in (tmp_path / "m").iterdir()}
     assert left == {"settings.json", "state_1.pt", "state_1.jsonl", "metrics.jsonl", "curves.png", "samples",
-                    "best.safetensors"}
+                    "best.safetensors", "train.log"}
 
 
 def test_sizes_that_the_model_could_not_use_are_refused_before_training(tmp_path):
@@ -283,7 +327,7 @@ def test_recipes_stand_above_the_trainer():
 def test_every_family_is_one_module_and_one_line():
     for name in FAMILIES:
         module = module_of(name)
-        assert module.DEMO.exists() and callable(module.load_model) and callable(module.from_model)
+        assert callable(module.new) if name == "vae" else module.DEMO.exists() and callable(module.from_model)
     assert {path.stem for path in (PACK / "nodes" / "training" / "families").glob("*.py")} == {
         "__init__", "base", "registry", "inflate", *FAMILIES}
 

@@ -16,7 +16,10 @@ from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.dynamicrafter.attention import SpatialTransformer
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.families import base
+from stillmotion.nodes.training.families.base import plain_weights
 from stillmotion.nodes.training.nodes import TrainVideoModel
+
+from nodes import LoraLoaderModelOnly
 
 SETTINGS = {"name": "tiny", "resume": False, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "model_channels": 16,
             "train": "all", "caption_dropout": 0.1, "motion_weight": 1.0, "seed": 0, "sample_every": 3,
@@ -32,7 +35,7 @@ def demo():
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    for kind in ("checkpoints", "diffusion_models"):
+    for kind in ("checkpoints", "diffusion_models", "loras"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
     monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # sample quality does not matter here
     return tmp_path
@@ -54,7 +57,7 @@ def test_a_new_model_in_inference_mode(demo, folders):
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append((total, value, preview)))
     try:
         with torch.inference_mode():
-            model, curves, name = run(demo, vae=demo.vae).args
+            model, curves, name = run(demo, MovingShapes(10, frames=4, size=(32, 32)), vae=demo.vae).args
             assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
@@ -66,9 +69,9 @@ def test_a_new_model_in_inference_mode(demo, folders):
         header = file.metadata()
     about = json.loads(header["stillmotion.training"])
     assert about["step"] == 3 and about["settings"]["batch_size"] == 2
-    assert about["settings"]["frame_size"] == "16"  # the clips are not upscaled
+    assert about["settings"]["frame_size"] == "32"  # the clips are not upscaled
     assert json.loads(header["stillmotion.video_unet"])["params"]["model_channels"] == 16
-    assert model.model.video_unet.frames == 4 and model.model.video_unet.height == 16
+    assert model.model.video_unet.frames == 4 and model.model.video_unet.height == 32
     found = {path.name for path in (folders / "output" / "training" / "tiny_00001").iterdir()}
     assert {"state_1.pt", "best.safetensors", "curves.png", "metrics.jsonl", "samples", "settings.json"} <= found
 
@@ -136,8 +139,36 @@ def test_causal_wan_is_trained_further_and_loads_again(demo, folders):
     assert trained(before, weights_of(result)) and (folders / "diffusion_models" / name).exists()
     assert result.model.wan_params == model.model.wan_params
     assert all(torch.equal(value, before[key]) for key, value in weights_of(model).items())
-    with pytest.raises(ValueError, match="split into blocks of 4"):
+    with pytest.raises(ValueError, match="split into blocks of 4. Give the data set 4 or 8 frames, or set block to"):
         run(demo, MovingShapes(10, frames=6, size=(32, 32)), model=model, vae=demo.vae, clip_vision=demo.clip_vision)
+
+
+@pytest.mark.parametrize("family", ["dynamicrafter", "causal_wan"])
+def test_a_lora_changes_the_model_in_cores_loader_as_it_was_trained(demo, folders, family):
+    if family == "dynamicrafter":
+        model, data_set = demo.model, MovingShapes(10, frames=4, size=(32, 32))
+    else:
+        model, data_set = causal_wan.load(read_checkpoint(CAUSAL_WAN), weight_dtype="fp32"), MovingShapes(
+            10, frames=8, size=(32, 32))
+    before = weights_of(model)
+    result, _, name = run(demo, data_set, model=model, vae=demo.vae, clip_vision=demo.clip_vision, steps=2,
+                          train="lora", lora_rank=3, learning_rate=1e-2).args
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(model).items())
+    state = torch.load(folders / "output" / "training" / "tiny_00001" / "state_1.pt", weights_only=True)
+    assert all(".lora_" in key for key in state["net"])  # the frozen weights are not saved
+    adapters = state["net"]  # a run of 2 steps has no average
+    loaded = LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)[0]
+    for patched in (result, loaded):
+        found = plain_weights(patched)
+        for key, weight in plain_weights(model).items():
+            layer = key.removesuffix(".weight")
+            if f"{layer}.lora_up.weight" in adapters:
+                weight = weight + adapters[f"{layer}.lora_up.weight"] @ adapters[f"{layer}.lora_down.weight"]
+            torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-6)
+    with safe_open(folders / "loras" / name, "pt") as file:
+        layers = {key.rsplit(".lora", 1)[0] for key in file.keys() if ".lora_up" in key}
+        assert layers and file.get_tensor(f"{min(layers)}.alpha").item() == 3
+        assert any(file.get_tensor(f"{layer}.lora_up.weight").abs().max() > 1e-3 for layer in layers)
 
 
 def test_clips_of_one_frame_and_names_with_brackets(demo):
@@ -157,7 +188,8 @@ def test_sizes_that_the_vae_cannot_take(demo, folders):
 @pytest.mark.parametrize("changes, words", [
     ({"name": "a/b"}, "plain file name"), ({"name": "a\0b"}, "plain file name"), ({"name": "a" * 201}, "200 bytes"),
     ({"name": "a:b"}, "plain file name"), ({"resume": True}, "no run to go on with"),
-    ({"train": "half"}, "choose one of all"), ({"train": "projector_temporal"}, "family dynamicrafter"),
+    ({"train": "half"}, "choose one of all"), ({"train": "lora"}, "name one"),
+    ({"train": "projector_temporal"}, "family dynamicrafter"),
     ({"mixed_precision": "fp8"}, "choose one of no"), ({"batch_size": 0}, "above 0"),
 ])
 def test_bad_input(demo, changes, words):

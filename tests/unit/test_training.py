@@ -9,11 +9,14 @@ from random import Random
 import pytest
 import torch
 from safetensors import safe_open
+from stillmotion.nodes.causal_wan.schedule import make_steps
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.training import objectives
+from stillmotion.nodes.training.config import TrainConfig
 from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
+from stillmotion.nodes.training.recipes import laws
 
 
 def test_one_combination_in_five_is_held_out_and_never_drawn():
@@ -53,10 +56,25 @@ def test_a_returning_clip_ends_as_it_began():
     assert torch.equal(frames[0], frames[-1]) and not torch.equal(frames[0], frames[7])
 
 
-def test_timesteps_lie_mostly_at_the_noisy_end_and_leave_none_out():
-    counts = torch.bincount(objectives.noisy_timesteps(50000, torch.Generator().manual_seed(0)), minlength=1000)
+def test_timesteps_of_the_demos_lie_mostly_at_the_noisy_end_and_leave_none_out():
+    counts = torch.bincount(laws.noisy_timesteps(50000, torch.Generator().manual_seed(0)), minlength=1000)
     assert len(counts) == 1000 and counts.min() > 0
     assert counts[800:].sum() > 2 * counts[:800].sum() / 4 and counts.argmax() == 999
+
+
+@pytest.mark.parametrize("law, middle", [("uniform", 0.5), ("logit_normal", 0.728)])
+def test_timesteps_of_the_trainer_follow_their_law(law, middle):
+    t = objectives.draw_timesteps(50000, torch.Generator().manual_seed(0), law)
+    assert t.min() >= 0 and t.max() <= 999
+    assert t.float().mean().item() == pytest.approx(499.5, abs=5)
+    assert ((t >= 250) & (t < 750)).float().mean().item() == pytest.approx(middle, abs=0.01)
+    assert TrainConfig().timesteps == "uniform"
+
+
+def test_noise_levels_are_shifted_as_the_sampler_shifts_its_steps():
+    sigma = objectives.shift_sigmas(torch.tensor([0.25, 0.5, 0.75, 1.0]), 5.0)
+    assert sigma.tolist() == pytest.approx([s.sigma for s in reversed(make_steps((1000, 750, 500, 250), 5.0, True))])
+    assert torch.equal(objectives.shift_sigmas(sigma, 1.0), sigma)
 
 
 def test_a_perfect_v_prediction_has_no_loss():
@@ -134,7 +152,7 @@ def fit_poisoned(path, at=25, times=1, stop=None, **settings):
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
 
-    def on_step(step, losses, seconds):
+    def on_step(step, losses, seconds, rate):
         if step == stop and not stopped:
             stopped.append(step)
             raise InterruptedError

@@ -9,6 +9,7 @@ from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.ddim.schedule import NUM_TIMESTEPS, make_alphas_cumprod, make_betas
 from stillmotion.nodes.training import objectives
 from stillmotion.nodes.training.recipes import video_unet as video_unet_demo
+from stillmotion.nodes.training.recipes.laws import noisy_timesteps
 from stillmotion.nodes.video_unet.attention import Attention
 from stillmotion.nodes.video_unet.unet import Block, ResBlock, new_network
 from torch import nn
@@ -210,7 +211,7 @@ def test_one_clip_is_learned_by_heart():
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=5e-3), []
     for step in range(30):
         loss = objectives.video_unet_loss(net, z.expand(4, -1, -1, -1, -1), mask, text, alphas, "v",
-                                          generator.manual_seed(step))
+                                          generator.manual_seed(step), timesteps=noisy_timesteps)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

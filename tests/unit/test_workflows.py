@@ -1,17 +1,28 @@
 """The shipped workflow files: templates and API graphs match, and the example pictures are available."""
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import stillmotion
 from comfy_api.latest._io import WidgetInput
+from PIL import Image
 from stillmotion.nodes import NODES, load_nodes
 from stillmotion.nodes.common.examples import OFFERED, offer_examples
+from stillmotion.nodes.dynamicrafter.nodes_quick import PictureToVideo
 
 WORKFLOWS = Path(stillmotion.__file__).parent / "workflows"
 SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in load_nodes(NODES))}
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+TABLE = {entry["name"]: entry for entry in json.loads((WORKFLOWS.parent / "web" / "templates.json").read_text())}
+# preset for a real checkpoint, without an API graph: the template that it is made from, and the nodes that differ
+PHOTOS = {"photo_512": ("animate", {"Stillmotion_LoadDynamiCrafter"}),
+          "photo_1024": ("animate", {"Stillmotion_LoadDynamiCrafter"}),
+          "photo_interpolate": ("interpolate", {"Stillmotion_LoadDynamiCrafter"}),
+          **dict.fromkeys(("photo_self_forcing", "photo_longlive"), ("causal_image_to_video", {
+              "Stillmotion_LoadCausalWan", "Stillmotion_LoadDynamiCrafter", "CLIPLoader", "VAELoader",
+              "Stillmotion_CausalWanImageToVideo", "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_SaveVideo"}))}
 
 
 def read(path):
@@ -21,8 +32,66 @@ def read(path):
 def test_every_api_graph_has_its_template_and_thumbnail():
     assert {"animate", "causal_continue", "causal_image_to_video", "causal_long_video", "causal_resume",
             "causal_text_to_video", "diagnose", "image_guidance", "interpolate", "ksampler", "loop"} <= set(NAMES)
-    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
-    assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == sorted([*NAMES, *PHOTOS]) == sorted(TABLE)
+    for kind in ("jpg", "webp"):
+        assert sorted(path.stem for path in WORKFLOWS.glob(f"*.{kind}")) == sorted(TABLE)
+
+
+def test_thumbnails_move_and_differ():
+    seen = set()
+    for name in TABLE:
+        with Image.open(WORKFLOWS / f"{name}.webp") as picture:
+            assert picture.n_frames >= 4 and picture.size == (320, 320), name
+            frames = [picture.seek(i) or picture.convert("RGB").tobytes() for i in (0, picture.n_frames // 2)]
+        assert frames[0] != frames[1], name
+        seen.add(frames[0])
+        assert (WORKFLOWS / f"{name}.webp").stat().st_size < 200_000
+    assert len(seen) == len(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_template_has_a_title_a_line_and_a_short_note(name):
+    entry = TABLE[name]
+    assert 8 <= len(entry["title"]) <= 48 and 30 <= len(entry["description"]) <= 110
+    note, = [n for n in read(f"{name}.json")["nodes"] if n["type"] == "MarkdownNote"]
+    title, *lines = note["widgets_values"][0].split("\n\n")
+    assert title == f"# {entry['title']}" and 2 <= len(lines) <= 3
+    assert all(line.startswith("## ") for line in lines) and sum(map(len, lines)) <= 340  # headings: legible when small
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_photo_template_is_the_demo_template_with_other_files(name):
+    """Same nodes, wires and values, except those that the checkpoint decides; and it says what to download."""
+    ours, demo = read(f"{name}.json"), read(f"{PHOTOS[name][0]}.json")
+    different = {"MarkdownNote", *PHOTOS[name][1]}
+
+    def rest(workflow, keys):
+        return [{key: node.get(key) for key in keys} for node in workflow["nodes"] if node["type"] not in different]
+
+    assert rest(ours, ("id", "type", "title", "widgets_values")) == rest(demo, ("id", "type", "title",
+                                                                                "widgets_values"))
+    if len(different) == 2:
+        assert ours["links"] == demo["links"] and rest(ours, ("pos", "size")) == rest(demo, ("pos", "size"))
+    files = {model["name"]: model for node in ours["nodes"] for model in node["properties"].get("models", ())}
+    chosen = {value for node in ours["nodes"] if "Load" in node["type"] and node["type"] != "LoadImage"
+              for value in node["widgets_values"] if str(value).endswith((".ckpt", ".pt", ".safetensors"))}
+    assert chosen == set(files) != set()
+    for file in files.values():
+        assert file["url"].startswith("https://huggingface.co/") and "/resolve/main/" in file["url"]
+        assert file["directory"] in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae")
+    note, = [n["widgets_values"][0] for n in ours["nodes"] if n["type"] == "MarkdownNote"]
+    assert all(re.sub(r"_fp8.*|\.safetensors", "", name) in note for name in files)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_the_wires_of_a_photo_template_end_at_sockets(name):
+    workflow = read(f"{name}.json")
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link, source, out, target, slot, kind in workflow["links"]:
+        sender, receiver = nodes[source]["outputs"][out], nodes[target]["inputs"][slot]
+        assert link in sender["links"] and receiver["link"] == link and {sender["type"], receiver["type"]} == {kind}
+    used = [s["link"] for node in nodes.values() for s in node["inputs"] if s.get("link")]
+    assert sorted(used) == sorted(link[0] for link in workflow["links"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,23 +107,25 @@ def test_template_and_api_graph_are_wired_alike(name):
                      if isinstance(value, list)}
 
 
-# the first loader of a workflow, and what its note must mention: real files and where to put them
-REAL_FILES = {
-    "Stillmotion_LoadVideoUNet": ("Train Video Model", "models/checkpoints"),
-    "Stillmotion_LoadDynamiCrafter": ("DynamiCrafter_512", "models/checkpoints"),
-    "Stillmotion_LoadCausalWan": ("Self-Forcing", "LongLive", "models/diffusion_models", "umt5_xxl", "wan_2.1_vae")}
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_templates_start_with_the_demo_and_name_a_real_checkpoint(name):
-    ui = read(f"{name}.json")
-    loaders = [n for n in ui["nodes"] if n["type"] in REAL_FILES]
-    note, = [n for n in ui["nodes"] if n["type"] == "MarkdownNote"]
-    assert loaders and all(loader["widgets_values"][0].startswith("demo") for loader in loaders)
-    missing = [word for word in REAL_FILES[loaders[0]["type"]] if word not in note["widgets_values"][0]]
-    assert missing == []
-    if name in ("interpolate", "loop"):
-        assert "DynamiCrafter_512_Interp" in note["widgets_values"][0]
+def test_templates_start_with_the_demo_in_its_own_size(name):
+    api = read(f"api/{name}.json")
+    models = [n["inputs"]["checkpoint"] for n in api.values() if n["inputs"].get("checkpoint", "none") != "none"]
+    assert models and all(model.startswith("demo") for model in models)
+    sizes = [n["inputs"][side] for n in api.values() for side in ("width", "height") if side in n["inputs"]]
+    assert set(sizes) <= {0}
+
+
+def test_the_one_node_is_the_graph_of_the_template():
+    made = PictureToVideo.execute("the image", "a red circle moves right on a white background", "demo", 123).expand
+    demo = read("api/animate.json").values()
+    for node in made.values():
+        values = {key: value for key, value in node["inputs"].items() if not isinstance(value, list)}
+        if node["class_type"] != "CreateVideo":
+            given = [other["inputs"] for other in demo if other["class_type"] == node["class_type"]]
+            assert any({**inputs, **values, "image": 0} == {**inputs, "image": 0} for inputs in given), node
+    assert sorted({n["class_type"] for n in made.values()} ^ {n["class_type"] for n in demo}) == [
+        "CreateVideo", "LoadImage", "Stillmotion_SaveVideo"]
 
 
 # widgets of our nodes that the page follows with a "control after generate" widget
@@ -68,7 +139,7 @@ def widgets_of(node):
     for name in [socket["name"] for socket in node["inputs"] if "widget" in socket]:
         found[name] = next(values)
         if name in SEEDS.get(node["type"], ("seed", "noise_seed")):
-            assert next(values) in ("fixed", "randomize"), node["type"]
+            assert next(values) in ("fixed", "randomize", "increment"), node["type"]
     assert list(values) == [], node["type"]
     return found
 
@@ -120,10 +191,12 @@ def test_a_run_that_is_gone_on_with_keeps_its_seed():
 def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path):
     (tmp_path / "stillmotion_end.png").write_bytes(b"the user's own")
     offer_examples(tmp_path)
-    files = {n["inputs"]["image" if n["class_type"] == "LoadImage" else "file"] for name in NAMES
-             for n in read(f"api/{name}.json").values() if n["class_type"] in ("LoadImage", "LoadVideo")}
+    entry = {"LoadImage": "image", "LoadVideo": "file", "Stillmotion_ImagePromptFolder": "folder"}
+    files = {n["inputs"][entry[n["class_type"]]] for name in NAMES for n in read(f"api/{name}.json").values()
+             if n["class_type"] in entry}
     assert files | {OFFERED} == {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
+    assert len(list((tmp_path / "stillmotion_pictures").iterdir())) == 6
 
 
 def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):

@@ -1,9 +1,11 @@
 """Shared by the commands in the parent folder: a ComfyUI to run in, a client for its server, and graph editing.
 
-Importing this package makes its modules importable by their own names: `import host`.
+Importing this package from a command makes its modules importable by their own names: `import host`. As a part of the
+library it adds nothing to the import path.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parent))
+if __name__ == "runner":
+    sys.path.insert(1, str(Path(__file__).resolve().parent))

@@ -12,7 +12,7 @@ import urllib.parse
 import uuid
 from pathlib import Path
 
-from errors import BadStatus, JobError, ServerGone, StrangeServer, plain
+from errors import BadStatus, JobError, JobLost, ServerGone, StrangeServer, plain
 from inprocess import common
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "not enough memory", "can't allocate memory", "memoryerror")
@@ -25,15 +25,17 @@ IN_MEMORY = 64 << 20  # bytes of a file kept in memory for inspection; a longer 
 
 
 class Client:
-    """Talks to one server; `local` is its launch.Server, or None for a server that we did not start.
+    """Talks to one server; `local` is its launch.Server, or None for a server that we did not start. `token`: sent as
+    a bearer token, for a server behind a proxy that wants one.
 
     Every call raises ServerGone if there is no response, or its subclass StrangeServer for a response not from ComfyUI.
     """
 
-    def __init__(self, url, local=None):
+    def __init__(self, url, local=None, token=None):
         from transport import Connection, Events  # these need aiohttp, which the host's Python has
 
-        self.connection, self.events = Connection(url), Events
+        self.connection, self.events = Connection(url, token), Events
+        self.lists_jobs = None  # whether the server has /api/jobs; not asked yet
         self.url = self.connection.url  # without a password
         self.local = local
         self.id = uuid.uuid4().hex
@@ -178,40 +180,66 @@ class Client:
 
     def _knows(self, prompt_id):
         """Whether the job is queued, running or finished."""
-        queue = self.json("/queue", kind=dict)
+        if self.lists_jobs:
+            return self._look(prompt_id)[0]
+        queue = self.json("/queue", kind=dict)  # before the history, where a job goes from here
         with self.understood("/queue"):
             listed = [job[1] for job in queue["queue_running"] + queue["queue_pending"]]
-        return prompt_id in listed or self._history(prompt_id) is not None
+        return prompt_id in listed or self._look(prompt_id)[1] is not None
 
-    def _history(self, prompt_id):
-        return self.json(f"/history/{urllib.parse.quote(prompt_id, safe='')}", kind=dict).get(prompt_id)
+    def _look(self, prompt_id):
+        """(whether the server knows the job, its entry if it has ended: status and outputs). The first is None where
+        that cannot be told: the server has no /api/jobs (ComfyUI before 0.6), and the job is not in the history."""
+        name = urllib.parse.quote(prompt_id, safe="")
+        if self.lists_jobs is None:
+            try:
+                self.lists_jobs = isinstance(self.json("/api/jobs?limit=1", tries=1), dict)
+            except ServerGone:  # also a proxy that lets only known paths through
+                self.lists_jobs = False
+        if not self.lists_jobs:
+            entry = self.json(f"/history/{name}", kind=dict).get(prompt_id)
+            return None if entry is None else True, entry
+        try:
+            job = self.json(f"/api/jobs/{name}", kind=dict)
+        except BadStatus as error:
+            if error.code != 404:
+                raise
+            return False, None
+        with self.understood("/api/jobs"):
+            ended = job["status"] not in ("pending", "in_progress")
+            return True, {"status": job["execution_status"], "outputs": job["outputs"]} if ended else None
 
     def cancel(self, prompt_id):
         """Remove a job from the queue, or interrupt it if it is running."""
         for path, body in (("/queue", {"delete": [prompt_id]}), ("/interrupt", {"prompt_id": prompt_id})):
             self.request(path, body, tries=1, seconds=5)
 
-    def run(self, graph, workflow=None, progress=None):
+    def run(self, graph, workflow=None, progress=None, prompt_id=None, again=False, watch=None, heard=None):
         """Queue a graph and wait for it to finish; returns the history's outputs by node id.
 
-        `progress(node id, value, maximum)` is called at every step. Raises JobError and ServerGone; anything
-        that ends the wait early, including Ctrl-C, cancels the job.
+        `progress(node id, value, maximum)` is called at every step, `watch()` about every second, `heard(kind, data)`
+        for every message about the job. again: the job was
+        queued earlier under `prompt_id` and is only waited for. Raises JobError, its subclass JobLost if the server
+        does not know the job, and ServerGone; anything that ends the wait early, including Ctrl-C, cancels the job.
         """
-        events, prompt_id, errors = self._events(), str(uuid.uuid4()), []
+        events, prompt_id, errors = self._events(), prompt_id or str(uuid.uuid4()), []
         try:
-            prompt_id = self.queue(graph, workflow, prompt_id)
-            look = time.monotonic() + LOOK_SECONDS
+            if not again:
+                prompt_id = self.queue(graph, workflow, prompt_id)
+            look = 0 if again else time.monotonic() + LOOK_SECONDS
             while True:
-                ended, events = self._follow(events, prompt_id, graph, progress, errors)
-                entry = self._history(prompt_id)
+                known, entry = self._look(prompt_id)
                 if entry is not None:
                     with self.understood("/history"):
                         return finished(entry, graph, errors)
-                if time.monotonic() > look:
+                if known is False or time.monotonic() > look:
                     if not self._knows(prompt_id):
-                        raise JobError(f"{self.url} does not know the job any more: it was started again, or somebody "
-                                       "removed the job. Run the command again.")
+                        raise JobLost(f"{self.url} does not know the job any more: it was started again, or somebody "
+                                      "removed the job. Run the command again.")
                     look = time.monotonic() + LOOK_SECONDS
+                ended, events = self._follow(events, prompt_id, graph, progress, errors, heard)
+                if watch:
+                    watch()
                 if ended:  # the history is updated shortly after the message
                     time.sleep(0.05)
         except BaseException as stop:
@@ -232,7 +260,7 @@ class Client:
         except Broken:  # some proxies do not forward websockets; the history is enough
             return None
 
-    def _follow(self, events, prompt_id, graph, progress, errors):
+    def _follow(self, events, prompt_id, graph, progress, errors, heard):
         """Handle messages for up to a second: (whether the job ended, events or None if the connection broke).
         Errors are kept: the reason a node was blocked is reported nowhere else."""
         from transport import Broken
@@ -244,6 +272,8 @@ class Client:
                 kind, data = message.get("type"), message.get("data")
                 if not isinstance(data, dict) or data.get("prompt_id") != prompt_id:
                     continue
+                if heard:
+                    heard(kind, data)
                 numbers = [data.get("value"), data.get("max")]
                 if kind == "progress" and progress and data.get("node") in graph and all(
                         isinstance(number, (int, float)) for number in numbers):

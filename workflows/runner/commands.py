@@ -47,10 +47,10 @@ def check(options, positive=()):
     return None
 
 
-def start(options):
+def start(options, client=False):
     """Re-execute in the host's Python; a client alone needs no host if its packages are installed. From now on SIGTERM
     and a closed terminal are handled like Ctrl-C."""
-    if not options.server or not all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
+    if not (client or options.server) or not all(map(find_spec, ("aiohttp", "numpy", "PIL"))):
         host.reexec(options.comfyui)
     for stream in filter(None, (sys.stdout, sys.stderr, sys.stdin)):
         # a Windows console or file may have a limited character set

@@ -12,6 +12,10 @@ class JobError(RuntimeError):
     """The server rejected the graph or a node failed; the message is meant for users."""
 
 
+class JobLost(JobError):
+    """The server does not know the job any more."""
+
+
 class ServerGone(RuntimeError):
     """The server no longer responds."""
 

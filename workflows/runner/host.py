@@ -293,6 +293,11 @@ def find_host(comfyui=None):
     return private_host()
 
 
+def environment_in(host):
+    """The environment for a process in this host's Python."""
+    return dict(clean_environment(), STILLMOTION_COMFYUI=str(host.comfyui), STILLMOTION_VARIANT=host.variant or "")
+
+
 def reexec(comfyui=None):
     """Re-execute the running script in the host's Python; returns the ComfyUI folder if it already runs there."""
     running_in = os.environ.get("STILLMOTION_COMFYUI")
@@ -302,8 +307,7 @@ def reexec(comfyui=None):
         host = find_host(comfyui)
     except HostError as error:
         sys.exit(f"error: {error}")
-    environment = dict(clean_environment(), STILLMOTION_COMFYUI=str(host.comfyui),
-                       STILLMOTION_VARIANT=host.variant or "")
+    environment = environment_in(host)
     command = [str(host.python), *sys.argv]
     if os.name == "nt":
         sys.exit(subprocess.call(command, env=environment))

@@ -48,7 +48,55 @@ def missing_checkpoint(preset, folder):
         "core's CLIP, CLIP Vision and VAE loaders and so does not run with this script)")
     return (f"no DynamiCrafter {preset} checkpoint was found in {folder}. Download model.ckpt (10.4 GB) from Hugging "
             f"Face, repository {REPOSITORY[preset]}{pruned}, and save it as "
-            f"{folder / f'dynamicrafter_{preset}.ckpt'}, or name a file with --checkpoint.")
+            f"{folder / f'dynamicrafter_{preset}.ckpt'} (`run.py fetch dynamicrafter_{preset}` does this), or name "
+            "a file with --checkpoint.")
+
+
+def find_checkpoint(server, preset, name=None, models=None):
+    """The checkpoint that this server (a Client) has for the preset, or `name` if it is there. Raises HostError.
+
+    models: the models folder of a server that we started.
+    """
+    folder = (models or Path("models")) / "checkpoints"
+    names = [plain(name) for name in server.json("/models/checkpoints", kind=list)]
+    if name and name != "demo":
+        if name not in names:
+            where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
+            raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
+        return name
+    if preset == "demo" or name:
+        return "demo"
+    chosen = choose_checkpoint(preset, names)
+    if chosen is None:
+        raise host.HostError(missing_checkpoint(preset, folder))
+    return chosen
+
+
+def read_graphs():
+    """(API graph, workflow of the page) of `animate`."""
+    return json.loads(API.read_text()), json.loads(UI.read_text()) if UI.exists() else None
+
+
+def inputs_of(job):
+    """Ids of the nodes for the checkpoint, the picture and the prompt."""
+    conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
+    return graph.find_node(job, LOADER), graph.find_node(job, "LoadImage"), job[conditioning]["inputs"]["positive"][0]
+
+
+def animate_settings(job, preset, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
+                     frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None):
+    """{node id: {input: value}} of a preset; None means the default of the preset, and then of the graph."""
+    preset, conditioning = PRESETS[preset], graph.find_node(job, IMAGE_TO_VIDEO)
+    return {
+        job[conditioning]["inputs"]["negative"][0]: {"text": negative_prompt},
+        conditioning: {"width": width or preset.get("width"), "height": height or preset.get("height"),
+                       "frames": frames, "fs": preset.get("frame_stride") if frame_stride is None else frame_stride,
+                       "batch_size": batch_size},
+        graph.find_node(job, SAMPLER): {
+            "seed": seed, "steps": steps, "eta": eta,
+            "cfg": preset.get("guidance_scale") if guidance_scale is None else guidance_scale},
+        graph.find_node(job, SAVER): {"fps": fps, "format": format},
+    }
 
 
 class Pipeline:
@@ -77,26 +125,11 @@ class Pipeline:
             if LOADER not in self.schemas:
                 raise host.HostError(f"the ComfyUI at {self.client.url} does not have the Stillmotion nodes: "
                                      "put the pack into its custom_nodes folder and start it again.")
-            self.checkpoint = self._checkpoint(file.name if local_file else checkpoint,
-                                               launch.models_folder(found.comfyui) if not server else None)
+            self.checkpoint = find_checkpoint(self.client, resolution, file.name if local_file else checkpoint,
+                                              launch.models_folder(found.comfyui) if not server else None)
         except BaseException:
             self.close()
             raise
-
-    def _checkpoint(self, name, models):
-        folder = (models or Path("models")) / "checkpoints"
-        names = [plain(name) for name in self.client.json("/models/checkpoints", kind=list)]
-        if name and name != "demo":
-            if name not in names:
-                where = f"neither a file nor in {folder}" if models else "not in the server's models/checkpoints"
-                raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
-            return name
-        if self.resolution == "demo" or name:
-            return "demo"
-        chosen = choose_checkpoint(self.resolution, names)
-        if chosen is None:
-            raise host.HostError(missing_checkpoint(self.resolution, folder))
-        return chosen
 
     def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
             frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
@@ -107,26 +140,17 @@ class Pipeline:
         file per video). `progress(node name, value, maximum)` is called at every step. Raises client.JobError (also
         for a picture that cannot be read) and client.ServerGone.
         """
-        job = json.loads(API.read_text())
-        workflow = json.loads(UI.read_text()) if UI.exists() else None
-        preset = PRESETS[self.resolution]
-
-        def edit(node_id, **values):
+        job, workflow = read_graphs()
+        settings = animate_settings(job, self.resolution, negative_prompt, seed, steps, guidance_scale, eta, frames,
+                                    frame_stride, width, height, fps, batch_size, format)
+        loader, picture, text = inputs_of(job)
+        self.set_inputs(job, workflow, loader, checkpoint=self.checkpoint)
+        self.set_inputs(job, workflow, picture, image=self.client.upload(*file_of(image)))
+        self.set_inputs(job, workflow, text, text=prompt)
+        for node_id, values in settings.items():
             self.set_inputs(job, workflow, node_id, **values)
-
-        conditioning = graph.find_node(job, IMAGE_TO_VIDEO)
-        saver = graph.find_node(job, SAVER)
-        edit(graph.find_node(job, LOADER), checkpoint=self.checkpoint)
-        edit(graph.find_node(job, "LoadImage"), image=self.client.upload(*file_of(image)))
-        edit(job[conditioning]["inputs"]["positive"][0], text=prompt)
-        edit(job[conditioning]["inputs"]["negative"][0], text=negative_prompt)
-        edit(conditioning, width=width or preset.get("width"), height=height or preset.get("height"), frames=frames,
-             fs=preset.get("frame_stride") if frame_stride is None else frame_stride, batch_size=batch_size)
-        edit(graph.find_node(job, SAMPLER), seed=seed, steps=steps, eta=eta,
-             cfg=preset.get("guidance_scale") if guidance_scale is None else guidance_scale)
-        edit(saver, fps=fps, format=format)
         outputs = self.client.run(job, workflow, self.report(job, progress))
-        entries = client.results(outputs, saver)
+        entries = client.results(outputs, graph.find_node(job, SAVER))
         return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 
     def set_inputs(self, job, workflow, node_id, **values):
@@ -149,17 +173,23 @@ class Pipeline:
     def __call__(self, image, prompt, negative_prompt="", num_inference_steps=50, guidance_scale=None, eta=1.0,
                  frame_stride=None, num_frames=16, height=None, width=None, seed=123):
         """Animate an image (a file or a PIL image); returns the frames [T, H, W, 3], float32 in 0..1, uncompressed."""
-        import numpy
         import torch
+
+        return torch.from_numpy(self.frames(
+            image, prompt, negative_prompt=negative_prompt, seed=seed, steps=num_inference_steps, eta=eta, width=width,
+            guidance_scale=guidance_scale, frames=num_frames, frame_stride=frame_stride, height=height)).float() / 255
+
+    def frames(self, image, prompt, **settings):
+        """Like `run`, for one video; returns its frames uncompressed: uint8 [T, H, W, 3] as a numpy array."""
+        import numpy
         from PIL import Image
 
-        entries, = self.run(image, prompt, negative_prompt, seed, num_inference_steps, guidance_scale, eta, num_frames,
-                            frame_stride, width, height, format="png frames")
+        entries, = self.run(image, prompt, format="png frames", **settings)
         frames = []
         for entry in entries:
             with self.client.view(entry) as answer:
                 frames.append(numpy.array(Image.open(io.BytesIO(answer.read())).convert("RGB")))
-        return torch.from_numpy(numpy.stack(frames)).float() / 255
+        return numpy.stack(frames)
 
     def close(self):
         if self.server:
@@ -175,19 +205,15 @@ class Pipeline:
 def file_of(image):
     """(bytes, name) to upload for an image (a file or a PIL image). Raises JobError if it cannot be read.
 
-    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG. 16-bit
-    grayscale is rejected: scanners and microscopes use only part of the range, and only the user knows which.
+    A large image, or one that ComfyUI might read differently (an animation, a rare format), is sent as a PNG.
     """
     png, name = io.BytesIO(), "image.png"
     if isinstance(image, (str, Path)):
         pictures, path = inprocess.common("pictures"), Path(image)
         try:
-            image = pictures.open_picture(path)
+            image = pictures.open_start(path)
         except ValueError as error:
             raise client.JobError(str(error)) from None
-        if pictures.has_16_bits(path):
-            raise client.JobError(f"{path.name} is grey with 16 bits. Save a copy with 8 bits a channel that shows "
-                                  "what the video shall begin with.")
         if pictures.is_plain(path) and path.stat().st_size <= LARGEST_SENT:
             return path.read_bytes(), path.name
         size = image.size

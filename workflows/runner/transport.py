@@ -19,7 +19,7 @@ LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
 AWAY = (502, 503, 504)  # a proxy's status while the server behind it is down
-_thread = {}
+_thread, _starting = {}, threading.Lock()
 
 
 class Broken(ServerGone):
@@ -28,9 +28,10 @@ class Broken(ServerGone):
 
 def wait_for(coroutine):
     """The coroutine's result. Anything that ends the wait early, including Ctrl-C, cancels it."""
-    if not _thread:
-        _thread["loop"] = asyncio.new_event_loop()
-        threading.Thread(target=_thread["loop"].run_forever, name="aiohttp", daemon=True).start()
+    with _starting:
+        if not _thread:
+            _thread["loop"] = asyncio.new_event_loop()
+            threading.Thread(target=_thread["loop"].run_forever, name="aiohttp", daemon=True).start()
     future = asyncio.run_coroutine_threadsafe(coroutine, _thread["loop"])
     try:
         while not concurrent.futures.wait([future], 0.2).done:
@@ -66,13 +67,17 @@ def split_address(address):
 class Connection:
     """Sends requests to one server; redirects are not followed."""
 
-    def __init__(self, address):
+    def __init__(self, address, token=None):
         self.url, self.auth = split_address(address)
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if token and self.auth:
+            raise ServerGone(f"{self.url} has both a password and a token: give one of them.")
         host = urllib.parse.urlsplit(self.url).hostname
         self.at_home = host in ("127.0.0.1", "localhost", "::1")  # never use a proxy
 
     def session(self, **more):
-        return aiohttp.ClientSession(auth=self.auth, trust_env=not self.at_home, auto_decompress=False, **more,
+        return aiohttp.ClientSession(auth=self.auth, headers=self.headers, trust_env=not self.at_home,
+                                     auto_decompress=False, **more,
                                      timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS))
 
     def ask(self, path, body=None, headers=None, seconds=ANSWER_SECONDS, file=None):

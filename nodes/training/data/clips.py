@@ -6,6 +6,7 @@ seed, the index and the epoch, so items are the same for any number of workers.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -35,7 +36,12 @@ class Clips(Dataset):
     mirror: mirror half of the clips and swap left and right in their captions. normalise: "-1..1", or "imagenet"
     (ImageNet mean and standard deviation). Call `set_epoch` before each epoch for new random draws; it also reaches
     running workers.
+
+    With an `additional_condition_dim` every item also has a "condition" [D], from `additional_condition`, for a network
+    that takes it.
     """
+
+    additional_condition_dim = 0
 
     def __init__(self, *, seed: int = 0, mirror: bool = False, normalise: str = "-1..1"):
         if normalise not in NORMALISATIONS:
@@ -58,6 +64,30 @@ class Clips(Dataset):
         """Override to augment a clip in -1..1; the shape stays the same."""
         return video_CTHW
 
+    def augmented(self, video_CTHW: Tensor, caption: str, rng: Random) -> tuple[Tensor, str]:
+        caption = self.augment_text(caption, rng)
+        return self.augment_frames(video_CTHW, rng), caption
+
+    def augments(self) -> bool:
+        """Whether clips or captions are changed at random."""
+        return any(getattr(type(self), name) is not getattr(Clips, name) for name in ("augment_text", "augment_frames"))
+
+    def additional_condition(self, name: str) -> Sequence[float]:
+        """Override to give `additional_condition_dim` numbers for the clip of this name."""
+        raise NotImplementedError
+
+    def condition(self, name: str) -> Tensor:
+        """[D]; ValueError for another number of values, or values that are not finite."""
+        found = torch.as_tensor(self.additional_condition(name), dtype=torch.float32)
+        if found.shape != (self.additional_condition_dim,) or not found.isfinite().all():
+            raise ValueError(f"{type(self).__name__}.additional_condition gave {found.tolist()} for {name}: it must be "
+                             f"{self.additional_condition_dim} finite numbers (additional_condition_dim).")
+        return found
+
+    def key(self, index: int) -> str:
+        """Name of a clip's content: equal only for the same frames and caption, in later runs too."""
+        return f"{type(self).__qualname__}/{self.contents()}/{index}"
+
     def summary(self) -> str:
         """One-line description of the data set, followed by what was skipped."""
         return f"{len(self)} clips"
@@ -74,12 +104,12 @@ class Clips(Dataset):
         video = frames_THWC.permute(3, 0, 1, 2).float() / 127.5 - 1
         if self.mirror and rng.random() < 0.5:
             video, caption = video.flip(-1), swap_sides(caption)
-        caption = self.augment_text(caption, rng)
-        video = self.augment_frames(video, rng)
+        video, caption = self.augmented(video, caption, rng)
         if self.normalise == "imagenet":
             mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
             video = ((video + 1) / 2 - mean) / std
-        return {"video": video.contiguous(), "caption": caption, "name": name}
+        item = {"video": video.contiguous(), "caption": caption, "name": name}
+        return item | ({"condition": self.condition(name)} if self.additional_condition_dim else {})
 
 
 class MovingShapes(Clips):

@@ -149,6 +149,13 @@ class VideoFolder(Clips):
                 found.append(LeftOut(clip.path.name, str(error)))
         return found
 
+    def key(self, index: int) -> str:
+        clip = self.clips[index]
+        state = clip.path.stat()
+        condition = self.condition(clip.path.name).tolist() if self.additional_condition_dim else ()
+        return "/".join(map(str, (type(self).__qualname__, clip.path.name, state.st_mtime_ns, state.st_size,
+                                  self.frames, self.size, self.stride, condition, clip.caption)))
+
     def contents(self) -> str:
         lines = (f"{clip.path.name} {len(clip.look.times)} {clip.caption}" for clip in self.clips)
         return f"{super().contents()}, {sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
@@ -158,6 +165,32 @@ class VideoFolder(Clips):
         found = (f"{len(self)} clips from {self.folder.name}, {self.frames} frames ({how}) of "
                  f"{self.size[1]}x{self.size[0]}")
         return "\n".join(filter(None, (found, self._problems())))
+
+
+class TextVideoDataset(VideoFolder):
+    """Base of own data sets of videos/ and captions/: override what differs. `rng` draws at random, and the same for a
+    clip in the same epoch; draw from nothing else.
+    """
+
+    rng: Random
+
+    def augment_text(self, text: str) -> str:
+        """Override to reword a caption."""
+        return text
+
+    def augment_video(self, frames: Tensor) -> Tensor:
+        """Override to change a clip [C, T, H, W] in -1..1; the shape stays the same."""
+        return frames
+
+    def augmented(self, video_CTHW: Tensor, caption: str, rng: Random) -> tuple[Tensor, str]:
+        self.rng = rng
+        caption = self.augment_text(caption)
+        return self.augment_video(video_CTHW), caption
+
+    def augments(self) -> bool:
+        kind = type(self)
+        return (kind.augment_text, kind.augment_video) != (TextVideoDataset.augment_text,
+                                                           TextVideoDataset.augment_video)
 
 
 def _stem(clip: Path) -> str:

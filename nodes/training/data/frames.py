@@ -4,7 +4,6 @@ FFmpeg gets an open file, not a file name, and may open nothing else: a playlist
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.images import fit_image
-from ...common.pictures import PICTURES, list_folder, open_animation, open_picture
+from ...common.pictures import PICTURES, in_order, list_folder, open_animation, open_picture
 from ...common.video import hearing_cancel
 
 NOTHING_ELSE = {"protocol_whitelist": "none"}
@@ -40,8 +39,7 @@ class Look(NamedTuple):
 def pictures_in(folder: Path) -> list[Path]:
     """The folder's images in numeric order of their names (2 before 10)."""
     return sorted((path for path in list_folder(folder)[0] if path.suffix.lower() in PICTURES and path.is_file()),
-                  key=lambda path: [int(part) if part.isdecimal() else part
-                                    for part in re.split(r"(\d+)", path.name)])
+                  key=in_order)
 
 
 def frames_of(path: Path) -> Iterator[Frame]:

@@ -1,23 +1,18 @@
-"""Video Folder, Moving Shapes, Latent Shards and Clip of a Data Set."""
-import os
-from hashlib import sha256
-from pathlib import Path
-
-import folder_paths
+"""Video Folder, Moving Shapes, Latent Shards, Prompt List and Clip of a Data Set."""
 import torch
 from comfy_api.latest import io
 
-from ...common import values
 from ...common.drawing import as_images
+from ...common.nodes_folder import DATA_SETS, allowed_folder, folder_state
 from ...common.schema import schema
 from ...common.video import hearing_cancel
 from .clips import Clips, MovingShapes
 from .folders import PROBLEMS, SIZES, VideoFolder
+from .prompts import Prompts
 from .shards import LatentShards
 from .sheet import draw_sheet
 
 DataSet = io.Custom("STILLMOTION_DATASET")
-DATA_SETS = "stillmotion_data_sets"  # key of extra_model_paths.yaml
 PREVIEWED = 4  # clips
 OUTPUTS = [
     DataSet.Output(display_name="data_set", tooltip="For Train Video Model, or Clip of a Data Set."),
@@ -41,36 +36,6 @@ def _with_preview(clips: Clips) -> io.NodeOutput:
 def _frames(item: dict) -> torch.Tensor:
     """[T, H, W, 3] in 0..1"""
     return (item["video"].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
-
-
-def _folder(name: str) -> str:
-    """The folder on this machine: inside ComfyUI's input folder, or inside one that the owner lists under DATA_SETS.
-
-    All others are refused with the same error, whether they exist or not, so that clients cannot probe the disk.
-    """
-    roots = [folder_paths.get_input_directory()]
-    if DATA_SETS in folder_paths.folder_names_and_paths:
-        roots += folder_paths.get_folder_paths(DATA_SETS)
-    given = os.path.expanduser(name.strip())
-    path = os.path.normpath(os.path.join(os.path.abspath(roots[0]), given))
-    if not given or "\0" in given or not any(Path(path).is_relative_to(os.path.abspath(root)) for root in roots):
-        raise ValueError(f"folder = {values.shown(name)} was given. Give the name of a folder inside ComfyUI's input "
-                         "folder, or a path inside a folder that the owner of this ComfyUI lists in "
-                         f"extra_model_paths.yaml as {DATA_SETS}.")
-    if not os.path.isdir(path):  # also False for names that are too long
-        raise ValueError(f"folder = {values.shown(name)} was given, and there is no folder {values.shown(path)}.")
-    return path
-
-
-def _state(name: str) -> str:
-    """Changes when the folder's files change; errors in the folder are reported when the node runs."""
-    try:
-        path = Path(_folder(name))
-        files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size)
-                       for pattern in ("*", "*/*", "*/*/*") for file in path.glob(pattern) if file.is_file())
-    except (ValueError, OSError) as error:
-        return str(error)
-    return sha256(repr(files).encode()).hexdigest()
 
 
 class VideoFolderNode(io.ComfyNode):
@@ -111,13 +76,14 @@ class VideoFolderNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **inputs):
-        return _state(folder)
+        return folder_state(folder)
 
     @classmethod
     def execute(cls, folder, frames, width, height, stride, problems, sizes, mirror, max_samples,
                 seed) -> io.NodeOutput:
-        return _with_preview(VideoFolder(_folder(folder), frames, (height, width), stride=stride, problems=problems,
-                                         sizes=sizes, mirror=mirror, max_samples=max_samples, seed=seed))
+        return _with_preview(VideoFolder(allowed_folder(folder), frames, (height, width), stride=stride,
+                                         problems=problems, sizes=sizes, mirror=mirror, max_samples=max_samples,
+                                         seed=seed))
 
 
 class MovingShapesNode(io.ComfyNode):
@@ -169,14 +135,40 @@ class LatentShardsNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **inputs):
-        return _state(folder)
+        return folder_state(folder)
 
     @classmethod
     def execute(cls, folder, max_samples) -> io.NodeOutput:
-        shards = LatentShards(_folder(folder), max_samples=max_samples)
+        shards = LatentShards(allowed_folder(folder), max_samples=max_samples)
         items = [shards[i] for i in range(min(PREVIEWED, len(shards)))]
         rows = [(item["caption"], (item["reference"].movedim(0, -1)[None] / 2 + 0.5).clamp(0, 1)) for item in items]
         return io.NodeOutput(shards, shards.summary(), as_images(draw_sheet(rows)))
+
+
+class PromptList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Stillmotion_PromptList",
+            display_name="Prompt List",
+            category="Stillmotion/training",
+            description="A data set of prompts alone, without clips: for text-to-video training on a model's own "
+                        "videos (Self-Rollout).",
+            search_aliases=["data set", "dataset", "prompts", "self forcing"],
+            inputs=[
+                io.String.Input("prompts", default="a red circle moves left\na blue square moves up", multiline=True,
+                                tooltip="One prompt a line."),
+                io.Int.Input("frames", default=81, min=1, max=1024, tooltip="Frames of the videos to make."),
+                io.Int.Input("width", **{**EDGE, "default": 832}, tooltip="Of the videos to make."),
+                io.Int.Input("height", **{**EDGE, "default": 480}, tooltip="Of the videos to make."),
+            ],
+            outputs=OUTPUTS[:2],
+        )
+
+    @classmethod
+    def execute(cls, prompts, frames, width, height) -> io.NodeOutput:
+        made = Prompts(prompts.splitlines(), frames, (height, width))
+        return io.NodeOutput(made, made.summary())
 
 
 class DataSetClip(io.ComfyNode):

@@ -185,6 +185,10 @@ class LatentShards(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def key(self, index: int) -> str:
+        """Name of a clip's content, for encodings made of it."""
+        return f"{self.folder.resolve()}/{(self.folder / INDEX).stat().st_mtime_ns}/{index}"
+
     def summary(self) -> str:
         first = self[0]
         channels, frames, height, width = first["latent"].shape

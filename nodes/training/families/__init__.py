@@ -1,8 +1,9 @@
 """One module per model family. To add a family, add a module with what `registry` requires, and an entry here."""
 
-# module: class of its MODEL
+# module: class of its MODEL; a VAE has none
 FAMILIES = {
     "video_unet": "VideoUNetModel",
     "dynamicrafter": "DynamiCrafterModel",
     "causal_wan": "CausalWanModel",
+    "vae": None,
 }

@@ -28,6 +28,8 @@ class Family:
     net: nn.Module
     folder = "checkpoints"                      # subfolder of ComfyUI's models where the loader looks
     blocks: tuple[type[nn.Module], ...] = ()    # classes whose activations gradient checkpointing recomputes
+    lora_targets: tuple[str, ...] = ()          # parts of names of layers that get adapters, unless others are given
+    settled: dict[str, Any] = {}                # settings whose automatic values the family has chosen
     encoders: Encoders
 
     @property
@@ -48,13 +50,17 @@ class Family:
         clips."""
         raise NotImplementedError
 
-    def truth(self, batch: Encoded) -> Tensor:
-        """Unscaled latents of the batch's own clips."""
+    def truth(self, batch: Encoded) -> Tensor | None:
+        """Unscaled latents of the batch's own clips, None if it has none."""
         raise NotImplementedError
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """Write a checkpoint file for the family's loader, with `metadata` in its header."""
         raise NotImplementedError
+
+    def export_weights(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
+        """Write the network alone, where `export` writes more."""
+        self.export(path, net, metadata)
 
     def load(self, path: Path) -> Any:
         """Load the file as a MODEL."""
@@ -80,15 +86,15 @@ def chosen(count: int, share: float, generator: torch.Generator, device: torch.d
     return (torch.rand(count, generator=generator) < share).to(device)
 
 
-def plain_weights(model) -> dict[str, Tensor]:
-    """Copy of the weights of a MODEL's network in float32, by the network's keys, with its LoRAs merged. The MODEL is
+def plain_weights(model, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Copy of the weights of a MODEL's network, by the network's keys, with its LoRAs merged (in float32). The MODEL is
     not changed, wherever its weights currently are."""
     weights = {}
     for key, ((weight, convert), *patches) in key_patches(model).items():
         if not key.startswith("diffusion_model.") or key.endswith(SCALES):
             continue
         weight = convert(weight, inplace=False).to("cpu", torch.float32, copy=True)
-        weights[key.removeprefix("diffusion_model.")] = comfy.lora.calculate_weight(patches, weight, key)
+        weights[key.removeprefix("diffusion_model.")] = comfy.lora.calculate_weight(patches, weight, key).to(dtype)
     return weights
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...causal_wan import checkpoint
 from ...causal_wan.attention import WanBlock
 from ...causal_wan.base import MASK_CHANNELS
-from ...causal_wan.blocks import BlockLoop, Plan, split_frames
+from ...causal_wan.blocks import BlockLoop, Plan
 from ...causal_wan.cache import KVCache
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
@@ -25,16 +25,19 @@ from ..encoding import Encoded, Encoders, as_node
 from .base import Family, chosen, clip_latent, first_image, plain_weights
 
 DEMO = CAUSAL_WAN
-SHIFT = 5.0                     # as in Self-Forcing and LongLive, in training and sampling
 STEPS = (1000, 750, 500, 250)   # timesteps of a sample
+BLOCK, DEMO_BLOCK = 3, 4        # of published models (16 latent channels) and of the demo (4)
 
 
 class CausalWanTraining(Family):
     folder, blocks = "diffusion_models", (WanBlock,)
+    lora_targets = ("self_attn.", "cross_attn.", "ffn.")
 
     def __init__(self, net: CausalWan, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders = net, encoders
-        self.block, self.emphasis = settings.block, settings.emphasis
+        self.block = settings.block or (BLOCK if net.params.out_dim == 16 else DEMO_BLOCK)
+        self.settled = {"block": self.block}
+        self.law, self.shift, self.emphasis = settings.timesteps, settings.shift, settings.emphasis
         self.latent_format = model.model.latent_format
         if encoders.vae is None or net.params.i2v and encoders.clip_vision is None:
             raise ValueError("Causal Wan learns from latents, and its image-to-video models from image tokens: connect "
@@ -52,7 +55,7 @@ class CausalWanTraining(Family):
     def encode(self, item: dict) -> Encoded:
         """Tensors of one clip; for image-to-video models also y and the image tokens of the first frame."""
         latent_CTHW = clip_latent(item, self.encoders)
-        split_frames(latent_CTHW.shape[1], self.block, independent_first=False, short_last=False)
+        self._check_length(latent_CTHW.shape[1])
         encoded = {"z": self._scaled(latent_CTHW), "text": self.encoders.text(item["caption"])}
         if self.net.params.i2v:
             image_CHW = first_image(item)
@@ -61,6 +64,17 @@ class CausalWanTraining(Family):
                 lambda: self.encoders.clip_vision.encode_image(pixels_1HWC).penultimate_hidden_states)[0]
             encoded["y"] = self._image_condition(image_CHW, latent_CTHW.shape[1])
         return encoded
+
+    def _check_length(self, latent_frames: int) -> None:
+        """Raise ValueError for clips that are not whole blocks."""
+        whole, rest = divmod(latent_frames, self.block)
+        if rest:
+            ratio = self.encoders.vae.temporal_compression_decode() or 1
+            frames = [(n * self.block - 1) * ratio + 1 for n in (whole, whole + 1) if n]
+            fitting = [n for n in range(1, latent_frames + 1) if latent_frames % n == 0]
+            raise ValueError(f"The clips have {latent_frames} latent frames, which do not split into blocks of "
+                             f"{self.block}. Give the data set {' or '.join(map(str, frames))} frames, or set block to "
+                             f"one of {', '.join(map(str, fitting))}.")
 
     def _scaled(self, latent_CTHW: Tensor) -> Tensor:
         return self.latent_format.process_in(latent_CTHW[None])[0]
@@ -79,7 +93,8 @@ class CausalWanTraining(Family):
         z, text = batch["z"], batch["text"]
         blocks = (self.block,) * (z.shape[2] // self.block)
         dropped = chosen(len(z), dropout, generator, z.device)[:, None, None]
-        sigma = objectives.block_sigmas((len(z), len(blocks)), SHIFT, generator).to(z)
+        levels = objectives.draw_levels((len(z), len(blocks)), self.law, generator)
+        sigma = objectives.shift_sigmas(levels, self.shift).to(z)
         noise = torch.randn(z.shape, generator=generator).to(z)
         keys = net.project_context(torch.where(dropped, self.empty_1LC.to(text), text), batch.get("tokens"))
         return objectives.causal_flow_loss(net, z, z, self._y(batch), keys, blocks, 0, sigma, noise, self.emphasis)
@@ -92,7 +107,7 @@ class CausalWanTraining(Family):
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
         z = batch["z"]
         count, channels, frames, height, width = z.shape
-        steps = make_steps(STEPS, SHIFT, warp=True)
+        steps = make_steps(STEPS, self.shift, warp=True)
         plan = Plan(blocks=(self.block,) * (frames // self.block), steps=steps, first_steps=steps, context_noise=0,
                     window=-1, sink=0, endless=False, switches=(), global_sink=False, cfg=1)
         cache = KVCache(plan.layout(net.params, height, width), count, torch.float32, z.device)
@@ -104,8 +119,8 @@ class CausalWanTraining(Family):
         name, given = ("from the first frame", 1) if "y" in batch else ("from the text", 0)
         return {name: (self.latent_format.process_out(made), given)}
 
-    def truth(self, batch: Encoded) -> Tensor:
-        return self.latent_format.process_out(batch["z"])
+    def truth(self, batch: Encoded) -> Tensor | None:
+        return self.latent_format.process_out(batch["z"]) if "z" in batch else None
 
     def export(self, path: Path, net: CausalWan, metadata: dict[str, str]) -> None:
         """Native Wan keys in fp16; the header's `config` holds what cannot be inferred from shapes."""
@@ -118,7 +133,7 @@ class CausalWanTraining(Family):
         return checkpoint.load(read_checkpoint(path))
 
 
-def load_model(found: Checkpoint):
+def load_model(found: Checkpoint, settings: TrainConfig):
     return checkpoint.load(found, weight_dtype="fp32")
 
 

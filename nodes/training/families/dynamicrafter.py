@@ -1,6 +1,7 @@
 """Training DynamiCrafter (arXiv 2310.12190): full fine-tuning, or only its image projector and temporal layers."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ...common.files import Checkpoint, read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter import checkpoint
 from ...dynamicrafter.attention import SpatialTransformer, TemporalTransformer
+from ...dynamicrafter.keys import TEXT, VAE, VISION
 from ...dynamicrafter.resampler import Resampler
 from ...dynamicrafter.unet import ResBlock, TemporalConv, UNetParams, VideoUNet
 from .. import objectives
@@ -28,9 +30,11 @@ BOTH_ENDS = 1 / 3  # fraction of clips conditioned on their last frame too
 
 class DynamiCrafterTraining(Family):
     blocks = (ResBlock, SpatialTransformer, TemporalTransformer)
+    lora_targets = (".attn1.", ".attn2.")
 
     def __init__(self, net: VideoUNet, model, encoders: Encoders, settings: TrainConfig):
         self.net, self.encoders, self.emphasis = net, encoders, settings.emphasis
+        self.timesteps = partial(objectives.draw_timesteps, law=settings.timesteps)
         self.source, self.diffusion = model.model.source, model.model.diffusion_params
         self.scale_factor = model.model.latent_format.scale_factor
         self.alphas, self.scale_arr = make_alphas_cumprod(self.diffusion), make_scale_arr(self.diffusion.base_scale)
@@ -62,7 +66,7 @@ class DynamiCrafterTraining(Family):
         condition = objectives.concat_condition(z, chosen(count, BOTH_ENDS, generator, z.device))
         scale = torch.ones(1000) if self.scale_arr is None else self.scale_arr.float()
         return objectives.video_v_loss(net, z, condition, text, tokens, self.stride(z), self.alphas.float(), scale,
-                                       generator, self.emphasis, self.diffusion.parameterization)
+                                       generator, self.emphasis, self.diffusion.parameterization, self.timesteps)
 
     def stride(self, z: Tensor) -> Tensor:
         """The model's default speed (`fs`) for every clip [B]: data sets do not specify one."""
@@ -83,12 +87,18 @@ class DynamiCrafterTraining(Family):
 
     def export(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
         """The checkpoint that the model was loaded from, with the new weights, in the file's original dtype."""
+        self._save(path, net, metadata, left_out=("model_ema.",))
+
+    def export_weights(self, path: Path, net: nn.Module, metadata: dict[str, str]) -> None:
+        """The same without VAE and towers, for a loader that gets them from elsewhere."""
+        self._save(path, net, metadata, left_out=("model_ema.", VAE, TEXT.split(".")[0], VISION.split(".")[0]))
+
+    def _save(self, path: Path, net: nn.Module, metadata: dict[str, str], left_out: tuple[str, ...]) -> None:
         source = read_checkpoint(self.source.path)
         file_key = checkpoint.checkpoint_keys(source.tensors)
-        tensors = {key: value for key, value in source.tensors.items() if not key.startswith("model_ema.")}
+        tensors = {key: value for key, value in source.tensors.items() if not key.startswith(left_out)}
         for key, value in net.state_dict().items():
-            old = tensors[file_key(key)]
-            tensors[file_key(key)] = value.detach().to("cpu", old.dtype).contiguous()
+            tensors[file_key(key)] = value.detach().to("cpu", source.tensors[file_key(key)].dtype)
         save_file({key: value.contiguous() for key, value in tensors.items()}, path,
                   metadata={"format": "pt", **source.metadata, **metadata})
 
@@ -96,7 +106,7 @@ class DynamiCrafterTraining(Family):
         return checkpoint.load(read_checkpoint(path), self.source.variant, yaml_path=self.source.yaml_path).model
 
 
-def load_model(found: Checkpoint):
+def load_model(found: Checkpoint, settings: TrainConfig):
     return checkpoint.load(found, weight_dtype="fp32").model
 
 

@@ -1,7 +1,7 @@
 """Select the model family and build what the trainer needs from the host's objects.
 
-A family's module defines DEMO (its file in the pack), `load_model(checkpoint)` (MODEL in float32) and
-`from_model(model, encoders, settings)` (its Family).
+A family's module defines DEMO (its file in the pack), `load_model(checkpoint, settings)` (MODEL in float32) and
+`from_model(model, encoders, settings)` (its Family) or, for new networks, `new(encoders, settings, dataset)`.
 """
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from ...common.files import read_checkpoint
 from ..config import TrainConfig
 from ..encoding import Encoders
-from . import FAMILIES, video_unet
+from ..lora import add_adapters
+from . import FAMILIES
 from .base import Family
 
 
@@ -38,24 +39,29 @@ def family_of(model) -> str:
 
 
 def load_model(settings: TrainConfig) -> Any:
-    """The MODEL to fine-tune, or None for a new video U-Net."""
+    """The MODEL to fine-tune, or None for a new network."""
     if not settings.checkpoint:
         return None
     family = module_of(settings.family)
-    return family.load_model(read_checkpoint(family.DEMO if settings.checkpoint == "demo" else settings.checkpoint))
+    file = family.DEMO if settings.checkpoint == "demo" else settings.checkpoint
+    return family.load_model(read_checkpoint(file), settings)
 
 
 def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> Family:
-    """The family to train: with the network of a MODEL, or a new video U-Net if the MODEL is None.
+    """The family to train: with the network of a MODEL, or a new network if the MODEL is None. With train "lora" the
+    network is frozen and has adapters.
 
     Raises ValueError for a MODEL of another node pack, and for encoders that do not match it.
     """
     if model is None:
-        return video_unet.new(encoders, settings, dataset)
-    family = family_of(model)
-    if settings.train != "all" and family != "dynamicrafter":
-        raise ValueError(f"train {settings.train} is for DynamiCrafter alone; this model is trained whole: choose all.")
-    return module_of(family).from_model(model, encoders, settings)
+        return module_of(settings.family).new(encoders, settings, dataset)
+    name = family_of(model)
+    if settings.train == "projector_temporal" and name != "dynamicrafter":
+        raise ValueError(f"train {settings.train} is for DynamiCrafter alone: choose all or lora.")
+    family = module_of(name).from_model(model, encoders, settings)
+    if settings.train == "lora":
+        add_adapters(family.net, settings.lora_targets or family.lora_targets, settings.lora_rank, settings.seed)
+    return family
 
 
 def checkpoint_blocks(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

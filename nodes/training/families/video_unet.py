@@ -1,6 +1,7 @@
 """Training the video U-Net: clips generated from text, or continued from given frames."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ...video_unet.unet import GROUPS, Block, VideoUNet, VideoUNetParams, new_ne
 from .. import objectives
 from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
+from ..load import load_class
 from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 
 DEMO = VIDEO_UNET
@@ -25,9 +27,12 @@ TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # fract
 
 class VideoUNetTraining(Family):
     blocks = (Block,)
+    lora_targets = (".spatial.", ".text.", ".temporal.")
 
-    def __init__(self, net: VideoUNet, config: VideoUNetConfig, encoders: Encoders, emphasis: float):
-        self.net, self.config, self.encoders, self.emphasis = net, config, encoders, emphasis
+    def __init__(self, net: VideoUNet, config: VideoUNetConfig, encoders: Encoders, settings: TrainConfig):
+        self.kind = type(net)
+        self.net, self.config, self.encoders, self.emphasis = net, config, encoders, settings.emphasis
+        self.timesteps = partial(objectives.draw_timesteps, law=settings.timesteps)
         self.alphas = make_alphas_cumprod(config.diffusion)
         self.empty_1LC = self.empty_text()
         if self.empty_1LC.shape[-1] != config.params.context_dim:
@@ -42,7 +47,13 @@ class VideoUNetTraining(Family):
         if z_CTHW.shape[0] != self.config.params.channels:
             raise ValueError(f"The clip {item['name']} has {z_CTHW.shape[0]} channels in {self.config.space}, this "
                              f"model takes {self.config.params.channels}: use the VAE that it was trained with.")
-        return {"z": z_CTHW, "text": self.encoders.text(item["caption"])}
+        encoded = {"z": z_CTHW, "text": self.encoders.text(item["caption"])}
+        width = self.config.params.additional_condition_dim
+        if width != len(item.get("condition", ())):
+            raise ValueError(f"The clip {item['name']} has {len(item.get('condition', ())) or 'no'} numbers of an "
+                             f"additional condition, this model takes {width or 'none'}: use a data set with "
+                             f"additional_condition_dim {width}.")
+        return encoded | ({"condition": item["condition"]} if width else {})
 
     def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
         z, text = batch["z"], batch["text"]
@@ -50,7 +61,8 @@ class VideoUNetTraining(Family):
         mask_BT = torch.zeros(len(z), z.shape[2]) if z.shape[2] < 2 else \
             draw_masks(torch.zeros(len(z), dtype=torch.bool), z.shape[2], generator)
         return objectives.video_unet_loss(net, z, mask_BT.to(z), torch.where(dropped, self.empty_1LC.to(text), text),
-                                          self.alphas.float(), self.config.prediction, generator, self.emphasis)
+                                          self.alphas.float(), self.config.prediction, generator, self.emphasis,
+                                          batch.get("condition"), self.timesteps)
 
     def sample(self, net: nn.Module, batch: Encoded, seed: int) -> dict[str, tuple[Tensor, int]]:
         """From the text alone, and with the first quarter of the frames given (for clips of more than one frame)."""
@@ -60,8 +72,8 @@ class VideoUNetTraining(Family):
         def run(count: int) -> Tensor:
             mask_BT = (torch.arange(z.shape[2]) < count).to(z).expand(len(z), -1)
             frames = objectives.given_frames(z, mask_BT)
-            made = ddim(lambda x, t: net(torch.cat((x, frames), dim=1), t, batch["text"]), noise, self.alphas,
-                        self.config.prediction, self.config.diffusion.spacing, CLIP_3)
+            made = ddim(lambda x, t: net(torch.cat((x, frames), dim=1), t, batch["text"], batch.get("condition")),
+                        noise, self.alphas, self.config.prediction, self.config.diffusion.spacing, CLIP_3)
             return torch.cat((z[:, :, :count], made[:, :, count:]), dim=2) / self.config.scale_factor
 
         made = {"from the text": (run(0), 0)}
@@ -76,7 +88,7 @@ class VideoUNetTraining(Family):
         checkpoint.save(path, net, self.config, metadata)
 
     def load(self, path: Path):
-        return checkpoint.load(read_checkpoint(path))
+        return checkpoint.load(read_checkpoint(path), network=self.kind)
 
 
 def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
@@ -92,17 +104,21 @@ def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tenso
     return mask_BT.float()
 
 
-def load_model(found: Checkpoint):
-    return checkpoint.load(found, weight_dtype="fp32")
+def network_class(settings: TrainConfig) -> type[VideoUNet]:
+    return load_class(settings.network, VideoUNet) if settings.network else VideoUNet
+
+
+def load_model(found: Checkpoint, settings: TrainConfig):
+    return checkpoint.load(found, weight_dtype="fp32", network=network_class(settings))
 
 
 def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTraining:
     """The network of a MODEL to fine-tune or, with from_scratch, a new one of the same size."""
     config = model.model.video_unet
-    net = new_network(config.params, settings.seed)
+    net = new_network(config.params, settings.seed, network_class(settings))
     if not settings.from_scratch:
         net.load_state_dict(plain_weights(model))
-    return VideoUNetTraining(net, config, encoders, settings.emphasis)
+    return VideoUNetTraining(net, config, encoders, settings)
 
 
 def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNetTraining:
@@ -125,13 +141,13 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
         channels=latents[0].shape[0], model_channels=settings.model_channels, channel_mult=levels,
         num_res_blocks=settings.num_res_blocks, spatial_attention=(len(levels) - 1,),
         head_channels=next(size for size in (64, 48, 32, 24, 16) if settings.model_channels % size == 0),
-        context_dim=width, additional_condition_dim=0)
+        context_dim=width, additional_condition_dim=len(items[0].get("condition", ())))
     config = VideoUNetConfig(
         params=params, schedule=settings.schedule, prediction=settings.prediction, frames=frames, height=height,
         width=width_px, space="pixels" if vae is None else "latent",
         scale_factor=1.0 if vae is None else measured_scale(latents), spatial_factor=edge,
         temporal_factor=1 if vae is None else vae.temporal_compression_decode() or 1, text_encoder=names[0])
-    return VideoUNetTraining(new_network(params, settings.seed), config, encoders, settings.emphasis)
+    return VideoUNetTraining(new_network(params, settings.seed, network_class(settings)), config, encoders, settings)
 
 
 def measured_scale(latents: list[Tensor]) -> float:

@@ -30,6 +30,7 @@ from ...dynamicrafter import checkpoint as dynamicrafter
 from .. import objectives
 from ..data import shapes as data
 from ..loop import fit
+from .laws import block_sigmas
 
 SCALE_FACTOR = 0.18215
 PARAMS = WanParams(in_dim=12, out_dim=4, dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=32, freq_dim=64,
@@ -221,7 +222,7 @@ def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: 
     """
     z, y = batch.z_BCTHW[:, :, excerpt.frames], batch.y_BYTHW[:, :, excerpt.frames]
     keys = net.project_context(batch.text_BLC[1], batch.image_BNW)
-    sigma = objectives.block_sigmas((len(z), len(excerpt.blocks)), SHIFT, generator)
+    sigma = block_sigmas((len(z), len(excerpt.blocks)), SHIFT, generator)
     noise = torch.randn(z.shape, generator=generator)
     return objectives.causal_flow_loss(net, z, context_BCTHW[:, :, excerpt.frames], y, keys, excerpt.blocks,
                                        excerpt.first, sigma, noise, emphasis=5)
@@ -250,9 +251,9 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
                save_every=save_every)
 
 
-def export(path: Path, net: CausalWan) -> None:
+def export(path: Path, net: CausalWan, causal: bool = True) -> None:
     """Write the network in fp16 with native Wan keys; the header's `config` holds what shapes cannot tell."""
-    config = {"num_heads": net.params.num_heads, "scale_factor": SCALE_FACTOR, "transformer": {"causal_ar": True}}
+    config = {"num_heads": net.params.num_heads, "scale_factor": SCALE_FACTOR, "transformer": {"causal_ar": causal}}
     weights = {key: value.half().contiguous() for key, value in net.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", "config": json.dumps(config)})
 

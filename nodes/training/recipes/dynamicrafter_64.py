@@ -26,6 +26,7 @@ from .. import objectives
 from ..data import shapes as data
 from ..families.dynamicrafter import fresh_network
 from ..loop import fit
+from .laws import noisy_timesteps
 
 FRAMES = 16
 FIXED_CLIPS = 4800          # clips with cached encodings
@@ -261,7 +262,8 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, ba
         tokens = torch.where(chance(0.1)[:, None, None], encodings["grey"], encodings["tokens"][pick])
         condition = objectives.concat_condition(z, encodings["ends"][pick] | chance(1 / 3))
         return objectives.video_v_loss(unet, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
-                                       alphas, scale, generator, emphasis=5)
+                                       alphas, scale, generator, emphasis=5,
+                                       timesteps=noisy_timesteps)
 
     return fit(unet, loss_of, steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998, save_every=100,
                on_save=on_save).eval()

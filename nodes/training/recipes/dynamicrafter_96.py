@@ -19,10 +19,11 @@ from . import stages
 from .autoencoder import DDCONFIG
 from .encodings import encode_clips, encoders
 from .fast import channels_last, fit_compiled, make_compilable
+from .laws import noisy_timesteps
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
 PARTS = 10            # of 400 clips each
-STEPS, BATCH = 6000, 8
+STEPS, BATCH = 3500, 8  # beyond the stored 800
 
 
 def config() -> dict:
@@ -68,7 +69,8 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
         tokens = torch.where(chance(0.1)[:, None, None], encodings["grey"], encodings["image"][pick])
         condition = objectives.concat_condition(z, encodings["ends"][pick] | chance(0.25))
         return objectives.video_v_loss(run, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
-                                       alphas, scale, generator, emphasis=5)
+                                       alphas, scale, generator, emphasis=5,
+                                       timesteps=noisy_timesteps)
 
     return fit_compiled(unet, loss_of, (unet,), steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998,
                         save_every=100, on_save=on_save).eval()

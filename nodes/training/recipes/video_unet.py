@@ -22,6 +22,7 @@ from .. import objectives
 from ..data import shapes as data
 from ..families.video_unet import draw_masks
 from ..loop import fit
+from .laws import noisy_timesteps
 
 SCALE_FACTOR = 0.18215 * 0.4  # latents of small bright shapes reach 10 standard deviations: with this, 99.9 % lie
                               # within +-3, the range that x0 is clipped to
@@ -76,7 +77,8 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
         dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.5, 0.1)
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         z = encodings["latents"][pick].float() * SCALE_FACTOR
-        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5)
+        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5,
+                                          timesteps=noisy_timesteps)
 
     return fit(net, loss_of, steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998, save_every=100,
                on_save=on_save)

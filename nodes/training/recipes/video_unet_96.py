@@ -18,6 +18,7 @@ from .dynamicrafter_64 import SCALE_FACTOR
 from .dynamicrafter_96 import PARTS
 from .encodings import encode_clips, encoders
 from .fast import HalfPrecision, channels_last, make_compilable
+from .laws import noisy_timesteps
 
 LATENT_SCALE = 0.6   # of the standardised latents: nearly all values then lie within +-3, the range x0 is clipped to
 PARAMS = replace(small.PARAMS, model_channels=32, channel_mult=(2, 3))
@@ -53,7 +54,8 @@ def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_sav
         dropped = torch.rand(BATCH, generator=generator) < torch.where(mask.sum(1) > 1, 0.8, 0.1)
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         z = encodings["latents"][pick].float() * LATENT_SCALE
-        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5)
+        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5,
+                                          timesteps=noisy_timesteps)
 
     return fit(net, loss_of, steps=steps, lr=1e-3, checkpoint=folder / "video_unet.pt", seed=31, ema_decay=0.998,
                save_every=100, processes=HalfPrecision(), on_save=on_save)

@@ -17,6 +17,7 @@ from ...video_unet.unet import new_network
 from .. import objectives
 from ..loop import fit
 from . import video_unet as video_unet_demo
+from .laws import noisy_timesteps
 
 CONFIG = replace(video_unet_demo.CONFIG, prediction="eps",
                  params=replace(video_unet_demo.PARAMS, model_channels=16, channel_mult=(1, 2)))
@@ -37,7 +38,8 @@ def make_early_demo(folder: Path, target: Path) -> None:
         mask_BT = (torch.arange(CONFIG.frames) < given).float()
         z_BCTHW = encodings["latents"][pick].float() * CONFIG.scale_factor
         text_BLC = encodings["text"][encodings["caption"][pick, 0]]
-        return objectives.video_unet_loss(net, z_BCTHW, mask_BT, text_BLC, alphas, CONFIG.prediction, generator)
+        return objectives.video_unet_loss(net, z_BCTHW, mask_BT, text_BLC, alphas, CONFIG.prediction, generator,
+                                          timesteps=noisy_timesteps)
 
     averaged = fit(net, loss_of, steps=STEPS, lr=2e-3, checkpoint=folder / "early.pt", seed=41, ema_decay=0.98,
                    save_every=100)
