@@ -105,7 +105,6 @@ def count(options):
     def evaluate():
         network(x, bench_count.meta(1, settings.block), keys, frames, cache)
 
-    evaluate()
     return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention])}
 
 

@@ -45,17 +45,22 @@ def norm_rotate(x, norm, rotation, *_, result):
     return 1, 2 * occupied(x) + occupied(rotation)
 
 
+def is_last(x) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
 def convolution(x, weight, bias, *_, result):
     """cuDNN computes 16-bit convolutions channels-last: other layouts are converted before and after. The bias is
     added by a kernel of its own."""
     kernels, moved = 1, occupied(x) + occupied(weight) + occupied(result)
-    if x.element_size() == 2 and x.stride(1) != 1 and x.shape[1] > 1:
+    if x.element_size() == 2 and not is_last(x):
         kernels, moved = kernels + 3, 3 * moved
     if bias is not None:
         kernels, moved = kernels + 1, moved + 2 * occupied(result)
     return kernels, moved
 
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 FUSED = {"add_norm", "norm_rotate", "gated_gelu", "group_norm"}
 CUDA = {aten.native_group_norm: group_norm, aten.convolution: convolution, aten.index_copy_: store,
         "group_norm": group_norm, "norm_rotate": norm_rotate}
@@ -72,6 +77,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         kind = func.overloadpacket
+        if kind is aten.convolution and is_last(args[0]):  # as cuDNN answers; meta tensors forget the layout
+            result = result.contiguous(memory_format=LAST[result.ndim])
         if kind in flop_registry:
             self.flop += flop_registry[kind](*args, **(kwargs or {}), out_val=result)
         made = tensors_of(result)

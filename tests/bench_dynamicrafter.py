@@ -76,12 +76,11 @@ def count(options):
     x = bench_count.meta(clips, params.in_channels, frames, height, width, dtype=dtype)
     text = bench_count.meta(clips, 77, params.context_dim, dtype=dtype)
     tokens = bench_count.meta(clips, 257, params.resampler.embedding_dim, dtype=dtype)
-    numbers, kept = bench_count.meta(clips), {"context_cache": {}, "uuids": [0]}
+    numbers, kept = bench_count.meta(clips), {"context_keys": network.project_context(text, tokens, frames)}
 
     def evaluate():
         network(x, numbers, text, tokens, numbers, transformer_options=kept)
 
-    evaluate()
     return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention, unet])}
 
 

@@ -14,7 +14,8 @@ from core_api import FUNCTIONS, attributes_set, flat, imported, targets
 
 CORE = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server")
 # Types of unannotated parameters with these names. Networks take their layer classes as a parameter.
-GIVEN_CLASSES = {"operations": "comfy.ops.manual_cast", "conv3d": "comfy.ops.manual_cast.Conv3d"}
+GIVEN_CLASSES = {"operations": "comfy.ops.manual_cast", "conv1d": "comfy.ops.manual_cast.Conv1d",
+                 "conv3d": "comfy.ops.manual_cast.Conv3d"}
 GIVEN = {"clip": "comfy.sd.CLIP", "clip_vision": "comfy.clip_vision.ClipVisionModel",
          "executor": "comfy.patcher_extension.WrapperExecutor", "guider": "comfy.samplers.CFGGuider",
          "model": "comfy.model_patcher.ModelPatcher", "patcher": "comfy.model_patcher.ModelPatcher",

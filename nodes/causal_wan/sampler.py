@@ -14,6 +14,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ..common.core_model import inference_dtype
 from .attention import ContextKeys
 from .blocks import BlockLoop, Plan, guided_x0
 from .cache import KVCache
@@ -21,11 +22,6 @@ from .conditioning import CLAMP, StartFrames
 from .schedule import predict_x0
 
 GUIDANCE_FUNCTIONS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
-
-
-def inference_dtype(model) -> torch.dtype:
-    """The compute dtype of a BaseModel, which is also the dtype of its keys."""
-    return model.manual_cast_dtype or model.get_dtype()
 
 
 class BranchPrompt(NamedTuple):

@@ -86,15 +86,23 @@ def prediction_type(parameterization: str):
 class HostNetwork:
     """Mixin for a network class that core moves between devices."""
 
+    channels_last = False  # whether the network's activations are, so that its weights had better be on a GPU
+
     def to(self, *args, memory_format: torch.memory_format | None = None, **kwargs):
-        """Like `Module.to`, but applies core's --force-channels-last only to 4-D weights: torch raises an error for a
-        network with other convolutions."""
+        """Like `Module.to`, but with core's --force-channels-last every convolution gets the layout of its own number
+        of dimensions: torch raises an error for a network with several."""
         super().to(*args, **kwargs)
         if memory_format is not None:
+            layouts = {4: memory_format, 5: torch.channels_last_3d}
             for weight in self.parameters():
-                if weight.ndim == 4:
-                    weight.data = weight.data.to(memory_format=memory_format)
+                if weight.ndim in layouts:
+                    weight.data = weight.data.to(memory_format=layouts[weight.ndim])
         return self
+
+
+def inference_dtype(model) -> torch.dtype:
+    """The dtype in which a BaseModel computes."""
+    return model.manual_cast_dtype or model.get_dtype()
 
 
 def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
@@ -137,7 +145,8 @@ def storage_dtype(name: str, tensors: dict[str, torch.Tensor], quantized: Quanti
 def make_patcher(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
     model.device = torch.device("cpu")  # built on the meta device, but the weights were loaded to the CPU
-    if comfy.model_management.force_channels_last():
+    gpu = comfy.model_management.get_torch_device().type != "cpu"
+    if comfy.model_management.force_channels_last() or (gpu and model.diffusion_model.channels_last):
         model.diffusion_model.to(memory_format=torch.channels_last)
     return managed(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 

@@ -5,7 +5,7 @@ itself, PyTorch's operations are used. Norms are given as layers, because ComfyU
 another precision or with patches; then their own `forward` is used.
 
 Tensor names end in their layout: B videos, F frames, L = F * rows * columns tokens, C channels, P pairs of channels of
-a head, K tokens of a ring, N clips or frames.
+a head, K tokens of a ring, N clips or frames, T frames of a clip, H, W height and width.
 """
 from __future__ import annotations
 
@@ -109,3 +109,18 @@ def gated_gelu(x: Tensor) -> Tensor:
         return kernels.gated_gelu(x)
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool = True, add_NC: Tensor | None = None) -> Tensor:
+    """Group norm of x + add, then SiLU; x [N, C, H, W] or [N, C, T, H, W] in any memory layout, which is kept."""
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    layout = last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+    kernels = kernels_for(x)
+    if kernels is not None and layout is last and is_plain(norm, x):
+        return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, add_NC, silu)
+    if add_NC is not None:
+        x = x + add_NC.unflatten(1, (-1, *[1] * (x.ndim - 2)))
+    x = norm(x)
+    if silu:
+        x = F.silu(x, inplace=not torch.is_grad_enabled())
+    return x.contiguous(memory_format=layout)

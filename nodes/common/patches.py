@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 
+def channels_last(x_NCHW: Tensor) -> Tensor:
+    """The memory layout of the U-Nets' activations on a GPU, in which an image and its tokens are views of each other.
+    PyTorch's group norm for CPUs is several times slower in it."""
+    return x_NCHW if x_NCHW.is_cpu else x_NCHW.contiguous(memory_format=torch.channels_last)
+
+
 def open_options(options: dict, h_NCHW: Tensor) -> dict:
     """Copy `options` for one forward pass and add the entries that patch functions read."""
     return {**options, "original_shape": list(h_NCHW.shape), "transformer_index": 0, "block_index": 0}
@@ -22,7 +28,7 @@ def open_options(options: dict, h_NCHW: Tensor) -> dict:
 def patch_hidden(place: str, h_NCHW: Tensor, options: dict) -> Tensor:
     """Apply the functions at `place` to the hidden states: "input_block_patch" or "input_block_patch_after_skip"."""
     for function in _functions(place, options):
-        h_NCHW = function(h_NCHW, options)
+        h_NCHW = channels_last(function(h_NCHW, options))
     return h_NCHW
 
 
@@ -30,7 +36,11 @@ def join_skip(h_NCHW: Tensor, skip_NCHW: Tensor, options: dict) -> Tensor:
     """Input of an output block: hidden states and skip concatenated, [N, C of both, H, W]."""
     for function in _functions("output_block_patch", options):
         h_NCHW, skip_NCHW = function(h_NCHW, skip_NCHW, options)
-    return torch.cat((h_NCHW, skip_NCHW), dim=1)
+    return channels_last(torch.cat((h_NCHW, skip_NCHW), dim=1))
+
+
+def has_functions(place: str, options: dict) -> bool:
+    return bool(_functions(place, options))
 
 
 def patch_tokens(place: str, x_NLC: Tensor, layer, options: dict) -> Tensor:

@@ -1,7 +1,9 @@
 """Attention blocks of the DynamiCrafter U-Net (arXiv 2310.12190).
 
 Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
-W width, L tokens. An `attention(q, k, v, heads)` function is injected; it takes and returns [batch, L, heads * dim].
+W width, L tokens, M = T * H * W tokens of a clip. On a GPU activations are channels-last in memory, so that images and
+tokens are views of each other. An `attention(q, k, v, heads)` function is injected; it takes and returns
+[batch, L, heads * dim].
 """
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
+from ..common.attention import attend_over_time
+from ..common.fused import add_norm, gated_gelu, group_norm
+from ..common.patches import attend_frame, has_functions, is_patched, mix, patch_inputs, patch_tokens
 
 
 class ContextKeys(NamedTuple):
@@ -31,13 +34,13 @@ class Step:
     frames: int                                    # T
     emb_NE: Tensor                                 # time and frame-stride embedding
     text_BLC: Tensor
-    context: dict[nn.Module, ContextKeys]          # by cross-attention layer
+    context: tuple[ContextKeys, ...]               # by cross-attention layer
     transformer_options: dict                      # of this forward pass only; see common/patches.py
     skip_size: tuple[int, int] = (0, 0)            # height and width of the skip that the next output block takes
 
 
 class SelfAttention(nn.Module):
-    """Attention among the tokens of one sequence."""
+    """Projections of an attention among tokens."""
 
     def __init__(self, width: int, heads: int, head_dim: int, operations, attention, **factory):
         super().__init__()
@@ -49,10 +52,13 @@ class SelfAttention(nn.Module):
         self.to_v = operations.Linear(width, inner, bias=False, **factory)
         self.to_out = nn.Sequential(operations.Linear(inner, width, **factory))
 
-    def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
-        out = self.attention(self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC), self.heads,
-                             transformer_options=step.transformer_options)
-        return self.to_out(out)
+
+class TemporalAttention(SelfAttention):
+    """Self-attention of each position along time."""
+
+    def forward(self, x_BMC: Tensor, step: Step) -> Tensor:
+        return self.to_out(attend_over_time(self.to_q(x_BMC), self.to_k(x_BMC), self.to_v(x_BMC), self.heads,
+                                            step.frames, self.attention, step.transformer_options))
 
 
 class FrameAttention(SelfAttention):
@@ -68,6 +74,8 @@ class ImageTextAttention(nn.Module):
     Text keys are shared by all frames of a clip; each frame has its own image keys. `alpha` (256 model only)
     scales the image branch by 1 + tanh(alpha).
     """
+
+    number: int  # among the network's cross-attentions
 
     def __init__(self, width: int, context_dim: int, heads: int, head_dim: int, learnable_scale: bool,
                  operations, attention, **factory):
@@ -87,7 +95,7 @@ class ImageTextAttention(nn.Module):
         return ContextKeys(self.to_k(text_BLC), self.to_v(text_BLC), self.to_k_ip(image_NQC), self.to_v_ip(image_NQC))
 
     def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
-        keys, options = step.context[self], step.transformer_options
+        keys, options = step.context[self.number], step.transformer_options
         if is_patched("attn2", options):  # the functions expect a text for each image
             text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
             x_NLC, text_NLC, value_NLC = patch_inputs("attn2", x_NLC, text_NLC, self, options)
@@ -106,15 +114,12 @@ class ImageTextAttention(nn.Module):
 
 
 class GatedGELU(nn.Module):
-    """GEGLU (arXiv 2002.05202)."""
-
     def __init__(self, width: int, inner: int, operations, **factory):
         super().__init__()
         self.proj = operations.Linear(width, inner * 2, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return gated_gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -141,18 +146,22 @@ class TransformerBlock(nn.Module):
         self.norm3 = operations.LayerNorm(width, **factory)
 
     def forward(self, x_BLC: Tensor, step: Step) -> Tensor:
-        x_BLC = self.between(x_BLC + self.attn1(self.norm1(x_BLC), step), step)
-        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), step)
-        return x_BLC + self.ff(self.norm3(x_BLC))
+        x_BLC, normed_BLC = self.middle(x_BLC, self.attn1(self.norm1(x_BLC), step), step)
+        x_BLC, normed_BLC = add_norm(x_BLC, self.attn2(normed_BLC, step), None, self.norm3)
+        return x_BLC + self.ff(normed_BLC)
 
-    def between(self, x_BLC: Tensor, step: Step) -> Tensor:
-        """Tokens between the first attention and the second."""
-        return x_BLC
+    def middle(self, x_BLC: Tensor, branch_BLC: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Tokens between the first attention and the second, and their norm."""
+        return add_norm(x_BLC, branch_BLC, None, self.norm2)
 
 
 class SpatialBlock(TransformerBlock):
-    def between(self, x_NLC: Tensor, step: Step) -> Tensor:
-        return patch_tokens("middle_patch", x_NLC, self.attn1, step.transformer_options)
+    def middle(self, x_NLC: Tensor, branch_NLC: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        options = step.transformer_options
+        if not has_functions("middle_patch", options):
+            return super().middle(x_NLC, branch_NLC, step)
+        x_NLC = patch_tokens("middle_patch", x_NLC + branch_NLC, self.attn1, options)
+        return x_NLC, self.norm2(x_NLC)
 
 
 class SpatialTransformer(nn.Module):
@@ -176,12 +185,22 @@ class SpatialTransformer(nn.Module):
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         height, options = x_NCHW.shape[-2], step.transformer_options
         options["activations_shape"] = list(x_NCHW.shape)
-        h_NLC = self.proj_in(self.norm(x_NCHW).flatten(2).transpose(1, 2))
+        h_NLC = self.proj_in(group_norm(x_NCHW, self.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2))
         for index, block in enumerate(self.transformer_blocks):
             options["block_index"] = index
             h_NLC = block(h_NLC, step)
         options["transformer_index"] += 1
-        return x_NCHW + self.proj_out(h_NLC).transpose(1, 2).unflatten(-1, (height, -1))
+        return x_NCHW + self.proj_out(h_NLC).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+def point_conv_class(conv1d: type[nn.Conv1d]) -> type[nn.Conv1d]:
+    """A Conv1d with a kernel of one, over tokens [B, L, C]: a linear layer with the weights of a convolution."""
+
+    class PointConv1d(conv1d):
+        def _conv_forward(self, x_BLC: Tensor, weight: Tensor, bias: Tensor | None, *_args, **_kwargs) -> Tensor:
+            return nn.functional.linear(x_BLC, weight[..., 0], bias)
+
+    return PointConv1d
 
 
 class TemporalTransformer(nn.Module):
@@ -195,34 +214,25 @@ class TemporalTransformer(nn.Module):
         super().__init__()
         inner = heads * head_dim
         layers = {"operations": operations, "attention": attention, **factory}
-        self.conv_projection = conv_projection
         self.norm = operations.GroupNorm(32, channels, eps=1e-6, **factory)
         if conv_projection:
-            self.proj_in = operations.Conv1d(channels, inner, 1, **factory)
-            self.proj_out = operations.Conv1d(inner, channels, 1, **factory)
+            conv = point_conv_class(operations.Conv1d)
+            self.proj_in = conv(channels, inner, 1, **factory)
+            self.proj_out = conv(inner, channels, 1, **factory)
         else:
             self.proj_in = operations.Linear(channels, inner, **factory)
             self.proj_out = operations.Linear(inner, channels, **factory)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, SelfAttention(inner, heads, head_dim, **layers),
-                             SelfAttention(inner, heads, head_dim, **layers), operations, **factory)
+            TransformerBlock(inner, TemporalAttention(inner, heads, head_dim, **layers),
+                             TemporalAttention(inner, heads, head_dim, **layers), operations, **factory)
             for _ in range(depth)
         )
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        height, width = x_NCHW.shape[-2:]
         x_BCTHW = x_NCHW.unflatten(0, (-1, step.frames)).transpose(1, 2)
         # The norm's statistics are joint over all frames of a clip.
-        h_PTC = self.norm(x_BCTHW).permute(0, 3, 4, 2, 1).flatten(0, 2)  # P = B * H * W
-        if self.conv_projection:
-            h_PTC = self.proj_in(h_PTC.transpose(1, 2)).transpose(1, 2)
-        else:
-            h_PTC = self.proj_in(h_PTC)
+        h_BMC = self.proj_in(group_norm(x_BCTHW, self.norm, silu=False).permute(0, 2, 3, 4, 1).flatten(1, 3))
         for block in self.transformer_blocks:
-            h_PTC = block(h_PTC, step)
-        if self.conv_projection:
-            h_PTC = self.proj_out(h_PTC.transpose(1, 2)).transpose(1, 2)
-        else:
-            h_PTC = self.proj_out(h_PTC)
-        h_BHWTC = h_PTC.unflatten(0, (-1, height, width))
-        return x_NCHW + h_BHWTC.permute(0, 3, 4, 1, 2).flatten(0, 1)
+            h_BMC = block(h_BMC, step)
+        h_NHWC = self.proj_out(h_BMC).reshape(len(x_NCHW), *x_NCHW.shape[2:], -1)
+        return x_NCHW + h_NHWC.permute(0, 3, 1, 2)

@@ -7,6 +7,7 @@ import comfy.conds
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_management import cast_to_device
 from comfy.patcher_extension import WrappersMP
 
 from ..common import core_model
@@ -18,6 +19,7 @@ from ..common.core_model import (
     call_wrapped,
     check_condition,
     check_width,
+    inference_dtype,
 )
 from ..common.core_nodes import ClipModel, make_clip_patcher
 from ..ddim.schedule import DiffusionParams, make_scale_arr
@@ -29,6 +31,8 @@ TOWERS = "Use the {} of Load DynamiCrafter, or core's loader with OpenCLIP ViT-H
 
 class ManagedVideoUNet(HostNetwork, VideoUNet):
     """The network with ComfyUI's attention and the wrappers that other packs add."""
+
+    channels_last = True
 
     def __init__(self, params: UNetParams, operations, dtype=None, device=None):
         super().__init__(params, operations, optimized_attention, dtype, device)
@@ -87,7 +91,7 @@ class DynamiCrafterModel(ClipModel):
 
 
 def keep_projected_context(executor, *args, **kwargs):
-    """Wrapper around one whole sampler call: cross-attention keys are projected once, at its first step.
+    """Wrapper around one whole sampler call, which opens a cache for `give_context_keys`.
 
     Hooks may change the weights from step to step, so with hooks nothing is cached.
     """
@@ -96,6 +100,22 @@ def keep_projected_context(executor, *args, **kwargs):
         # A UserDict, because core copies plain dicts before they reach the network.
         guider.model_options.setdefault("transformer_options", {})["context_cache"] = UserDict()
     return executor(*args, **kwargs)
+
+
+def give_context_keys(executor, x_BCTHW, t_B, c_concat, c_crossattn, control, transformer_options, **conditions):
+    """Wrapper around one call of the model: cross-attention keys are projected at the first step of a sampler call.
+    They are made outside the network, so that all steps run the same graph when it is compiled."""
+    cache, model = transformer_options.get("context_cache"), executor.class_obj
+    if cache is not None:
+        # A batch is identified by its conditions; core gives each a unique id. Windows may differ in length.
+        frames = x_BCTHW.shape[2]
+        slot = (tuple(transformer_options["uuids"]), c_crossattn.shape, frames)
+        if slot not in cache:
+            given = (cast_to_device(tensor, x_BCTHW.device, inference_dtype(model))
+                     for tensor in (c_crossattn, conditions["image_tokens"]))
+            cache[slot] = model.diffusion_model.project_context(*given, frames)
+        transformer_options = {**transformer_options, "context_keys": cache[slot]}
+    return executor(x_BCTHW, t_B, c_concat, c_crossattn, control, transformer_options, **conditions)
 
 
 def make_model(unet: UNetParams, diffusion: DiffusionParams, scale_factor: float,
@@ -108,4 +128,5 @@ def make_patcher(model: DynamiCrafterModel) -> comfy.model_patcher.ModelPatcher:
     """MODEL around a loaded model."""
     patcher = make_clip_patcher(model)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "stillmotion_context", keep_projected_context)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "stillmotion_context", give_context_keys)
     return patcher

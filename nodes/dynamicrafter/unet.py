@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.embedding import sinusoids
-from ..common.patches import join_skip, open_options, patch_hidden
+from ..common.fused import group_norm
+from ..common.patches import channels_last, join_skip, open_options, patch_hidden
 from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
 from .resampler import Resampler, ResamplerParams
 
@@ -53,7 +54,8 @@ def frame_tokens(tokens_BQC: Tensor, frames: int, per_frame: int) -> Tensor:
 
 def temporal_conv_class(conv3d: type[nn.Conv3d]) -> type[nn.Conv3d]:
     """A Conv3d with a (3, 1, 1) kernel, computed as a 2-D convolution over (T, H * W): the same numbers, several
-    times faster on a CPU. ComfyUI's class still casts and patches the weights."""
+    times faster on a CPU, and channels-last as the other convolutions. ComfyUI's class still casts and patches the
+    weights."""
 
     class FlatConv3d(conv3d):
         # Since 0.12 core also passes a padding mode (autopad), which only its VAEs use.
@@ -82,7 +84,10 @@ class TemporalConv(nn.Module):
         self.conv4 = layer(nn.Identity())
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return x_BCTHW + self.conv4(self.conv3(self.conv2(self.conv1(x_BCTHW))))
+        h_BCTHW = x_BCTHW
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+            h_BCTHW = layer[-1](group_norm(h_BCTHW, layer[0]))
+        return x_BCTHW + h_BCTHW
 
 
 class ResBlock(nn.Module):
@@ -98,8 +103,9 @@ class ResBlock(nn.Module):
         self.temopral_conv = TemporalConv(out_channels, operations, **factory)  # spelt as in the published keys
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        h = self.in_layers(x_NCHW) + self.emb_layers(step.emb_NE)[:, :, None, None]
-        h = self.skip_connection(x_NCHW) + self.out_layers(h)
+        h = self.in_layers[-1](group_norm(x_NCHW, self.in_layers[0]))
+        h = self.out_layers[-1](group_norm(h, self.out_layers[0], add_NC=self.emb_layers(step.emb_NE)))
+        h = self.skip_connection(x_NCHW) + h
         h_BCTHW = h.unflatten(0, (-1, step.frames)).transpose(1, 2)
         return self.temopral_conv(h_BCTHW).transpose(1, 2).flatten(0, 1)
 
@@ -194,36 +200,35 @@ class VideoUNet(nn.Module):
                     scale //= 2
                 self.output_blocks.append(nn.ModuleList(block))
 
+        for number, layer in enumerate(self.context_layers):
+            layer.number = number
         self.out = nn.Sequential(operations.GroupNorm(32, channels, **factory), nn.SiLU(),
                                  operations.Conv2d(channels, params.out_channels, 3, padding=1, **factory))
 
-    def project_context(self, text_BLC: Tensor, image_BNW: Tensor, frames: int) -> dict[nn.Module, ContextKeys]:
+    @property
+    def context_layers(self) -> list[ImageTextAttention]:
+        return [layer for layer in self.modules() if isinstance(layer, ImageTextAttention)]
+
+    def project_context(self, text_BLC: Tensor, image_BNW: Tensor, frames: int) -> tuple[ContextKeys, ...]:
         """Keys and values of every cross-attention layer for text [B, L, C] and vision tokens [B, N, W].
 
         They depend on neither the noisy clip nor the timestep, so a sampler computes them once per run.
         """
         tokens_BQC = self.image_proj_model(image_BNW)
         image_NQC = frame_tokens(tokens_BQC, frames, self.params.resampler.num_queries)
-        return {layer: layer.project(text_BLC, image_NQC)
-                for layer in self.modules() if isinstance(layer, ImageTextAttention)}
+        return tuple(layer.project(text_BLC, image_NQC) for layer in self.context_layers)
 
     def forward(self, x_BCTHW: Tensor, timesteps: Tensor, context: Tensor | None, image_tokens: Tensor,
                 frame_stride: Tensor, control=None, transformer_options: dict = {}) -> Tensor:
         """Prediction [B, out_channels, T, H, W] for clips [B, in_channels, T, H, W] (condition channels last).
 
         timesteps [B] in 0..999, context [B, L, C] text, image_tokens [B, N, W] of the vision tower, frame_stride [B].
-        `transformer_options["context_cache"]`, a dict for one sampler call, keeps the projected context.
+        `transformer_options["context_keys"]` may hold the result of `project_context`.
         """
         batch, _, frames, height, width = x_BCTHW.shape
-        cache = transformer_options.get("context_cache")
-        if cache is None:
+        keys = transformer_options.get("context_keys")
+        if keys is None:
             keys = self.project_context(context, image_tokens, frames)
-        else:
-            # A batch is identified by its conditions; core gives each a unique id. Windows may differ in length.
-            slot = (tuple(transformer_options["uuids"]), context.shape, frames)
-            if slot not in cache:
-                cache[slot] = self.project_context(context, image_tokens, frames)
-            keys = cache[slot]
 
         dtype = x_BCTHW.dtype
         emb_BE = (self.time_embed(sinusoids(timesteps, self.params.model_channels).to(dtype))
@@ -232,6 +237,7 @@ class VideoUNet(nn.Module):
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
         if height % self.stride or width % self.stride:
             h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        h = channels_last(h)
         options = open_options(transformer_options, h)
         step = Step(frames, emb_BE.repeat_interleave(frames, dim=0), context, keys, options)
         skips = []
@@ -252,5 +258,5 @@ class VideoUNet(nn.Module):
             if skips:
                 step.skip_size = skips[-1].shape[-2:]
             h = run_block(block, h, step)
-        out_NCHW = self.out(h)[:, :, :height, :width]
+        out_NCHW = self.out[-1](group_norm(h, self.out[0]))[:, :, :height, :width]
         return out_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)

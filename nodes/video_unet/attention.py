@@ -1,8 +1,8 @@
 """The three attentions of the video U-Net: within a frame, to the text, and along time.
 
 Tensor names end in their layout: B clips, T frames, N = B * T frames folded into the batch, C channels, H height,
-W width, L tokens, E embedding. An `attention(q, k, v, heads)` function is injected; it takes and returns
-[batch, L, C].
+W width, L tokens, M = T * H * W tokens of a clip, E embedding. On a GPU activations are channels-last. An
+`attention(q, k, v, heads)` function is injected; it takes and returns [batch, L, C].
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..common.attention import attend_over_time
 from ..common.embedding import sinusoids
 from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
@@ -23,6 +24,16 @@ class Step:
     emb_NE: Tensor                               # timestep and additional conditions
     text_BLC: Tensor
     transformer_options: dict                    # of this forward pass only; see common/patches.py
+
+
+def tokens_of(x_NCHW: Tensor) -> Tensor:
+    """[N, H * W, C]"""
+    return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image_of(x_NLC: Tensor, like_NCHW: Tensor) -> Tensor:
+    """Tokens as an image of the size of another."""
+    return x_NLC.unflatten(1, like_NCHW.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -49,9 +60,9 @@ class SpatialAttention(Attention):
     """Each position of a frame attends to the whole frame."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        x_NLC = x_NCHW.flatten(2).transpose(1, 2)
+        x_NLC = tokens_of(x_NCHW)
         x_NLC = x_NLC + attend_frame(self.norm(x_NLC), self, step.transformer_options)
-        return x_NLC.transpose(1, 2).reshape(x_NCHW.shape)
+        return image_of(x_NLC, x_NCHW)
 
 
 class TextAttention(Attention):
@@ -59,7 +70,7 @@ class TextAttention(Attention):
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         options = step.transformer_options
-        x_NLC = patch_tokens("middle_patch", x_NCHW.flatten(2).transpose(1, 2), self, options)
+        x_NLC = patch_tokens("middle_patch", tokens_of(x_NCHW), self, options)
         if is_patched("attn2", options):  # the functions expect a text for each image
             text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
             queries, keys, values = patch_inputs("attn2", self.norm(x_NLC), text_NLC, self, options)
@@ -69,17 +80,17 @@ class TextAttention(Attention):
             x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
             mixed = self.attend(self.norm(x_BMC), step.text_BLC, step).reshape(x_NLC.shape)
         x_NLC = patch_tokens("attn2_output_patch", mixed, self, options) + x_NLC
-        return x_NLC.transpose(1, 2).reshape(x_NCHW.shape)
+        return image_of(x_NLC, x_NCHW)
 
 
 class TemporalAttention(Attention):
     """Each position attends to itself in all frames. Sinusoidal embeddings mark the frames, for any number of them."""
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        height, width = x_NCHW.shape[-2:]
-        x_BTCHW = x_NCHW.unflatten(0, (-1, step.frames))
-        x_PTC = x_BTCHW.permute(0, 3, 4, 1, 2).flatten(0, 2)  # P = B * H * W
-        positions_TC = sinusoids(torch.arange(step.frames, device=x_NCHW.device), x_PTC.shape[-1]).to(x_PTC.dtype)
-        tokens = self.norm(x_PTC) + positions_TC
-        x_PTC = x_PTC + self.attend(tokens, tokens, step)
-        return x_PTC.unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        x_NLC = tokens_of(x_NCHW)
+        positions_TC = sinusoids(torch.arange(step.frames, device=x_NLC.device), x_NLC.shape[-1]).to(x_NLC.dtype)
+        tokens_BTLC = self.norm(x_NLC).unflatten(0, (-1, step.frames)) + positions_TC[:, None]
+        tokens_BMC = tokens_BTLC.flatten(1, 2)
+        mixed_BMC = attend_over_time(self.to_q(tokens_BMC), self.to_k(tokens_BMC), self.to_v(tokens_BMC), self.heads,
+                                     step.frames, self.attention, step.transformer_options)
+        return image_of(x_NLC + self.to_out(mixed_BMC).reshape(x_NLC.shape), x_NCHW)

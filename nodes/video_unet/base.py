@@ -27,6 +27,8 @@ ENCODER_SOURCES = {"demo": "Load DynamiCrafter with its checkpoint demo",
 class HostCalls(HostNetwork):
     """Mixin for a network class: core's argument names, and the wrappers of other packs."""
 
+    channels_last = True
+
     def forward(self, x, timesteps, context, transformer_options={}, additional_condition=None, **_):
         return call_wrapped(super().forward, self, x, timesteps, context, additional_condition,
                             transformer_options=transformer_options)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..common.attention import torch_attention
 from ..common.embedding import sinusoids
-from ..common.patches import join_skip, open_options, patch_hidden
+from ..common.fused import group_norm
+from ..common.patches import channels_last, join_skip, open_options, patch_hidden
 from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention
 
 GROUPS = 16  # of every group norm; channel numbers are multiples of it
@@ -72,12 +73,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         scale, shift = self.emb(F.silu(step.emb_NE))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x_NCHW)))
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        h = self.conv1(group_norm(x_NCHW, self.norm1))
+        h = self.conv2(F.silu(torch.addcmul(shift, group_norm(h, self.norm2, silu=False), 1 + scale)))
         h = self.skip(x_NCHW) + h
         size = h.shape[-2:]
         h_BCTP = h.unflatten(0, (-1, step.frames)).transpose(1, 2).flatten(3)
-        h_BCTP = h_BCTP + self.temporal_conv(F.silu(self.norm3(h_BCTP)))
+        h_BCTP = h_BCTP + self.temporal_conv(group_norm(h_BCTP, self.norm3))
         return h_BCTP.unflatten(3, size).transpose(1, 2).flatten(0, 1)
 
 
@@ -185,6 +186,7 @@ class VideoUNet(nn.Module):
         h = x_BCTHW.transpose(1, 2).flatten(0, 1)
         if height % self.stride or width % self.stride:
             h = F.pad(h, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
+        h = channels_last(h)
         size, options = h.shape[-2:], open_options(transformer_options, h)
         step, skips = Step(frames, emb_BE.repeat_interleave(frames, dim=0), text_BLC, options), []
         # Blocks are numbered as in core's U-Net: the first convolution and each downsampling are input blocks too.
@@ -208,7 +210,7 @@ class VideoUNet(nn.Module):
                 h = stage["resample"](F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
         if h.shape[-2:] != size:  # a patch has downscaled the first skip itself
             h = F.interpolate(h, size=size, mode="nearest")
-        out_NCHW = self.output(F.silu(self.norm(h)))[:, :, :height, :width]
+        out_NCHW = self.output(group_norm(h, self.norm))[:, :, :height, :width]
         return out_NCHW.unflatten(0, (-1, frames)).transpose(1, 2)
 
 

@@ -127,5 +127,6 @@ def test_channels_last_reaches_the_weights_that_it_can(monkeypatch):
     """ComfyUI's --force-channels-last; torch rejects it for a whole network with 3-D convolutions."""
     monkeypatch.setattr(args, "force_channels_last", True)
     network = make().model.diffusion_model
-    weights = [weight for weight in network.parameters() if weight.ndim == 4 and weight.shape[-1] > 1]
-    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        weights = [weight for weight in network.parameters() if weight.ndim == dimensions and weight.shape[2] > 1]
+        assert weights and all(weight.is_contiguous(memory_format=layout) for weight in weights)
