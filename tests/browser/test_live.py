@@ -23,7 +23,7 @@ STATE = """() => {
 
 VIEW = """() => {  // the whole node, with room for the panel
     const node = app.graph._nodes.find(n => n.comfyClass.startsWith('Stillmotion_BlockAutoregressive'));
-    app.canvas.ds.scale = 0.6;
+    app.canvas.ds.scale = 0.5;
     app.canvas.ds.offset[0] = 400 - node.pos[0];
     app.canvas.ds.offset[1] = 120 - node.pos[1];
     app.canvas.setDirty(true, true);
