@@ -8,7 +8,7 @@
     python workflows/train.py --family causal_wan --objective self_rollout --checkpoint STUDENT --teacher TEACHER \\
         --encoders ENCODERS --data_dir prompts.txt                       causal Wan on its own videos (Self-Forcing)
     python workflows/train.py --output results/training/model.safetensors --resume
-    accelerate launch --num_processes 2 workflows/train.py --config train.yaml --comfyui PATH
+    accelerate launch --multi_gpu --num_processes 2 workflows/train.py --config train.yaml --comfyui PATH
 
 Every setting may stand in the YAML by the name of its flag (examples: workflows/training). The result lies at --output,
 and in a folder of the same name beside it settings, state, log, checkpoints, samples and curves. --resume goes on with

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.clip import encode_tokens
 from ..common.vae import fold_frames
-from .cache import DiskCache, Encoded
 from .data.clips import Clips
+from .disk import DiskCache, Encoded
 
 CACHE_BYTES = 2 * 2 ** 30  # memory for encodings of clips, and as much for captions; the rest is read again from disk
 

@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 from ..common.images import check_size
 from ..common.saving import holding
 from .average import halve_frozen
-from .cache import DiskCache
 from .config import TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
 from .data.prompts import Prompts
 from .data.sheet import draw_sheet
+from .disk import DiskCache
 from .encoding import Batches, ClipCache, Encoded, resized
 from .families.base import Family
 from .families.registry import checkpoint_blocks

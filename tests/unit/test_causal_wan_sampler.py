@@ -332,8 +332,9 @@ def run_node(kind, model):
 
 def test_the_node():
     declared = [entry.id for entry in nodes.BlockAutoregressiveSampler.define_schema().inputs]
-    assert declared == ["model", "positive", "negative", "latent", *VALUES, "timeline", "vae", "resume_folder"]
-    found, summary = run_node("t2v", load(strong_tensors(), weight_dtype="fp32"))
+    assert declared == ["model", "positive", "negative", "latent", *VALUES, "timeline", "vae", "resume_folder", "clip",
+                        "fps"]
+    found, summary, _ = run_node("t2v", load(strong_tensors(), weight_dtype="fp32"))
     assert torch.equal(found["samples"], sample(frames=6, window=4, sink=1, cfg=2.0))
     assert summary.startswith("6 latent frames; 3 blocks to make in 6 steps; cache")
 

@@ -121,10 +121,9 @@ def use_wan(job, options, loader, start, sampler, towers):
     job["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": options.vae}}
     job[sampler]["inputs"] |= {**WAN, "clip": [towers, 0], "vae": ["vae", 0]}
     job[start]["inputs"] |= {"vae": ["vae", 0], "block": WAN["block"], "length": WAN_START}
-    for name in ("image", "clip_vision_output"):
+    for name in ("image", "clip_vision"):
         del job[start]["inputs"][name]
-    for name in ("LoadImage", "CLIPVisionEncode"):
-        del job[graph.find_node(job, name)]
+    del job[graph.find_node(job, "LoadImage")]
 
 
 class Show:

@@ -21,7 +21,7 @@ COLOURS = {"red": (225, 45, 45), "green": (45, 175, 70), "blue": (55, 90, 235), 
 GROUNDS = {"black": (22, 22, 26), "white": (236, 236, 230), "grey": (124, 124, 126), "brown": (96, 62, 36)}
 STYLES = ("plain", "gradient", "checked", "cloudy")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-PICTURES = ("hills", "city", "shapes")
+PICTURES = ("hills", "city")
 MOVES = {"pans left": (-1, 0, 0), "pans right": (1, 0, 0), "pans up": (0, -1, 0), "pans down": (0, 1, 0),
          "zooms in": (0, 0, 1), "zooms out": (0, 0, -1)}  # of the camera: x, y, zoom
 
@@ -91,7 +91,7 @@ class CameraScene:
     returns: bool = False
 
     def caption(self, form: int = 0) -> str:
-        names = {"hills": "hills", "city": "a city", "shapes": "coloured shapes"}
+        names = {"hills": "hills", "city": "a city"}
         return CAMERA_FORMS[form].format(move=self.move, picture=names[self.picture])
 
 
@@ -217,8 +217,7 @@ def draw_camera(scene: CameraScene, frames: int) -> Tensor:
     x = (axis[None, None, :] + move_x * MOTION * way[:, None, None]) / scale_T11 + scene.x
     y = (axis[None, :, None] + move_y * MOTION * way[:, None, None]) / scale_T11 + scene.y
     x, y = torch.broadcast_tensors(x, y)
-    return {"hills": draw_hills, "city": draw_city, "shapes": draw_shapes}[scene.picture](Random(scene.seed), x, y,
-                                                                                         scale_T11)
+    return {"hills": draw_hills, "city": draw_city}[scene.picture](Random(scene.seed), x, y, scale_T11)
 
 
 def random_colour(rng: Random, low: int = 30, high: int = 235) -> Tensor:
@@ -268,13 +267,3 @@ def draw_city(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
                 canvas = paint(canvas, (0.5 - lit * scale).clamp(0, 1), (235, 215, 140))
             left += width
     return paint(canvas, ((y - 48) * scale + 0.5).clamp(0, 1), base * 0.35)
-
-
-def draw_shapes(rng: Random, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Large plain shapes in any colour in front of a sky."""
-    canvas = sky(rng, y)
-    for _ in range(9):
-        place, radius = (rng.uniform(-110, 110), rng.uniform(-110, 110)), rng.uniform(18, 36)
-        distance = signed_distance(rng.choice(SHAPES), x - place[0], y - place[1], radius)
-        canvas = paint(canvas, (0.5 - distance * scale).clamp(0, 1), random_colour(rng))
-    return canvas

@@ -251,9 +251,9 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
                save_every=save_every)
 
 
-def export(path: Path, net: CausalWan) -> None:
+def export(path: Path, net: CausalWan, causal: bool = True) -> None:
     """Write the network in fp16 with native Wan keys; the header's `config` holds what shapes cannot tell."""
-    config = {"num_heads": net.params.num_heads, "scale_factor": SCALE_FACTOR, "transformer": {"causal_ar": True}}
+    config = {"num_heads": net.params.num_heads, "scale_factor": SCALE_FACTOR, "transformer": {"causal_ar": causal}}
     weights = {key: value.half().contiguous() for key, value in net.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", "config": json.dumps(config)})
 

@@ -23,7 +23,7 @@ from .laws import noisy_timesteps
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
 PARTS = 10            # of 400 clips each
-STEPS, BATCH = 6000, 8
+STEPS, BATCH = 3500, 8  # beyond the stored 800
 
 
 def config() -> dict:
