@@ -31,16 +31,17 @@ def attend_over_time(q_BMC: Tensor, k_BMC: Tensor, v_BMC: Tensor, heads: int, fr
         return x_MC.view(frames, -1, x_MC.shape[-1] // heads).transpose(0, 1)
 
     mixed_BMC, unused = torch.empty_like(q_BMC), q_BMC.new_empty(1, 1, 1)
-    # On a CPU and for compilers and gradients the products are tensors of their own.
-    in_place = not (q_BMC.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     parts = []
     for q_MC, k_MC, v_MC, out_MC in zip(q_BMC, k_BMC, v_BMC, mixed_BMC):
         q, k, v = rows(q_MC), rows(k_MC), rows(v_MC)
         # Scaled inside the product, whose sums are in float32: unscaled scores may overflow float16.
         scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         weights = scores.softmax(dim=-1)
-        if in_place:
-            torch.bmm(weights, v, out=rows(out_MC))
-        else:
+        if not in_place:
             parts.append(torch.bmm(weights, v).transpose(0, 1).reshape(q_MC.shape))
+        elif q_BMC.is_cpu:  # whose products are slow where the result is not in one piece
+            rows(out_MC).copy_(torch.bmm(weights, v))
+        else:
+            torch.bmm(weights, v, out=rows(out_MC))
     return mixed_BMC if in_place else torch.stack(parts)
