@@ -71,5 +71,3 @@ def test_the_page_lists_the_templates_in_order_with_title_and_line(page):
     assert [entry["title"] in text for (_, text), entry in zip(cards, TABLE)] == [True] * len(cards)
     lines = [re.sub("[-_]", " ", entry["description"]) in text for (_, text), entry in zip(cards, TABLE)]
     assert len(set(lines)) == 1  # newer pages show the lines elsewhere
-    page.page.wait_for_function("""name => performance.getEntriesByType('resource').some(
-        got => got.name.endsWith(`/stillmotion/${name}.webp`) && got.responseStatus == 200)""", arg=TABLE[0]["name"])
