@@ -127,7 +127,8 @@ class Panel {
     const picture = this.plays ? (inner * this.canvas.height) / this.canvas.width + 38 : 0;
     return Math.ceil(picture + 58 + (this.steers ? 32 : 0) + Math.min(this.told.childElementCount, 4) * 18);
   }
-  fit() {
+  fit() { // with Nodes 2.0 the node grows by itself
+    if (LiteGraph.vueNodesMode) return;
     const [width, height] = this.node.size;
     this.node.setSize([width, Math.max(height, this.node.computeSize()[1])]);
     app.graph.setDirtyCanvas(true, true);
