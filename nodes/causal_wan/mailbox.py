@@ -63,7 +63,7 @@ class Mailbox:
 
 
 def checked_prompt(text) -> str:
-    """`text` without spaces around it. Raises Refused unless it is a prompt."""
+    """`text` as one line, as Prompt Timeline takes it. Raises Refused unless it is a prompt."""
     if not isinstance(text, str) or not text.strip():
         raise Refused(400, "text is empty: give the new prompt, for example a red circle moves up.")
     if len(text) > LONGEST_PROMPT:
@@ -72,7 +72,7 @@ def checked_prompt(text) -> str:
         check_text("text", text)
     except ValueError as error:
         raise Refused(400, str(error)) from None
-    return text.strip()
+    return " ".join(text.split())
 
 
 class Mailboxes:

@@ -71,6 +71,7 @@ def test_the_page_lists_the_templates_in_order_with_title_and_line(page):
     assert [entry["title"] in text for (_, text), entry in zip(cards, TABLE)] == [True] * len(cards)
     lines = [re.sub("[-_]", " ", entry["description"]) in text for (_, text), entry in zip(cards, TABLE)]
     assert len(set(lines)) == 1  # newer pages show the lines elsewhere
+    page.page.wait_for_selector(f"[data-testid='template-workflow-{TABLE[0]['name']}'] img")  # loaded when in view
     kind = page.run_js("""async name => {
         const shown = document.querySelector(`[data-testid='template-workflow-${name}'] img`);
         return (await (await fetch(shown.src)).blob()).type;

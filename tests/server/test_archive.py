@@ -110,7 +110,8 @@ comfyui, pack, base = sys.argv[1:]
 sys.argv, sys.path[0] = sys.argv[:1], comfyui
 from comfy.cli_args import args
 args.cpu, args.base_directory, args.disable_api_nodes = True, base, True
-import utils.extra_config, folder_paths, nodes, server, execution, comfy_api.latest  # what ComfyUI has loaded by then
+import utils.extra_config, folder_paths, nodes, server, execution, comfy_api.latest  # what ComfyUI has by then
+server.PromptServer(asyncio.new_event_loop())
 sys.dont_write_bytecode = True
 done = {"import": [], "entry": []}
 

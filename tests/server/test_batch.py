@@ -15,7 +15,7 @@ import av
 import host
 import launch
 import pytest
-import ray_seats
+import ray_workers
 
 pytestmark = pytest.mark.skipif("STILLMOTION_SERVER" in os.environ, reason="needs servers of its own")
 EXAMPLES = [host.WORKFLOWS / "examples" / f"stillmotion_{name}.png" for name in ("start", "end")]
@@ -209,7 +209,7 @@ def command_of(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ray_seats.environment() / host.MANIFEST).is_file(), reason="Ray is not installed: "
+@pytest.mark.skipif(not (ray_workers.environment() / host.MANIFEST).is_file(), reason="Ray is not installed: "
                     "run.py batch --ray --install_ray installs it")
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads the process table of Linux")
 def test_sixty_jobs_on_a_ray_cluster_with_two_actors(tmp_path):
@@ -306,6 +306,7 @@ def test_a_folder_of_pictures_over_any_graph(server, client, tmp_path):
     assert uploaded == [name]  # once, by its hash
 
 
+@pytest.mark.slow
 def test_the_private_server_comes_back(tmp_path):
     (tmp_path / "graph.json").write_text(json.dumps(PLAIN))
     table = write_table(tmp_path / "table.csv", plain_rows(4))

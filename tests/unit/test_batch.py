@@ -4,14 +4,14 @@ import json
 from types import SimpleNamespace
 
 import batch
-import board
+import batch_progress
 import client
-import crew
 import host
 import jobgraphs
 import joblist
 import pytest
-import seats
+import worker_pool
+import workers
 from fake_comfyui import asked
 
 GRAPH = {"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
@@ -99,9 +99,9 @@ def test_addresses_with_passwords_from_the_environment(tmp_path):
     path = tmp_path / "workers.txt"
     path.write_text("# mine\nhttp://a:8188 token=$TOKEN_A\n\nhttp://me:$PASSWORD@b # slow\nhttp://c\n")
     environment = {"TOKEN_A": "one", "PASSWORD": "p@ss", "STILLMOTION_TOKEN": "all"}
-    assert seats.read_addresses(str(path), environment) == [
+    assert workers.read_addresses(str(path), environment) == [
         ("http://a:8188", "one"), ("http://me:p%40ss@b", None), ("http://c", "all")]
-    assert seats.read_addresses("http://a,http://b", {}) == [("http://a", None), ("http://b", None)]
+    assert workers.read_addresses("http://a,http://b", {}) == [("http://a", None), ("http://b", None)]
 
 
 @pytest.mark.parametrize("line, words", [("http://a token=$NONE", "line 1: the variable NONE is not set"),
@@ -110,52 +110,53 @@ def test_addresses_with_passwords_from_the_environment(tmp_path):
 def test_addresses_that_are_wrong(line, words, tmp_path):
     (tmp_path / "workers").write_text(line)
     with pytest.raises(host.HostError, match=words) as error:
-        seats.read_addresses(str(tmp_path / "workers"), {})
+        workers.read_addresses(str(tmp_path / "workers"), {})
     assert line.split()[-1] not in str(error.value)
 
 
 def test_a_token_is_sent_and_never_shown(fake):
-    seat = seats.Remote(seats.Address(fake.url, "s3cret"), None)
+    worker = workers.RemoteWorker(workers.Address(fake.url, "s3cret"), None)
     fake.answers["/object_info"] = {}
-    seat.open()
+    worker.open()
     sent = {headers["Authorization"] for kind, path, headers, body in fake.seen}
-    assert sent == {"Bearer s3cret"} and "s3cret" not in seat.label
+    assert sent == {"Bearer s3cret"} and "s3cret" not in worker.label
     fake.answers["/object_info"] = (401, {}, b"")
     with pytest.raises(client.ServerGone) as error:
-        seat.open()
+        worker.open()
     assert "s3cret" not in str(error.value)
 
 
 def test_the_options_that_are_kept_hold_no_password(tmp_path):
     jobs = joblist.JobList(tmp_path / "out", create=True)
     options = dict.fromkeys([*batch.PLACE, "checkpoint", "preset", "retries", "overwrite"])
-    batch.remember(SimpleNamespace(**options | {"workers": "http://me:pw@a,https://b:pw@c:1", "retries": 3}), jobs)
-    assert jobs.setting("options") == {"workers": "http://a,https://c:1", "retries": 3}
+    options |= {"workers": "http://me:pw@a,https://b:pw@c:1,me:pw@d", "retries": 0}
+    batch.remember(SimpleNamespace(**options), jobs)
+    assert jobs.setting("options") == {"workers": "http://a,https://c:1,d", "retries": 0}
 
 
-class Crew:
+class WorkerPool:
     def __init__(self):
-        self.members = []
+        self.threads = []
 
-    def join(self, seat):
-        self.members.append(seat.label)
+    def join(self, worker):
+        self.threads.append(worker.label)
 
     def leave(self, label):
-        self.members.remove(label)
+        self.threads.remove(label)
 
 
 def test_servers_come_and_go_with_the_file(tmp_path, capsys):
-    path, people = tmp_path / "workers.txt", Crew()
+    path, pool = tmp_path / "workers.txt", WorkerPool()
     path.write_text("http://a\nhttp://b\n")
-    roll = seats.Roll(str(path), lambda address: SimpleNamespace(label=address.url, address=address), people)
+    listed = workers.WorkerList(str(path), lambda address: SimpleNamespace(label=address.url, address=address), pool)
 
     def write(text):
         path.write_text(text)
-        roll.stamp = None  # file times are coarse
-        roll.look()
-        return people.members
+        listed.stamp = None  # file times are coarse
+        listed.look()
+        return pool.threads
 
-    assert people.members == ["http://a", "http://b"]
+    assert pool.threads == ["http://a", "http://b"]
     assert write("http://b\nhttp://c\n") == ["http://b", "http://c"]
     assert write("http://b token=1\nhttp://c\n") == ["http://c", "http://b"]
     assert write("http://b $X\n") == ["http://c", "http://b"] and "stay as they were" in capsys.readouterr().err
@@ -180,7 +181,7 @@ def test_newer_servers_are_asked_for_the_job_itself(fake):
 # ---- saving ----
 
 def made_of(*contents):
-    return seats.Made([{"filename": "x.mp4", "data": data} for data in contents],
+    return workers.Made([{"filename": "x.mp4", "data": data} for data in contents],
                       lambda entry, file: file.write(entry["data"]), 1.0, 5)
 
 
@@ -192,14 +193,14 @@ def test_results_are_recorded_before_they_get_their_names(tmp_path, monkeypatch)
     job = jobs.claim("a")
     seen = []
     monkeypatch.setattr(jobs, "intend", lambda *given: seen.append((given, sorted(jobs.output.glob("*.mp4")))))
-    crew.keep(jobs, job, made_of(b"one", b"two"))
+    worker_pool.keep(jobs, job, made_of(b"one", b"two"))
     (name, files), there = seen[0]
     assert [str(file.path) for file in files] == ["clip_0.mp4", "clip_1-2.mp4"] and len(there) == 1
     assert (jobs.output / "clip_1.mp4").read_text() == "somebody's"
     assert (jobs.output / "clip_1-2.mp4").read_bytes() == b"two"
-    crew.keep(jobs, job, made_of(b"one", b"two"))  # its own files are replaced
+    worker_pool.keep(jobs, job, made_of(b"one", b"two"))  # its own files are replaced
     assert len(list(jobs.output.iterdir())) == 3
-    crew.keep(jobs, jobs.claim("a"), made_of(b"x"), overwrite=True)
+    worker_pool.keep(jobs, jobs.claim("a"), made_of(b"x"), overwrite=True)
     assert (jobs.output / "other.mp4").read_bytes() == b"x"
 
 
@@ -216,7 +217,7 @@ def test_a_result_that_breaks_off_leaves_nothing(tmp_path):
 
     job = jobs.claim("a")
     with pytest.raises(client.ServerGone):
-        crew.keep(jobs, job, made._replace(fetch=broken))
+        worker_pool.keep(jobs, job, made._replace(fetch=broken))
     assert list(jobs.output.iterdir()) == [] and jobs.files(job.id) == []
 
 
@@ -231,19 +232,19 @@ def test_progress_of_every_server_and_the_whole():
     counts = {"waiting": 3, "running": 1, "done": 0, "failed": 0}
     job = SimpleNamespace(name="cat")
     for stream in (Terminal(), io.StringIO()):
-        screen = board.Board(lambda: counts, stream)
-        screen.tell(crew.Event("open", "http://a"))
-        screen.tell(crew.Event("start", "http://a", job))
+        screen = batch_progress.BatchProgress(lambda: counts, stream)
+        screen.tell(worker_pool.Event("open", "http://a"))
+        screen.tell(worker_pool.Event("start", "http://a", job))
         screen.progress("http://a", job, "Sampler", 3, 4)
         counts |= {"done": 1, "waiting": 2}
-        screen.tell(crew.Event("saved", "http://a", job, "cat.mp4", 100.0))
-        screen.tell(crew.Event("away", "http://b", None, "No answer."))
-        screen.tell(crew.Event("away", "http://b", None, "No answer."))
+        screen.tell(worker_pool.Event("saved", "http://a", job, "cat.mp4", 100.0))
+        screen.tell(worker_pool.Event("away", "http://b", None, "No answer."))
+        screen.tell(worker_pool.Event("away", "http://b", None, "No answer."))
         text = stream.getvalue()
         assert "saved cat.mp4 (2 min at http://a; 1 of 4 done, about 0 s left)" in text
         assert text.count("No answer.") == 1
         assert ("http://b: no answer" in text) == ("\x1b[" in text) == stream.isatty()
-    assert [board.duration(seconds) for seconds in (5, 600, 11_000)] == ["5 s", "10 min", "3 h 3 min"]
+    assert [batch_progress.duration(seconds) for seconds in (5, 600, 11_000)] == ["5 s", "10 min", "3 h 3 min"]
 
 
 @pytest.mark.parametrize("arguments, words", [

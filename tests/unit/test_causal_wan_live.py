@@ -307,9 +307,32 @@ def test_an_interrupted_file_leaves_nothing_and_is_made_whole_from_the_stored_bl
     assert again.name == "clip_00002_.mp4" and again.read_bytes() == whole.read_bytes()
 
 
+def test_a_video_until_stopped_is_kept_when_the_run_is_cancelled(to_file, tmp_path):
+    model, calls = load(strong_tensors(), weight_dtype="fp32"), []
+
+    def stop(apply, given):
+        calls.append(None)
+        if len(calls) == last:
+            comfy.model_management.interrupt_current_processing(True)
+        return apply(given["input"], given["timestep"], **given["c"])
+
+    model.set_model_unet_function_wrapper(stop)
+    last = 15  # two branches, three evaluations a block: in the third
+    found, path = to_file(model=model, frames=1, length=-1)
+    expected, _ = through_mp4(wan_vae().decode(sample(frames=4, window=4, sink=1, cfg=2.0))[0])
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 0.1
+    calls.clear()
+    last = 3  # before the first block is finished there is nothing to keep
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        to_file(model=model, frames=1, length=-1)
+    assert files(tmp_path) == [str(path.relative_to(tmp_path))]
+
+
 @pytest.mark.parametrize("change, words", [
     ({"batch": 2}, "batch of 2 videos, but a file holds one"),
     ({"length": 30}, "length is 30 frames. This VAE takes 1 . 4 n. Nearest: 29 or 33"),
+    ({"length": -1, "resume_folder": "a"}, "until stopped cannot be resumed"),
+    ({"length": -1, "window": -1}, "until stopped needs a window"),
     ({"length": 25}, "7 latent frames do not split into blocks of 2"),
     ({"name": "demo", "length": 8}, "image latent .y. was made for 6: give Causal Wan Image to Video this length"),
     ({"fps": 0.0}, "fps = 0"),

@@ -247,7 +247,7 @@ def test_messages_find_their_run_while_it_is_in_progress():
     assert refused.value.status == 404
     with boxes.opened(("job", "6"), box):
         assert boxes.find(("job", "6")) is box
-        assert box.send(f" {UP} ") == {"block": 1, "message": "The prompt begins with block 1."}
+        assert box.send(" a circle\nmoves up ") == {"block": 1, "message": "The prompt begins with block 1."}
         assert "instead of 'a circle moves up'" in box.send(DOWN)["message"]
         assert box.take(1) == DOWN and box.take(2) is None and box.send(UP)["block"] == 3
         box.stop()

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import causal_wan_stub as wan
 import dynamicrafter_stub as dynamicrafter
 import host
+import models
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -109,22 +108,21 @@ def test_what_is_refused(ckpt, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "out"))]
 
 
-def test_the_commands(ckpt, tmp_path):
-    def run(*arguments):
-        return subprocess.run([sys.executable, host.WORKFLOWS / "run.py", *map(str, arguments)], capture_output=True,
-                              text=True)
-
+def test_the_commands(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models.host, "reexec", lambda comfyui: os.environ["STILLMOTION_COMFYUI"])
+    monkeypatch.setattr(models.inprocess, "import_pack", lambda comfyui, cpu=None: None)  # the tests have it already
     target = tmp_path / "models" / "checkpoints" / "small.safetensors"
     target.parent.mkdir(parents=True)
-    done = run("convert", ckpt, target, "--dtype", "bf16", "--without_encoders")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{target}\n") and "bf16, with VAE" in done.stdout
+    models.convert([str(ckpt), str(target), "--dtype", "bf16", "--without_encoders"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"{target}\n") and "bf16, with VAE" in told
     (target.parent / "page.ckpt").write_text("<html>")
-    done = run("list", "--models", tmp_path / "models")
-    assert done.returncode == 0, done.stderr
-    assert f"{target}\n  0.01 GB, DynamiCrafter 512 or 512_interp, " in done.stdout
-    assert f"{target.parent / 'page.ckpt'}\n  0.00 GB, not usable: " in done.stdout and "a web page" in done.stdout
-    assert run("convert", ckpt, target).stderr.startswith(f"error: {target} is there already")
+    models.list_models(["--models", str(tmp_path / "models")])
+    told = capsys.readouterr().out
+    assert f"{target}\n  0.01 GB, DynamiCrafter 512 or 512_interp, " in told
+    assert f"{target.parent / 'page.ckpt'}\n  0.00 GB, not usable: " in told and "a web page" in told
+    with pytest.raises(SystemExit, match=f"error: {target} is there already"):
+        models.convert([str(ckpt), str(target)])
 
 
 @pytest.mark.parametrize("name, words", [("dynamicrafter_demo", "DynamiCrafter of another size"),

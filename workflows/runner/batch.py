@@ -119,10 +119,10 @@ def retry(arguments):
 def start(options):
     """Into a Python that can do the work: ComfyUI's, or one with Ray."""
     if options.ray:
-        import ray_seats
+        import ray_workers
 
         with commands.ending():
-            ray_seats.enter(options.install_ray)
+            ray_workers.enter(options.install_ray)
     commands.start(options, client=bool(options.server or options.workers or options.ray))
 
 
@@ -226,17 +226,17 @@ def say(options, missing):
 
 def run(options, jobs):
     """Work off the list; returns the exit code."""
-    import board
-    import crew
+    import batch_progress
+    import worker_pool
 
     options.retries = 2 if options.retries is None else options.retries
     remember(options, jobs)
-    screen = board.Board(jobs.counts, stream(options))
-    people = crew.Crew(jobs, options.retries, options.overwrite, screen.tell, screen.progress)
+    screen = batch_progress.BatchProgress(jobs.counts, stream(options))
+    pool = worker_pool.WorkerPool(jobs, options.retries, options.overwrite, screen.tell, screen.progress)
     end = None
     try:
-        if people.left():
-            people.work(staff(options, jobs, people))
+        if pool.left():
+            pool.work(staff(options, jobs, pool))
     except host.HostError as error:
         end = str(error)
     except KeyboardInterrupt:
@@ -252,30 +252,30 @@ def run(options, jobs):
 def remember(options, jobs):
     """Keep the options for `resume`, without passwords."""
     kept = {name: getattr(options, name) for name in (*PLACE, "checkpoint", "preset", "retries", "overwrite")}
-    for name in ("server", "workers"):
-        kept[name] = re.sub(r"//[^/@,]*@", "//", kept[name]) if kept[name] else None
-    for name in ("models", "comfyui", "workers", "checkpoint"):
+    for name in ("models", "comfyui", "workers", "checkpoint", "server"):
         if kept[name] and Path(kept[name]).exists():
             kept[name] = os.path.abspath(kept[name])
+        elif kept[name] and name in ("server", "workers"):
+            kept[name] = re.sub(r"(^|,|//)[^/@,]*@", r"\1", kept[name])
     jobs.set("options", {name: value for name, value in kept.items() if given(value)})
 
 
-def staff(options, jobs, people):
-    """Give the crew its servers; returns what looks for others about every second."""
-    import seats
+def staff(options, jobs, pool):
+    """Give the pool its servers; returns what looks for others about every second."""
+    import workers
 
     blocks = jobs.ask("SELECT 1 FROM jobs WHERE blocks LIMIT 1")
     folder = jobs.folder / "server" if blocks else None
     if options.ray:
-        import ray_seats
+        import ray_workers
 
-        for seat in ray_seats.hire(options, jobs.template, folder):
-            people.join(seat)
+        for worker in ray_workers.start(options, jobs.template, folder):
+            pool.join(worker)
     elif options.workers or options.server:
-        return seats.Roll(options.workers or options.server, lambda address: seats.Remote(address, jobs.template),
-                          people).look
+        return workers.WorkerList(options.workers or options.server,
+                                  lambda address: workers.RemoteWorker(address, jobs.template), pool).look
     else:
-        people.join(seats.Own(options, jobs.template, folder=folder))
+        pool.join(workers.PrivateWorker(options, jobs.template, folder=folder))
     return lambda: None
 
 

@@ -134,7 +134,7 @@ class DynamiCrafterImg2VideoPipeline:
             done.wait()
             raise
         if done.returncode:
-            found = json.loads(text or "{}")
+            found = json.loads((text.splitlines() or ["{}"])[-1])
             failures = [f"{job['name']}: {job['error']}" for job in found.get("failures", ())]
             raise VideoError("\n".join([f"{len(failures)} videos failed" if failures else
                                         found.get("error", "the batch did not end; its last words are above"),

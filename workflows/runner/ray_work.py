@@ -1,9 +1,9 @@
-"""What an actor does: it owns a ComfyUI and runs one job at a time on it (see ray_seats.py)."""
+"""What an actor does: it owns a ComfyUI and runs one job at a time on it (see ray_workers.py)."""
 
 from types import SimpleNamespace
 
 import host
-import seats
+import workers
 from errors import JobError, JobLost, ServerGone
 from jobgraphs import BadInput
 from joblist import Job
@@ -18,7 +18,7 @@ class Work:
     def open(self):
         """Start ComfyUI unless it runs; returns what prevents it, or None."""
         try:
-            self.own = self.own or seats.Own(self.options, self.known.get, folder=self.folder)
+            self.own = self.own or workers.PrivateWorker(self.options, self.known.get, folder=self.folder)
             self.own.open()
         except (host.HostError, ServerGone) as error:
             return str(error)

@@ -30,8 +30,8 @@ class Stopped(BaseException):
 Event = namedtuple("Event", "kind server job text seconds", defaults=[None, "", None])
 
 
-class Crew:
-    """Runs the jobs of a JobList on seats (see seats.py).
+class WorkerPool:
+    """Runs the jobs of a JobList on workers (see workers.py).
 
     tell(Event): called from the threads. kinds: open, away, unfit, gone (of a server), start, saved, again, failed,
     lost (of a job). progress(server, job, node, value, maximum) likewise.
@@ -39,20 +39,20 @@ class Crew:
 
     def __init__(self, jobs, retries, overwrite, tell, progress):
         self.jobs, self.retries, self.overwrite, self.tell, self.progress = jobs, retries, overwrite, tell, progress
-        self.members = {}  # label: Member
+        self.threads = {}  # label: WorkerThread
         self.stopping, self.error = threading.Event(), None
 
-    def join(self, seat):
-        if seat.label not in self.members:
-            self.members[seat.label] = Member(self, seat)
-            self.members[seat.label].start()
+    def join(self, worker):
+        if worker.label not in self.threads:
+            self.threads[worker.label] = WorkerThread(self, worker)
+            self.threads[worker.label].start()
 
     def leave(self, label):
         """This server gets no more jobs; one that it works on goes back to the list."""
-        self.members.pop(label).leaving.set()
+        self.threads.pop(label).leaving.set()
 
     def work(self, look=lambda: None):
-        """Until every job is done or has failed. look(): called about every second, to change the members.
+        """Until every job is done or has failed. look(): called about every second, to add and remove workers.
 
         Raises HostError if no server is left, or the results cannot be saved. Anything that ends it early lets the
         jobs that run wait again.
@@ -61,20 +61,20 @@ class Crew:
         try:
             while not self.error:
                 look()
-                members = list(self.members.values())
+                threads = list(self.threads.values())
                 if not self.left():
                     break
-                if any(member.open for member in members):
+                if any(thread.open for thread in threads):
                     reached = time.monotonic()
-                elif members and all(member.unfit for member in members):
-                    raise host.HostError("\n".join(member.unfit for member in members))
+                elif threads and all(thread.unfit for thread in threads):
+                    raise host.HostError("\n".join(thread.unfit for thread in threads))
                 elif time.monotonic() > reached + ALONE_SECONDS:
                     raise host.HostError(f"no server has answered for {ALONE_SECONDS} s; the list is kept.")
                 time.sleep(IDLE_SECONDS)
         finally:
             self.stopping.set()
-            for member in list(self.members.values()):
-                member.join()
+            for thread in list(self.threads.values()):
+                thread.join()
         if self.error:
             raise self.error
 
@@ -83,10 +83,10 @@ class Crew:
         return counts["waiting"] + counts["running"]
 
 
-class Member(threading.Thread):
-    def __init__(self, crew, seat):
-        super().__init__(name=seat.label, daemon=True)
-        self.crew, self.jobs, self.seat, self.leaving = crew, crew.jobs, seat, threading.Event()
+class WorkerThread(threading.Thread):
+    def __init__(self, pool, worker):
+        super().__init__(name=worker.label, daemon=True)
+        self.pool, self.jobs, self.worker, self.leaving = pool, pool.jobs, worker, threading.Event()
         self.open, self.unfit, self.stray = False, None, None
 
     def run(self):
@@ -97,26 +97,26 @@ class Member(threading.Thread):
                         break
                     self._pause(AWAY_SECONDS)
                     continue
-                job = self.jobs.claim(self.seat.label, list(self.crew.members))
+                job = self.jobs.claim(self.worker.label, list(self.pool.threads))
                 if job is None:
                     self._pause(IDLE_SECONDS)
                 else:
                     self._do(job)
         except sqlite3.Error as error:
-            self.crew.error = host.HostError(f"the list in {self.jobs.folder} cannot be written: {error}. Free some "
+            self.pool.error = host.HostError(f"the list in {self.jobs.folder} cannot be written: {error}. Free some "
                                              "space and resume the batch.")
         except Exception as error:  # raised in the main thread
-            self.crew.error = self.crew.error or error
+            self.pool.error = self.pool.error or error
         finally:
             self.open = False
-            self.seat.close()
+            self.worker.close()
             self.tell("gone")
 
     def tell(self, kind, job=None, text="", seconds=None):
-        self.crew.tell(Event(kind, self.seat.label, job, text, seconds))
+        self.pool.tell(Event(kind, self.worker.label, job, text, seconds))
 
     def _ending(self):
-        return self.crew.stopping.is_set() or self.leaving.is_set() or self.crew.error
+        return self.pool.stopping.is_set() or self.leaving.is_set() or self.pool.error
 
     def _pause(self, seconds):
         end = time.monotonic() + seconds
@@ -125,11 +125,11 @@ class Member(threading.Thread):
 
     def _reach(self):
         try:
-            self.seat.open()
+            self.worker.open()
             if self.stray:  # it may still work on what was given to another server meanwhile
                 job, self.stray = self.stray, None
-                if not self.jobs.belongs(job, self.seat.label):
-                    self.seat.cancel(job.prompt)
+                if not self.jobs.belongs(job, self.worker.label):
+                    self.worker.cancel(job.prompt)
         except ServerGone as error:
             self.tell("away", text=str(error))
         except host.HostError as error:
@@ -150,12 +150,12 @@ class Member(threading.Thread):
                     raise
                 job = self.jobs.renew(job)  # the server was started again since
                 made = self._run(job)
-            self.tell("saved", job, ", ".join(keep(self.jobs, job, made, self.crew.overwrite)), made.seconds)
+            self.tell("saved", job, ", ".join(keep(self.jobs, job, made, self.pool.overwrite)), made.seconds)
         except Stopped:
             self.jobs.release(job)
         except (ServerGone, JobLost) as error:
             self.open, self.stray = False, job
-            self.seat.lost()
+            self.worker.lost()
             self.jobs.lost(job, str(error))
             self.tell("lost", job, str(error))
         except host.HostError as error:  # the server cannot run this batch
@@ -164,14 +164,14 @@ class Member(threading.Thread):
             self.leaving.set()
             self.tell("unfit", job, self.unfit)
         except JobError as error:
-            state = self.jobs.failed(job, str(error), 0 if isinstance(error, BadInput) else self.crew.retries)
+            state = self.jobs.failed(job, str(error), 0 if isinstance(error, BadInput) else self.pool.retries)
             self.tell("failed" if state == "failed" else "again", job, str(error))
         except OSError as error:  # no result can be saved any more
             self.jobs.release(job)
-            self.crew.error = host.HostError(f"cannot save {job.name}: {error}. Free some space and resume the batch.")
+            self.pool.error = host.HostError(f"cannot save {job.name}: {error}. Free some space and resume the batch.")
 
     def _run(self, job):
-        return self.seat.run(job, lambda *step: self.crew.progress(self.seat.label, job, *step), self._watch)
+        return self.worker.run(job, lambda *step: self.pool.progress(self.worker.label, job, *step), self._watch)
 
     def _watch(self):
         if self._ending():

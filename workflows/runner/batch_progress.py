@@ -17,7 +17,7 @@ def duration(seconds):
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Board:
+class BatchProgress:
     """counts(): {state: number of jobs}. Called from several threads."""
 
     def __init__(self, counts, stream=None):

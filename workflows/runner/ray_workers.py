@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import host
 from errors import JobError, JobLost, ServerGone
 from jobgraphs import BadInput, is_file, read_input
-from seats import Made
+from workers import Made
 
 PACKAGES = ["ray", "aiohttp", "numpy", "pillow", "av"]
 MODULES = ("ray", "aiohttp", "numpy", "PIL")
@@ -88,8 +88,8 @@ class Actor:
         return self.work.state
 
 
-def hire(options, templates, folder=None):
-    """Connect to the cluster, or start one on this machine; returns its seats. Raises HostError."""
+def start(options, templates, folder=None):
+    """Connect to the cluster, or start one on this machine; returns its workers. Raises HostError."""
     import ray
 
     at_home = options.ray == "local"
@@ -113,7 +113,7 @@ def hire(options, templates, folder=None):
 
 
 class Hired:
-    """One actor as a seat of the crew (see seats.py)."""
+    """One actor as a worker of the pool (see workers.py)."""
 
     def __init__(self, label, make, templates):
         self.label, self.make, self.templates, self.actor = label, make, templates, None

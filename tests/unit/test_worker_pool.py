@@ -1,19 +1,19 @@
-"""A crew of servers without a server: lost ones, unfit ones, those that leave, and results that cannot be saved."""
+"""A pool of servers without a server: lost ones, unfit ones, those that leave, and results that cannot be saved."""
 import threading
 import time
 
-import crew
 import errors
 import host
 import joblist
 import pytest
-import seats
+import worker_pool
+import workers
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(crew, "AWAY_SECONDS", 0.02)
-    monkeypatch.setattr(crew, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(worker_pool, "AWAY_SECONDS", 0.02)
+    monkeypatch.setattr(worker_pool, "IDLE_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def jobs(tmp_path):
     return made
 
 
-class Seat:
+class FakeWorker:
     """Runs jobs at once, but raises what `faults` hold first."""
 
     def __init__(self, label, faults=(), opening=()):
@@ -41,7 +41,7 @@ class Seat:
         if self.faults and (fault := self.faults.pop(0)):
             raise fault
         time.sleep(0.01)
-        return seats.Made([{"filename": "x.mp4"}], lambda entry, file: file.write(job.name.encode()), 0.1, 5)
+        return workers.Made([{"filename": "x.mp4"}], lambda entry, file: file.write(job.name.encode()), 0.1, 5)
 
     def cancel(self, prompt):
         self.cancelled.append(prompt)
@@ -52,15 +52,15 @@ class Seat:
     close = lost
 
 
-def work(jobs, *people, retries=0, look=lambda: None):
+def work(jobs, *given, retries=0, look=lambda: None):
     told = []
-    team = crew.Crew(jobs, retries, False, told.append, lambda *step: None)
-    for seat in people:
-        team.join(seat)
+    pool = worker_pool.WorkerPool(jobs, retries, False, told.append, lambda *step: None)
+    for worker in given:
+        pool.join(worker)
     try:
-        team.work(look)
+        pool.work(look)
     finally:
-        assert not [member for member in team.members.values() if member.is_alive()]
+        assert not [thread for thread in pool.threads.values() if thread.is_alive()]
     return [(event.kind, event.server) for event in told]
 
 
@@ -71,7 +71,7 @@ def check(jobs):
 
 
 def test_a_lost_server_gives_its_job_back_and_is_used_again(jobs):
-    one, two = Seat("a", [errors.ServerGone("gone")], [None, errors.ServerGone("not yet")]), Seat("b")
+    one, two = FakeWorker("a", [errors.ServerGone("gone")], [None, errors.ServerGone("not yet")]), FakeWorker("b")
     told = work(jobs, one, two)
     check(jobs)
     assert ("lost", "a") in told and ("away", "a") in told
@@ -81,11 +81,11 @@ def test_a_lost_server_gives_its_job_back_and_is_used_again(jobs):
 def test_a_job_that_went_to_another_server_is_cancelled_at_the_first(jobs):
     taken = threading.Event()
 
-    class Back(Seat):
+    class Back(FakeWorker):
         def open(self):
             assert not self.ran or taken.wait(5)
 
-    class Taking(Seat):
+    class Taking(FakeWorker):
         def run(self, job, progress, watch):
             taken.set()
             return super().run(job, progress, watch)
@@ -99,53 +99,53 @@ def test_a_job_that_went_to_another_server_is_cancelled_at_the_first(jobs):
 def test_a_job_that_its_server_forgot_gets_a_new_id(jobs):
     jobs.claim("a")
     jobs.recover()
-    seat = Seat("a", [errors.JobLost("unknown")])
-    work(jobs, seat)
+    worker = FakeWorker("a", [errors.JobLost("unknown")])
+    work(jobs, worker)
     check(jobs)
-    first, second = seat.ran[:2]
+    first, second = worker.ran[:2]
     assert first.again and not second.again and first.id == second.id and first.prompt != second.prompt
 
 
 def test_a_failure_is_kept_and_does_not_stop_the_others(jobs):
-    told = work(jobs, Seat("a", [errors.JobError("no memory")] * 2), retries=1)
+    told = work(jobs, FakeWorker("a", [errors.JobError("no memory")] * 2), retries=1)
     assert [kind for kind, _ in told if kind in ("again", "failed")] == ["again", "again"]
     check(jobs)
     jobs.submit({"graph": {}}, [("bad", [])])
-    work(jobs, Seat("a", [errors.JobError("no memory")]))
+    work(jobs, FakeWorker("a", [errors.JobError("no memory")]))
     assert [row["error"] for row in jobs.rows("failed")] == ["no memory"]
 
 
 def test_servers_that_cannot_run_the_graph_are_named(jobs, fake):
     fake.answers["/object_info"] = {"Other": {}}
     told = []
-    team = crew.Crew(jobs, 0, False, told.append, None)
-    team.join(seats.Remote(seats.Address(fake.url), jobs.template))
+    pool = worker_pool.WorkerPool(jobs, 0, False, told.append, None)
+    pool.join(workers.RemoteWorker(workers.Address(fake.url), jobs.template))
     with pytest.raises(host.HostError, match="lacks the nodes Save: install"):
-        team.work()
+        pool.work()
     assert jobs.counts()["waiting"] == 4
 
 
 def test_the_list_is_kept_if_no_server_answers(jobs, monkeypatch):
-    monkeypatch.setattr(crew, "ALONE_SECONDS", 0.1)
+    monkeypatch.setattr(worker_pool, "ALONE_SECONDS", 0.1)
     with pytest.raises(host.HostError, match="no server has answered for 0.1 s"):
-        work(jobs, Seat("a", opening=[errors.ServerGone("away")] * 99))
+        work(jobs, FakeWorker("a", opening=[errors.ServerGone("away")] * 99))
     assert jobs.counts()["waiting"] == 4
 
 
 def test_a_full_disk_ends_the_batch_and_loses_nothing(jobs):
-    seat = Seat("a")
+    worker = FakeWorker("a")
     jobs.output.rmdir()
     jobs.output.write_text("in the way")
     with pytest.raises(host.HostError, match="cannot save clip0"):
-        work(jobs, seat)
+        work(jobs, worker)
     assert jobs.counts()["waiting"] == 4
     jobs.output.unlink()
-    work(jobs, seat)
+    work(jobs, worker)
     check(jobs)
 
 
 def test_stopping_lets_the_jobs_wait_again(jobs):
-    class Endless(Seat):
+    class Endless(FakeWorker):
         def run(self, job, progress, watch):
             while True:
                 watch()
@@ -162,19 +162,19 @@ def test_stopping_lets_the_jobs_wait_again(jobs):
 
 
 def test_a_server_that_leaves_gives_its_job_to_another(jobs):
-    class Stuck(Seat):
+    class Stuck(FakeWorker):
         def run(self, job, progress, watch):
             while True:
                 watch()
                 time.sleep(0.01)
 
-    team = crew.Crew(jobs, 0, False, lambda event: None, lambda *step: None)
-    team.join(Stuck("a"))
+    pool = worker_pool.WorkerPool(jobs, 0, False, lambda event: None, lambda *step: None)
+    pool.join(Stuck("a"))
 
     def look():
-        if jobs.counts()["running"] and "a" in team.members:
-            team.leave("a")
-            team.join(Seat("b"))
+        if jobs.counts()["running"] and "a" in pool.threads:
+            pool.leave("a")
+            pool.join(FakeWorker("b"))
 
-    team.work(look)
+    pool.work(look)
     check(jobs)

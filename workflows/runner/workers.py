@@ -19,7 +19,7 @@ Made = namedtuple("Made", "entries fetch seconds memory")  # fetch(entry, file) 
 Address = namedtuple("Address", "url token", defaults=[None])
 
 
-class Bench:
+class JobRunner:
     """Runs the jobs of one template list on a client: checks the server, uploads each input once, samples the memory.
 
     templates(id): content of a template. models: the models folder of a server that we started. Raises HostError for a
@@ -93,11 +93,11 @@ class Bench:
         return tell
 
 
-class Remote:
+class RemoteWorker:
     """A ComfyUI that runs at an address."""
 
     def __init__(self, address, templates):
-        self.address, self.templates, self.bench = address, templates, None
+        self.address, self.templates, self.runner = address, templates, None
         self.label = client.Client(*self._login()).url  # without a password
 
     def _login(self):
@@ -107,30 +107,30 @@ class Remote:
         """Connect; raises ServerGone if nobody answers."""
         server = client.Client(*self._login())
         server.request("/system_stats", tries=1, seconds=10)
-        self.bench = Bench(server, self.templates)
+        self.runner = JobRunner(server, self.templates)
 
     def run(self, job, progress, watch):
-        return self.bench.run(job, progress, watch)
+        return self.runner.run(job, progress, watch)
 
     def cancel(self, prompt_id):
-        self.bench.client.cancel(prompt_id)
+        self.runner.client.cancel(prompt_id)
 
     def lost(self):
         """Forget the connection, and with it what was uploaded: a restarted server may have a new input folder."""
-        self.bench = None
+        self.runner = None
 
     def close(self):
-        self.bench = None
+        self.runner = None
 
 
-class Own:
+class PrivateWorker:
     """A ComfyUI that this command starts, and starts again if it ends."""
 
     label = "this machine"
 
     def __init__(self, options, templates, folder=None):
         """folder: where the server's output, and so the blocks of long videos, stays after its end."""
-        self.templates, self.bench, self.server = templates, None, None
+        self.templates, self.runner, self.server = templates, None, None
         self.found = host.find_host(options.comfyui)
         file = Path(options.checkpoint).expanduser().absolute() if options.checkpoint else None
         arguments = ["--output-directory", str(folder)] if folder else []
@@ -141,11 +141,11 @@ class Own:
 
     def open(self):
         self.server = self.server or launch.Server(self.found, **self.settings)
-        self.bench = Bench(client.Client(self.server.url, self.server), self.templates,
+        self.runner = JobRunner(client.Client(self.server.url, self.server), self.templates,
                            launch.models_folder(self.found.comfyui))
 
     def run(self, job, progress, watch, read=read_input):
-        return self.bench.run(job, progress, watch, read)
+        return self.runner.run(job, progress, watch, read)
 
     def cancel(self, prompt_id):
         pass  # it ended with the server
@@ -156,7 +156,7 @@ class Own:
     def close(self):
         if self.server:
             self.server.stop()
-        self.bench = self.server = None
+        self.runner = self.server = None
 
 
 # ---- addresses ----
@@ -200,11 +200,11 @@ def read_addresses(text, environment):
     return list(found.values())
 
 
-class Roll:
-    """Keeps a crew's members as an address list says; a file is read again when it changes."""
+class WorkerList:
+    """Keeps a pool's workers as an address list says; a file is read again when it changes."""
 
-    def __init__(self, where, seat, crew):
-        self.where, self.seat, self.crew, self.seats = where, seat, crew, {}
+    def __init__(self, where, worker, pool):
+        self.where, self.worker, self.pool, self.workers = where, worker, pool, {}
         self.file = Path(where)
         self.stamp = self._stamp()
         self._read()
@@ -215,16 +215,16 @@ class Roll:
     def _read(self):
         wanted = {}
         for address in read_addresses(self.where, os.environ):
-            seat = self.seat(address)
-            wanted.setdefault(seat.label, seat)
-        for label, seat in list(self.seats.items()):
-            if label not in wanted or wanted[label].address != seat.address:
-                self.crew.leave(label)
-                del self.seats[label]
-        for label, seat in wanted.items():
-            if label not in self.seats:
-                self.seats[label] = seat
-                self.crew.join(seat)
+            worker = self.worker(address)
+            wanted.setdefault(worker.label, worker)
+        for label, worker in list(self.workers.items()):
+            if label not in wanted or wanted[label].address != worker.address:
+                self.pool.leave(label)
+                del self.workers[label]
+        for label, worker in wanted.items():
+            if label not in self.workers:
+                self.workers[label] = worker
+                self.pool.join(worker)
 
     def look(self):
         """Read the file again if it has changed; one that is being written or is wrong changes nothing."""
