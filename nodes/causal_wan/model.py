@@ -133,7 +133,8 @@ class CausalWan(nn.Module):
         time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(x_BCFHW.dtype))
         step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), window, mask_LL, transformer_options)
         x_BCFRS = self.patch_embedding(x_BCFHW)
-        x_BLC = x_BCFRS.flatten(2).transpose(1, 2)
+        # In one piece, as between the layers, so that a compiled first layer is the same graph as the others.
+        x_BLC = x_BCFRS.flatten(2).transpose(1, 2).contiguous()
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
         for index, (block, keys) in enumerate(zip(self.blocks, context, strict=True)):
             own = keys, None if window.layers is None else window.layers[index]

@@ -100,9 +100,9 @@ class HostNetwork:
         return self
 
 
-def inference_dtype(model) -> torch.dtype:
-    """The dtype in which a BaseModel computes."""
-    return model.manual_cast_dtype or model.get_dtype()
+def inference_dtype(base: comfy.model_base.BaseModel) -> torch.dtype:
+    """The dtype in which a model computes."""
+    return base.manual_cast_dtype or base.get_dtype()
 
 
 def call_wrapped(forward, network, *args, transformer_options: dict, **kwargs):
