@@ -66,7 +66,7 @@ def prepare_host(options):
     import torch
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but PyTorch finds no GPU here.")
-    import conftest  # noqa: F401
+    import importable  # noqa: F401
     from comfy.cli_args import args
     args.cpu = options.device == "cpu" or not torch.cuda.is_available()
 

@@ -41,7 +41,7 @@ def measure(options, folder):
 
 def run(job):
     """Run one variant in this process: the median step of `runs`."""
-    import conftest  # noqa: F401  makes the pack importable without a server
+    import importable  # noqa: F401  makes the pack importable without a server
     import torch
     from bench_tools import peak_megabytes, timed
     from stillmotion.nodes.ddim.schedule import DiffusionParams, make_alphas_cumprod

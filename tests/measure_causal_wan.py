@@ -36,7 +36,7 @@ def main():
     options = parser.parse_args()
     host.check_python()
     host.reexec()
-    import conftest  # noqa: F401
+    import importable  # noqa: F401
     import torch
     with torch.inference_mode():
         print(json.dumps(measured(options)))

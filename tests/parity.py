@@ -55,7 +55,7 @@ def main():
             parser.error(f"{folder} is no case folder: it has no case.json")
     host.check_python()
     host.reexec(options.comfyui)
-    import conftest  # noqa: F401
+    import importable  # noqa: F401
     results = {}
     for folder in options.cases:
         try:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import conftest  # noqa: F401  makes the pack importable without a server
+import importable  # noqa: F401  makes the pack importable without a server
 import torch
 from stillmotion.nodes.causal_wan.base import make_model
 from stillmotion.nodes.causal_wan.model import WanParams

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401  makes the pack importable without a server
+import importable  # noqa: F401  makes the pack importable without a server
 import torch
 from stillmotion.nodes.training.loop import fit
 from stillmotion.nodes.training.parallel import make_processes
