@@ -37,7 +37,9 @@ def test_every_template_is_listed(client):
 
 
 def test_every_template_and_its_api_graph_have_the_same_nodes():
-    assert [path.stem for path in sorted(host.WORKFLOWS.glob("*.json"))] == [path.stem for path in API_GRAPHS]
+    templates = {path.stem for path in host.WORKFLOWS.glob("*.json")}
+    photos = {name for name in templates if name.startswith("photo_")}  # for models that have to be downloaded
+    assert photos and templates - photos == {path.stem for path in API_GRAPHS}
     for path in API_GRAPHS:
         api = {i: node["class_type"] for i, node in json.loads(path.read_text()).items()}
         ui = {str(node["id"]): node["type"] for node in json.loads((host.WORKFLOWS / path.name).read_text())["nodes"]}
@@ -122,7 +124,7 @@ LOADER, I2V, SAMPLER, SAVER = ("Stillmotion_" + name for name in (
 
 
 @pytest.mark.parametrize("class_type, inputs, words", [
-    (SAMPLER, {"steps": 0}, "smaller than min"),
+    (SAMPLER, {"steps": -1}, "smaller than min"),
     (SAMPLER, {"steps": 1001}, "bigger than max"),
     (SAMPLER, {"spacing": "sideways"}, "uniform_trailing"),
     (SAMPLER, {"clip_x0": "often"}, "dynamic"),

@@ -275,9 +275,10 @@ class Client:
                 if heard:
                     heard(kind, data)
                 numbers = [data.get("value"), data.get("max")]
-                if kind == "progress" and progress and data.get("node") in graph and all(
+                node = str(data.get("node")).partition(".")[0]  # nodes that NODE expands into are NODE.0.0.1, ...
+                if kind == "progress" and progress and node in graph and all(
                         isinstance(number, (int, float)) for number in numbers):
-                    progress(data["node"], *numbers)
+                    progress(node, *numbers)
                 if kind == "execution_error":
                     errors.append(data)
                 if kind in ("execution_success", "execution_error", "execution_interrupted"):
