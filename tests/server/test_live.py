@@ -94,9 +94,11 @@ def test_bad_and_foreign_messages_are_refused(client, path, body, headers, statu
 
 
 def command(client, folder, *arguments):
+    # a test run in the background ignores SIGINT, and its children inherit that
+    listen = None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), "live", "--server", client.url, "--output",
                              str(folder), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+                            stderr=subprocess.STDOUT, text=True, preexec_fn=listen)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
