@@ -152,6 +152,8 @@ def animate(pipe, options, image, prompt, target):
 
 def animate_folder(options, todo):
     """Make the videos of a folder as a batch; returns the exit code."""
+    for image, prompt, _ in todo:
+        print(image, repr(prompt), file=batch.stream(options), flush=True)
     template, rows = batch.presets_jobs(options.preset, options.checkpoint, settings_of(options), todo)
     return batch.submit(options, todo[0][2].parent, template, rows)
 
