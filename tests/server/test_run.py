@@ -26,10 +26,16 @@ from PIL import Image
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
 
 
+def hear_signals():
+    """A test run in the background ignores Ctrl+C, one under nohup the end of its terminal; child processes inherit
+    that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments, cwd, **environment):
     environment = dict(os.environ, PYTHONUNBUFFERED="1", **environment)
-    # a test run started in the background ignores Ctrl+C, and its child processes inherit that
-    listen = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    listen = None if os.name == "nt" else hear_signals
     return subprocess.Popen([sys.executable, str(host.WORKFLOWS / "run.py"), *map(str, arguments)], cwd=cwd,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             preexec_fn=listen)
