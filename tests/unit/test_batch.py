@@ -241,7 +241,7 @@ def test_progress_of_every_server_and_the_whole():
         screen.tell(worker_pool.Event("away", "http://b", None, "No answer."))
         screen.tell(worker_pool.Event("away", "http://b", None, "No answer."))
         text = stream.getvalue()
-        assert "saved cat.mp4 (2 min at http://a; 1 of 4 done, about 0 s left)" in text
+        assert "saved cat.mp4\n  2 min at http://a; 1 of 4 done, about 0 s left" in text
         assert text.count("No answer.") == 1
         assert ("http://b: no answer" in text) == ("\x1b[" in text) == stream.isatty()
     assert [batch_progress.duration(seconds) for seconds in (5, 600, 11_000)] == ["5 s", "10 min", "3 h 3 min"]

@@ -60,7 +60,8 @@ class BatchProgress:
             return f"{event.server}: {event.text} Waiting for it." if news else None
         self.away.discard(event.server)
         if event.kind == "saved":
-            return f"saved {event.text} ({duration(event.seconds)} at {event.server}; {self.whole()})"
+            files = "".join(f"saved {path}\n" for path in event.text.split("\n"))
+            return f"{files}  {duration(event.seconds)} at {event.server}; {self.whole()}"
         if event.kind in ("failed", "again"):
             return f"error: {event.job.name}: {event.text}" + (" (is tried again)" if event.kind == "again" else "")
         if event.kind == "lost":

@@ -34,7 +34,8 @@ class WorkerPool:
     """Runs the jobs of a JobList on workers (see workers.py).
 
     tell(Event): called from the threads. kinds: open, away, unfit, gone (of a server), start, saved, again, failed,
-    lost (of a job). progress(server, job, node, value, maximum) likewise.
+    lost (of a job). text: what happened, of a saved job its files, one a line. progress(server, job, node, value,
+    maximum) likewise.
     """
 
     def __init__(self, jobs, retries, overwrite, tell, progress):
@@ -150,7 +151,7 @@ class WorkerThread(threading.Thread):
                     raise
                 job = self.jobs.renew(job)  # the server was started again since
                 made = self._run(job)
-            self.tell("saved", job, ", ".join(keep(self.jobs, job, made, self.pool.overwrite)), made.seconds)
+            self.tell("saved", job, "\n".join(keep(self.jobs, job, made, self.pool.overwrite)), made.seconds)
         except Stopped:
             self.jobs.release(job)
         except (ServerGone, JobLost) as error:
@@ -179,7 +180,7 @@ class WorkerThread(threading.Thread):
 
 
 def keep(jobs, job, made, overwrite=False):
-    """Save the results of a job atomically and record them; returns their names. Raises OSError, ServerGone.
+    """Save the results of a job atomically and record them; returns their paths. Raises OSError, ServerGone.
 
     NAME.mp4, or NAME_0.mp4, NAME_1.mp4, ... of several. A file that is there already stays, and the new one gets a
     number, unless `overwrite` is set or it is this job's own.
@@ -205,7 +206,7 @@ def keep(jobs, job, made, overwrite=False):
         jobs.intend(job.id, files_of(jobs, found))
     files = files_of(jobs, found)
     jobs.done(job.id, files, made.seconds, made.memory)
-    return [str(jobs.output / file.path) for file in files]
+    return [str((jobs.output / file.path).resolve()) for file in files]
 
 
 def files_of(jobs, found):
