@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from threading import Thread
 
 import av
@@ -39,7 +40,7 @@ def test_a_prompt_that_is_sent_while_it_runs_is_repeated_from_the_timeline(clien
     job, sampler = shipped()
     for name in [name for name in job if job[name]["class_type"] == SAVER]:
         job[name]["inputs"]["format"] = "png frames"
-    prompt_id, answers = "job-to-steer", []
+    prompt_id, answers = str(uuid.uuid4()), []
 
     def send(node, value, maximum):
         if node == sampler and value >= 4 and not answers:
