@@ -22,10 +22,8 @@ from .mailbox import Mailbox, Mailboxes, Refused
 from .run import Run
 from .steering import Steering
 
-if "server" in sys.modules:  # ComfyUI has imported it; in scripts without a server that would take seconds
-    from server import PromptServer
-else:
-    PromptServer = None
+# ComfyUI has imported its server; in scripts without one the import would take seconds
+PromptServer = getattr(sys.modules.get("server"), "PromptServer", None)
 
 EVENT = "stillmotion.live"
 FORMS = ("frames", "mp4")
