@@ -3,16 +3,16 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
-
-PACK = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PACK / "workflows" / "runner"))
+from client import Client
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
+PATIENCE = 180  # s, for a slow machine
 READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
            && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
 
@@ -51,7 +51,7 @@ class Page:
     def __init__(self, page):
         self.page = page
         self.run_js = page.evaluate
-        page.set_default_timeout(60000)
+        page.set_default_timeout(1000 * PATIENCE)
 
     def load(self, workflow: dict):
         """Load a UI workflow onto the canvas, as opening a template does."""
@@ -74,16 +74,16 @@ class Page:
 
     def run(self) -> dict:
         """Queue the graph and wait for it to finish; returns the outputs by node id. Raises on a server error."""
-        return self.run_js("""async () => {
-            const ended = new Promise((good, bad) => {
-              app.api.addEventListener('execution_success', good, {once: true});
-              app.api.addEventListener('execution_error', e => bad(e.detail.exception_message), {once: true});
-            });
+        self.run_js("""async () => {
+            window.runEnd = null;
+            app.api.addEventListener('execution_success', () => { window.runEnd = {} }, {once: true});
+            app.api.addEventListener('execution_error', e => { window.runEnd = {error: e.detail.exception_message} },
+                                     {once: true});
             await app.queuePrompt(0, 1);
             if (Object.keys(app.lastNodeErrors ?? {}).length) throw new Error(JSON.stringify(app.lastNodeErrors));
-            await ended;
-            return app.nodeOutputs;
         }""")
+        self.page.wait_for_function("() => window.runEnd")
+        return self.run_js("() => { if (runEnd.error) throw new Error(runEnd.error); return app.nodeOutputs }")
 
 
 @pytest.fixture
@@ -94,7 +94,19 @@ def page(request, server, browser):
     settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
     context = browser.new_context(viewport={"width": 1600, "height": 900})
     tab = context.new_page()
+    tab.set_default_timeout(1000 * PATIENCE)
     tab.goto(server.url)
-    tab.wait_for_function(READY, timeout=60000)
+    tab.wait_for_function(READY)
     yield Page(tab)
     context.close()
+    end_runs(Client(server.url, server))
+
+
+def end_runs(client: Client):
+    """Clear the queue and stop what runs: a failed test must not leave an endless run behind."""
+    client.request("/queue", {"clear": True})
+    deadline = time.monotonic() + PATIENCE
+    while client.json("/queue", kind=dict)["queue_running"]:
+        assert time.monotonic() < deadline, "the run does not stop"
+        client.request("/interrupt", {})
+        time.sleep(0.2)

@@ -158,8 +158,8 @@ def test_no_server_is_left_by_a_runner_that_ends_early(tmp_path, number):
     command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
     folder = Path(command[command.index("--base-directory") + 1])
     process.send_signal(number)
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 15
+    process.communicate(timeout=150)
+    deadline = time.monotonic() + 100
     while folder.exists() or Path(f"/proc/{child}/cwd").exists():
         assert time.monotonic() < deadline, "the server lives on"
         time.sleep(0.1)
@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_job_and_the_server(tmp_path):
     url = until(process, "ready").split()[-1]
     until(process, "/1000")  # newer releases skip some steps
     process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=30)[0]
+    text = process.communicate(timeout=150)[0]
     assert process.returncode == 130 and "the job was cancelled" in text and "Traceback" not in text
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(url, timeout=5)
@@ -183,8 +183,8 @@ def test_ctrl_c_cancels_the_job_on_somebody_elses_server(server, client, tmp_pat
     process = start("--server", server.url, "--steps", "1000", cwd=tmp_path)
     until(process, "/1000")  # newer releases skip some steps
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 20
+    process.communicate(timeout=150)
+    deadline = time.monotonic() + 100
     while client.json("/queue")["queue_running"]:
         assert time.monotonic() < deadline, "the job still runs"
         time.sleep(0.1)

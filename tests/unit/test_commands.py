@@ -13,6 +13,6 @@ COMMANDS = sorted(host.WORKFLOWS.glob("*.py")) + sorted(
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_help(path):
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {path.name}") and done.stderr == ""
