@@ -15,6 +15,7 @@ from ..data import scenes
 from . import stages
 from .autoencoder import DDCONFIG, encode_frames, train_autoencoder
 from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
+from .fast import autocast
 from .towers import train_towers
 
 PART = 400          # clips per file
@@ -47,7 +48,7 @@ def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tenso
     for _ in range(PART):
         scene = random_scene(rng)
         frames_TCHW = (scenes.draw(scene).movedim(-1, 1).float() / 127.5 - 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latent = encode_frames(vae, frames_TCHW.contiguous(memory_format=torch.channels_last))
         found.append({"latents": latent.half(), "image": image_features(clip, frames_TCHW[:1])[0],
                       "fs": torch.tensor(scene.fs), "ends": torch.tensor(scene.returns),

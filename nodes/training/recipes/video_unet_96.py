@@ -17,7 +17,7 @@ from . import video_unet as small
 from .dynamicrafter_64 import SCALE_FACTOR
 from .dynamicrafter_96 import PARTS
 from .encodings import encode_clips, encoders
-from .fast import HalfPrecision, channels_last, make_compilable
+from .fast import FastPrecision, channels_last, make_compilable
 from .laws import noisy_timesteps
 
 LATENT_SCALE = 0.6   # of the standardised latents: nearly all values then lie within +-3, the range x0 is clipped to
@@ -58,7 +58,7 @@ def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_sav
                                           timesteps=noisy_timesteps)
 
     return fit(net, loss_of, steps=steps, lr=1e-3, checkpoint=folder / "video_unet.pt", seed=31, ema_decay=0.998,
-               save_every=100, processes=HalfPrecision(), on_save=on_save)
+               save_every=100, processes=FastPrecision(), on_save=on_save)
 
 
 def export(path: Path, net: nn.Module) -> None:
