@@ -12,7 +12,7 @@ from client import Client
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-PATIENCE = 180  # s, for a slow machine
+PATIENCE = 300  # s, for a slow machine
 READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
            && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
 

@@ -12,12 +12,11 @@ from ...video_unet.checkpoint import save
 from ...video_unet.unet import new_network
 from .. import objectives
 from ..data import scenes
-from ..loop import fit
 from . import video_unet as small
 from .dynamicrafter_64 import SCALE_FACTOR
 from .dynamicrafter_96 import PARTS
 from .encodings import encode_clips, encoders
-from .fast import FastPrecision, channels_last, make_compilable
+from .fast import channels_last, fit_compiled, make_compilable
 from .laws import noisy_timesteps
 
 LATENT_SCALE = 0.6   # of the standardised latents: nearly all values then lie within +-3, the range x0 is clipped to
@@ -47,18 +46,18 @@ def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_sav
     alphas = make_alphas_cumprod(CONFIG.diffusion).float()
     net = channels_last(make_compilable(new_network(PARAMS, seed=30)))
 
-    def loss_of(number: int, generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator, run) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (BATCH,), generator=generator)
         form = torch.randint(0, scenes.HELD_OUT_FORM, (BATCH,), generator=generator)
         mask = draw_masks(encodings["ends"][pick], generator)
         dropped = torch.rand(BATCH, generator=generator) < torch.where(mask.sum(1) > 1, 0.8, 0.1)
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         z = encodings["latents"][pick].float() * LATENT_SCALE
-        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5,
+        return objectives.video_unet_loss(run, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5,
                                           timesteps=noisy_timesteps)
 
-    return fit(net, loss_of, steps=steps, lr=1e-3, checkpoint=folder / "video_unet.pt", seed=31, ema_decay=0.998,
-               save_every=100, processes=FastPrecision(), on_save=on_save)
+    return fit_compiled(net, loss_of, (net,), steps=steps, lr=1e-3, checkpoint=folder / "video_unet.pt", seed=31,
+                        ema_decay=0.998, save_every=100, on_save=on_save)
 
 
 def export(path: Path, net: nn.Module) -> None:
