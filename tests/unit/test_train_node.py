@@ -18,6 +18,7 @@ from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.families import base
 from stillmotion.nodes.training.families.base import plain_weights
 from stillmotion.nodes.training.nodes import TrainVideoModel
+from stillmotion.nodes.video_unet.nodes import LoadVideoUNet
 
 from nodes import LoraLoaderModelOnly
 
@@ -106,6 +107,29 @@ def test_cancelled_it_saves_and_goes_on_where_it_was(demo, folders):
     resumed, _, name = run(demo, resume=True).args
     assert name == "tiny_00001.safetensors"
     assert all(torch.equal(value, whole[key]) for key, value in weights_of(resumed).items())
+
+
+def previews_have_the_colours(model, vae):
+    """Whether a sampler's preview of a latent is what the VAE decodes it to."""
+    clip = MovingShapes(1, frames=4, size=(32, 32))[0]["video"].movedim(0, -1)
+    with torch.inference_mode():
+        latent = vae.encode(clip / 2 + 0.5)
+        preview = model.model.latent_format.latent_rgb_factors_reshape
+        seen = [preview(model.model.process_latent_in(latent))[0, :, 0].movedim(0, -1) for _ in clip]
+        return torch.allclose(torch.stack(seen) / 2 + 0.5, vae.decode(latent)[0], atol=0.02)
+
+
+@pytest.mark.parametrize("family", ["video U-Net", "DynamiCrafter"])
+def test_previews_of_a_trained_model_have_the_colours_of_the_video(demo, family):
+    """Straight from the node and, for a new video U-Net, from its loader with the VAE."""
+    data_set = MovingShapes(10, frames=4, size=(32, 32))
+    given = {} if family == "video U-Net" else {"model": demo.model, "clip_vision": demo.clip_vision}
+    model, _, name = run(demo, data_set, vae=demo.vae, steps=1, **given).args
+    assert previews_have_the_colours(model, demo.vae)
+    if not given:
+        with torch.inference_mode():
+            loaded = LoadVideoUNet.execute(name, "fp32", demo.vae).args[0]
+        assert previews_have_the_colours(loaded, demo.vae)
 
 
 def trained(before, after):
