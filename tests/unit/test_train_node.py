@@ -7,6 +7,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as causal_wan
 from stillmotion.nodes.common.demo import CAUSAL_WAN
@@ -35,7 +36,8 @@ def demo():
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for kind in ("output", "temp"):
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     for kind in ("checkpoints", "diffusion_models", "loras"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
     monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # sample quality does not matter here
@@ -58,7 +60,8 @@ def test_a_new_model_in_inference_mode(demo, folders):
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append((total, value, preview)))
     try:
         with torch.inference_mode():
-            model, curves, name = run(demo, MovingShapes(10, frames=4, size=(32, 32)), vae=demo.vae).args
+            done = run(demo, MovingShapes(10, frames=4, size=(32, 32)), vae=demo.vae)
+            model, curves, name = done.args
             assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
@@ -66,6 +69,8 @@ def test_a_new_model_in_inference_mode(demo, folders):
     steps = [value for total, value, _ in shown if total == 3]  # newer releases skip some ticks in between
     assert steps == sorted(steps) and steps[-1] == 3
     assert any(preview for _, _, preview in shown)
+    left = Image.open(folders / "temp" / done.ui.as_dict()["images"][0]["filename"])  # on the node
+    assert left.width == curves.shape[2] and left.height > curves.shape[1]
     with safe_open(folders / "checkpoints" / name, "pt") as file:
         header = file.metadata()
     about = json.loads(header["stillmotion.training"])
