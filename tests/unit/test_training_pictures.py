@@ -11,8 +11,8 @@ from stillmotion.nodes.training.data.sheet import WIDTH, draw_sheet
 from stillmotion.nodes.training.progress import Progress
 
 GRAPH = json.loads((Path(__file__).resolve().parents[2] / "workflows" / "train.json").read_text())
-SMALLEST = 12  # of letters, where the node shows the picture: the page's own, of the inputs' names, are 12 to 14
-SPACE = 0.95, 400  # of a node's width, and its units below the inputs, for a picture in the template
+SMALLEST = 14  # of letters, where the node shows the picture: the page's own, of the inputs' names, are 12 to 14
+SHARE, INPUTS = 0.95, 500  # of the node's width for the picture; height of its inputs above
 CAPTION = "a large magenta triangle moves down and right on a yellow background"
 LONG = Curves([(step, 10 ** (1 - step / 3e5)) for step in range(1, 1_000_001, 5000)],
               [(step, 3e-5 * 1e6 / step) for step in range(250_000, 1_000_001, 250_000)],
@@ -51,7 +51,8 @@ def test_all_letters_are_legible_in_the_node_and_inside_the_picture(written):
     node, = (node for node in GRAPH["nodes"] if node["type"] == "Stillmotion_TrainVideoModel")
     for picture in drawn.values():
         assert picture.width == WIDTH
-    shown = min(SPACE[0] * node["size"][0] / WIDTH, SPACE[1] / drawn["live"].height)
+    width, height = node["size"]
+    shown = min(SHARE * width / WIDTH, (height - INPUTS) / drawn["live"].height)
     assert min(size for size, *_ in written) * shown >= SMALLEST
     assert len(written) > 40
     for _, (left, top, right, bottom), (width, height) in written:
