@@ -108,10 +108,10 @@ def check(options):
 
 def jobs(options):
     """[(image, prompt, path of the video without extension)]; reports other files in a folder. Raises HostError."""
-    pictures = common("pictures")
+    pictures, short_name = common("pictures"), common("saving").short_name
     if not options.prompt_dir:
         image = options.image or EXAMPLE
-        name = f"{pictures.short_name(image)}_{options.preset}_seed{options.seed}"
+        name = f"{short_name(image.stem)}_{options.preset}_seed{options.seed}"
         return [(image, options.prompt, (options.output or Path("results")) / name)]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
     try:
@@ -124,7 +124,7 @@ def jobs(options):
         which = f" that fits --filter {options.filter}" if options.filter else ""
         raise host.HostError(f"--prompt_dir: no image with a same-named .txt or a line in prompts.txt{which} lies in "
                              f"{options.prompt_dir}. Images end in {', '.join(pictures.PICTURES)}")
-    return [(image, prompt, folder / pictures.short_name(image)) for image, prompt in found[:options.limit]]
+    return [(image, prompt, folder / short_name(image.stem)) for image, prompt in found[:options.limit]]
 
 
 def settings_of(options):
