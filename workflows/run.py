@@ -152,7 +152,7 @@ def animate(pipe, options, image, prompt, target):
     print(image, "" if prompt is None else repr(prompt), flush=True)
     progress = Progress()
     try:
-        videos = pipe.run(image, prompt, progress=progress, **settings_of(options))
+        videos = pipe.run(image, prompt, progress=progress, heard=commands.note, **settings_of(options))
     finally:
         progress.close()
     for i, (entry, *_) in enumerate(videos):
