@@ -202,7 +202,7 @@ function post(path, body) {
     { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 }
 
-function nodeOf(id) { // "3:5" is node 5 of the subgraph in node 3
+export function nodeOf(id) { // "3:5" is node 5 of the subgraph in node 3
   let [graph, node] = [app.graph, null];
   for (const part of id.split(":")) {
     node = graph?.getNodeById(Number(part)) ?? null;

@@ -1,5 +1,6 @@
-// The preview of a sampling run goes away when the run is done: the video is there then. The page keeps it until the
-// node runs again, and its store has no public way to clear it; where it is built otherwise, the preview just stays.
+// The preview of a run goes away when the run is done: its result is there then, or the node's own pictures are. The page
+// keeps it until the node runs again, and its store has no public way to clear it; where it is built otherwise, the
+// preview just stays.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -16,7 +17,10 @@ app.registerExtension({
     api.addEventListener("execution_success", () => {
       const previews = app.extensionManager._p?._s?.get("nodeOutput");
       for (const node of app.graph.nodes.filter(samples)) {
-        previews?.revokePreviewsByExecutionId?.(String(node.id));
+        if (!app.nodePreviewImages[node.id]?.length || !previews?.setNodePreviewsByNodeId) continue;
+        previews.setNodePreviewsByNodeId(node.id, []);
+        // a classic node draws what it has loaded until it sees that there is something else
+        node.imgs = node.images = node.preview = undefined;
       }
       app.canvas.setDirty(true, true);
     });

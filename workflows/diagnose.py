@@ -132,7 +132,7 @@ def main():
     commands.start(options)
     with commands.ending(), commands.open_pipeline(options, options.preset) as pipe:
         job = fill(pipe, options)
-        outputs = pipe.client.run(job)
+        outputs = pipe.client.run(job, heard=commands.note)
         found, *_ = client.results(outputs, graph.find_node(job, DIAGNOSE), "diagnosis")
         words = found.pop("text")
         if options.json:

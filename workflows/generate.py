@@ -167,7 +167,7 @@ def generate(pipe, options, prompts):
         pipe.set_inputs(job, None, text, text=prompt)
         progress = Progress()
         try:
-            outputs = pipe.client.run(job, None, pipe.report(job, progress))
+            outputs = pipe.client.run(job, None, pipe.report(job, progress), heard=commands.note)
             found = {kind: client.results(outputs, node) for kind, node in savers.items()}
             frames = save(pipe, options, file_stem(number, prompt), found)
         except (client.JobError, client.StrangeServer) as error:

@@ -28,6 +28,7 @@ from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
 EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
+SIDE = 8  # pixels: sides are multiples of it
 # `run.py NAME ...` calls main(arguments after the name), or the function named after a colon, of a module in runner/.
 SUBCOMMANDS = {  # name: (module, what it does)
     "batch": ("batch", "run an API graph over a table or a folder of pictures"),
@@ -45,7 +46,8 @@ DEFAULTS = {"steps": 50, "eta": 1.0, "frames": 16, "fps": 8.0}  # of the presets
 def parse(arguments):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 epilog=subcommands())
-    p.add_argument("preset", nargs="?", default="demo", choices=list(commands.PRESETS), help="default: demo")
+    p.add_argument("preset", nargs="?", default="demo", metavar="{" + ",".join(commands.PRESETS) + "}",
+                   help="default: demo")
     p.add_argument("seed_and_device", nargs="*", metavar="[SEED] [DEVICE]", help="short for --seed and --device")
     p.add_argument("--image", "--image_path", type=Path, help="the still image (default: an example)")
     p.add_argument("--prompt", "--prompt_text", help="what happens in the video")
@@ -89,6 +91,10 @@ def subcommands():
 
 def check(options):
     """What is wrong with the options, or None. Checked before anything is set up or started."""
+    if options.preset not in commands.PRESETS:
+        picture = f"; a picture is given as --image {options.preset}" if Path(options.preset).exists() else ""
+        return (f"{options.preset!r} is neither a preset ({', '.join(commands.PRESETS)}) nor a command "
+                f"({', '.join(SUBCOMMANDS)}){picture}")
     if options.prompt_dir and (options.image or options.prompt):
         return "--prompt_dir brings its own images and prompts: leave out --image and --prompt"
     if not options.prompt_dir and (options.filter or options.limit):
@@ -102,16 +108,20 @@ def check(options):
     alone = [name for name in batch.FLAGS if batch.given(getattr(options, name))]
     if alone and not options.prompt_dir:
         return f"--{alone[0]} belongs to a batch: give --prompt_dir, or use `run.py batch`"
+    uneven = [name for name in ("width", "height") if (getattr(options, name) or 0) % SIDE]
+    if uneven:
+        side = getattr(options, uneven[0])
+        return f"--{uneven[0]} is {side}: it must be a multiple of {SIDE}, such as {max(SIDE, side // SIDE * SIDE)}"
     positive = ("steps", "frames", "batch_size", "fps", "width", "height", "limit")
     return batch.problem(options) or commands.check(options, positive)
 
 
 def jobs(options):
     """[(image, prompt, path of the video without extension)]; reports other files in a folder. Raises HostError."""
-    pictures = common("pictures")
+    pictures, short_name = common("pictures"), common("saving").short_name
     if not options.prompt_dir:
         image = options.image or EXAMPLE
-        name = f"{pictures.short_name(image)}_{options.preset}_seed{options.seed}"
+        name = f"{short_name(image.stem)}_{options.preset}_seed{options.seed}"
         return [(image, options.prompt, (options.output or Path("results")) / name)]
     folder = options.output or Path("results") / f"dynamicrafter_pipeline_{options.preset}_seed{options.seed}"
     try:
@@ -124,7 +134,7 @@ def jobs(options):
         which = f" that fits --filter {options.filter}" if options.filter else ""
         raise host.HostError(f"--prompt_dir: no image with a same-named .txt or a line in prompts.txt{which} lies in "
                              f"{options.prompt_dir}. Images end in {', '.join(pictures.PICTURES)}")
-    return [(image, prompt, folder / pictures.short_name(image)) for image, prompt in found[:options.limit]]
+    return [(image, prompt, folder / short_name(image.stem)) for image, prompt in found[:options.limit]]
 
 
 def settings_of(options):
@@ -142,7 +152,7 @@ def animate(pipe, options, image, prompt, target):
     print(image, "" if prompt is None else repr(prompt), flush=True)
     progress = Progress()
     try:
-        videos = pipe.run(image, prompt, progress=progress, **settings_of(options))
+        videos = pipe.run(image, prompt, progress=progress, heard=commands.note, **settings_of(options))
     finally:
         progress.close()
     for i, (entry, *_) in enumerate(videos):

@@ -4,11 +4,15 @@ POST /stillmotion/steer {"prompt_id", "node_id", "text"}: a new prompt, from the
 POST /stillmotion/stop {"prompt_id", "node_id"}: end the video with the current block
 POST /stillmotion/watch {"client_id", "form"}: send this client its runs' blocks, as pictures ("frames") or as "mp4"
 
+A run until stopped ends by itself when the connection of a client that takes "mp4" (a command) has been gone for
+ALONE_SECONDS: nobody would stop it. Pages may be closed and opened again.
+
 Bodies are JSON. Answers hold "message", or "error" with the status 400, 403, 404, 409 or 415. Watching clients receive
 the event "stillmotion.live" with "kind": begin, block, prompt, end.
 """
 
 import sys
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ PromptServer = getattr(sys.modules.get("server"), "PromptServer", None)
 EVENT = "stillmotion.live"
 FORMS = ("frames", "mp4")
 MOST_WATCHERS = 1000
+ALONE_SECONDS = 60
 
 mailboxes = Mailboxes()
 watchers: dict[str, str] = {}  # client id -> form
@@ -43,6 +48,7 @@ class LiveRun:
         self.server = PromptServer and PromptServer.instance
         self.client = self.server and self.server.client_id
         self.form = watchers.get(self.client)
+        self.alone_since: float | None = None
         self.steering = Steering(mailbox, run.prompts, run.given, run.cut, run.encode,
                                  lambda **told: self.tell("prompt", **told))
 
@@ -65,6 +71,17 @@ class LiveRun:
                   data=b64encode(data).decode())
         self.frames += len(frames_THWC)
         self.block += 1
+        self.stop_if_alone()
+
+    def stop_if_alone(self) -> None:
+        """End a run until stopped whose command was killed, or cannot be reached any more."""
+        mailbox = self.steering.mailbox
+        if self.form != "mp4" or mailbox.blocks is not None or self.client in self.server.sockets:
+            self.alone_since = None
+            return
+        self.alone_since = self.alone_since or time.monotonic()
+        if time.monotonic() - self.alone_since >= ALONE_SECONDS:
+            mailbox.stop()
 
 
 @contextmanager

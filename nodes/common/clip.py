@@ -23,6 +23,7 @@ from comfy import sd1_clip
 
 from .core_model import managed
 from .values import DEEPEST, WIDEST, flag, number, parse_json, shown, whole, word
+from .vocabulary import VocabularyClip
 
 # ViT-H-14 of open_clip, the towers of every published DynamiCrafter (and, for text, of Stable Diffusion 2).
 VIT_H = {
@@ -186,7 +187,8 @@ def text_tower(weights, tower, layer="penultimate", dtype=None, embedding_direct
         tokenizer=partial(sd1_clip.SD1Tokenizer, clip_name="h", tokenizer=words))
     # Built on the meta device; the weights are then assigned, not copied.
     options = {"initial_device": torch.device("meta")} | ({"dtype": dtype} if dtype else {})
-    clip = comfy.sd.CLIP(target, embedding_directory=embedding_directory, model_options=options)
+    clip = VocabularyClip(target, embedding_directory=embedding_directory, model_options=options)
+    clip.known_V = weights["token_embedding.weight"].any(-1)
     transformer = clip.cond_stage_model.clip_h.transformer
     weights = {key: value.to(transformer.dtype) for key, value in weights.items()}
     transformer.load_state_dict(comfy.utils.clip_text_transformers_convert(weights, "", ""), assign=True)

@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from .images import SMALL
 from .quantized import Quantized
 
 # options of the loaders' weight_dtype; auto: ComfyUI chooses for the device
@@ -32,10 +33,11 @@ class ClipLatent(comfy.latent_formats.SD15):
             self.latent_channels = channels
             self.latent_rgb_factors = torch.eye(3).tolist() if channels == 3 else None
 
-    def preview_with(self, vae) -> None:
-        """Decode previews with the VAE itself. For small models: their latents have colours of their own, and too few
-        pixels to show."""
-        self.preview_vae, self.latent_rgb_factors = vae, torch.eye(3).tolist()
+    def preview_with(self, vae, size: tuple[int, int] | None) -> None:
+        """Decode the previews of a small model (`size`: width and height in pixels in training, None if unknown) with
+        the VAE itself, which takes clips: its latents have colours of their own, and too few pixels to show."""
+        if size and max(size) < SMALL:
+            self.preview_vae, self.latent_rgb_factors = vae, torch.eye(3).tolist()
 
     @property
     def latent_rgb_factors_reshape(self):

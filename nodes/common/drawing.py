@@ -7,6 +7,7 @@ SCALE = 2  # drawn at SCALE times the size, then downscaled for smooth lines
 INK, SOFT, GRID, PAPER = (38, 43, 51), (116, 124, 136), (228, 231, 236), (255, 255, 255)
 BLUE, ORANGE, GREEN, ALARM = (45, 110, 210), (236, 140, 40), (38, 145, 86), (214, 48, 60)
 ROW, MOST_ROWS = 21, 20  # of a table: height in pixels, and how many rows are drawn
+LETTER = 22  # of pictures 600 wide that nodes show about 400 wide: as large there as the text of an input
 LEVELS = {"good": GREEN, "doubtful": (205, 135, 20), "bad": ALARM}
 
 
@@ -63,6 +64,9 @@ class Pen:
 
     def text(self, x, y, text, size, colour=INK, anchor="lt"):
         self.draw.text((x * SCALE, y * SCALE), text, colour, ImageFont.load_default(size * SCALE), anchor)
+
+    def width(self, text, size):
+        return ImageFont.load_default(size * SCALE).getlength(text) / SCALE
 
     def box(self, x0, y0, x1, y1, colour, alpha=255, radius=0):
         corners = (x0 * SCALE, min(y0, y1) * SCALE, x1 * SCALE, max(y0, y1) * SCALE)

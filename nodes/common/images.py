@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 256  # pixels: models of smaller pictures know few things and follow the prompt without strong guidance
+
 
 def check_finite(name: str, image_BHWC: Tensor) -> None:
     """Raise ValueError, mentioning `name`, for an image with NaN or infinite values."""

@@ -1,7 +1,5 @@
 """Save Video: frames or a VIDEO to MP4, GIF or numbered PNGs with the workflow embedded."""
-import logging
 import os
-import sys
 from pathlib import Path
 
 import folder_paths
@@ -141,13 +139,3 @@ def find_model(name, folders, builtin=()):
     places = " or ".join(f"models/{folder}" for folder in folders)
     known = dict.fromkeys([*builtin, *(name for names in held.values() for name in names)])
     raise ValueError(f"There is no file {shown(name)} in {places}. Choose one of: {', '.join(known) or 'none there'}.")
-
-
-def say_on_node(node_id: str | None, text: str) -> None:
-    """Show a text (if not empty) on a node in the page while the graph runs, and in the log."""
-    if not text:
-        return
-    logging.warning("Stillmotion: %s", text)
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # None in scripts
-    if server is not None and node_id:
-        server.send_progress_text(text, node_id)

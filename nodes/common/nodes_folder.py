@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from .pictures import PICTURES, open_start, picture_prompts, short_name, summary
+from .pictures import PICTURES, open_start, picture_prompts, summary
+from .saving import short_name
 from .schema import schema
 from .values import shown
 from .video import hearing_cancel
@@ -100,5 +101,5 @@ class ImagePromptFolder(io.ComfyNode):
         chosen = found[index:index + limit] if limit else found[index:]
         pictures = [torch.from_numpy(np.asarray(open_start(path), dtype=np.float32) / 255)[None]
                     for path, _ in hearing_cancel(chosen)]
-        return io.NodeOutput(pictures, [prompt for _, prompt in chosen], [short_name(path) for path, _ in chosen],
+        return io.NodeOutput(pictures, [prompt for _, prompt in chosen], [short_name(path.stem) for path, _ in chosen],
                              len(found), f"{len(found)} pictures\n{summary(left_out)}".strip())

@@ -18,7 +18,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", 
 NO_DATA = ("thumbs.db", "desktop.ini")  # created by Windows; macOS and Linux metadata files begin with a dot
 PROMPTS = ("prompts.txt", "test_prompts.txt")  # prompts of all pictures; the official code's folders have the second
 LONGEST_PROMPT, LONGEST_PROMPTS = 100_000, 10_000_000  # bytes
-LONGEST_NAME = 60  # characters of a picture's name used in the video's; file systems allow 255 bytes
 LEAST_SIDE = 8  # pixels
 LEVELS_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits per channel
@@ -107,11 +106,6 @@ def _lines(path: Path, pictures: int) -> list[str]:
         raise ValueError(f"{path.name} has {len(lines)} lines for {pictures} pictures. Write one line for all "
                          "pictures, or one line for each, in the order of their names.")
     return lines * pictures if len(lines) == 1 else lines
-
-
-def short_name(path: str | Path) -> str:
-    """The name that a picture gives its video: without the suffix, shortened, without control characters."""
-    return re.sub(r"[\x00-\x1f\x7f]", "_", Path(path).stem[:LONGEST_NAME])
 
 
 def read_prompt(path: Path, longest: int = LONGEST_PROMPT) -> str:

@@ -6,6 +6,7 @@ lock is released when the process ends, however it ends, so the next writer can 
 import errno
 import logging
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -24,9 +25,15 @@ log = logging.getLogger(__name__)
 
 MARK = "stillmotion-part"  # suffix of the hidden folders
 LOCK = ".stillmotion-lock"
+LONGEST_NAME = 60  # characters of a short name; file systems allow 255 bytes
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)                      # locked by another process
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # as on exFAT
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+
+
+def short_name(text: str) -> str:
+    """`text` as part of a file's name: shortened, "_" for characters that some system does not allow."""
+    return re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", text[:LONGEST_NAME])
 
 
 class NewName:

@@ -17,7 +17,7 @@ from ..common.files import check_keys, check_kinds, take_prefix
 from ..common.vae import VideoVAE, vae_shapes
 from ..common.values import parse_json
 from .base import make_model, make_patcher
-from .config import SMALL, VARIANTS, parse, published, read_yaml
+from .config import VARIANTS, parse, published, read_yaml
 from .keys import RESAMPLER, TEXT, UNET, VAE, VISION, checkpoint_keys, has_prefix, network_key
 
 log = logging.getLogger(__name__)
@@ -118,8 +118,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     if has_prefix(tensors, VAE):
         vae = VideoVAE(take_prefix(tensors, VAE), config.ddconfig, config.embed_dim,
                        torch.float32 if weight_dtype == "fp32" else None, config.size)
-        if config.size and max(config.size) < SMALL:
-            model.latent_format.preview_with(vae)
+        model.latent_format.preview_with(vae, config.size)
     if text:
         text_tower = towers.text_tower(take_prefix(tensors, TEXT), text, config.text_layer, tower_dtype,
                                        embedding_directory)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.clip import encode_tokens
-from ..common.images import check_finite, check_size, encode_images, fit_image
-from .config import SMALL
+from ..common.images import SMALL, check_finite, check_size, encode_images, fit_image
 
 MODES = ("animate", "interpolate", "loop")
 AREAS = (0.4, 2.5)  # of the size in training: beyond these the picture falls apart

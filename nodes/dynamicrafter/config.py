@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ..common.images import SMALL
 from ..common.values import flag, number, shown, whole, wholes, word
 from ..ddim.schedule import DiffusionParams
 from .resampler import ResamplerParams
@@ -19,7 +20,7 @@ VARIANTS = ("256", "512", "512_interp", "1024")
 DEFAULT_FS = {"256": 3, "512": 24, "512_interp": 5, "1024": 10}
 DEFAULT_ARCH = "ViT-H-14"
 LATENT_SIZE = {"256": [32, 32], "512": [40, 64], "512_interp": [40, 64], "1024": [72, 128]}  # height, width
-SMALL, SMALL_CFG = 256, 1.5  # models of smaller pictures know few things and follow the prompt without strong guidance
+SMALL_CFG = 1.5  # of models of SMALL pictures
 
 # The only values of these settings that the published models use and this network supports. Other settings that
 # matter change the keys, which are all checked.

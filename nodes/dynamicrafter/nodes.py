@@ -14,7 +14,8 @@ from ..common.core_model import WEIGHT_DTYPES
 from ..common.demo import DYNAMICRAFTER
 from ..common.files import read_checkpoint
 from ..common.images import own_size, trained_size
-from ..common.nodes import find_model, say_on_node
+from ..common.nodes import find_model
+from ..common.notes import say_on_node
 from ..common.schema import schema
 from ..common.values import shown
 from . import checkpoint as loader
@@ -123,7 +124,6 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                                tooltip="Only for a pruned checkpoint with the VAE of another one: width and height 0 "
                                        "then mean this model's size."),
             ],
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="With the image, for the sampler."),
                 io.Conditioning.Output(display_name="negative", tooltip="With a grey image, for guidance."),
@@ -136,7 +136,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
                 image2=None, model=None):
         known = trained_size(model and model.model, vae)
         width, height = own_size(width, height, known)
-        say_on_node(cls.hidden.unique_id, strangeness(vae, image, width, height, known))
+        say_on_node(strangeness(vae, image, width, height, known))
         latent, tokens, grey = image_conditions(clip_vision, vae, image, image2, mode, width, height, frames,
                                                 batch_size)
         values = {"concat_latent_image": latent, "frame_stride": fs}

@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..causal_wan.lora import add_lora
 from ..common.drawing import as_images
@@ -30,7 +30,6 @@ from .self_rollout.settings import DEFAULTS
 
 DataSet = io.Custom("STILLMOTION_DATASET")
 PICTURE_EVERY = 1.0   # seconds between live previews
-PICTURE_EDGE = 640
 NOT_IN_NAMES = {*map(chr, range(32)), *'\\/:*?"<>|'}  # not allowed in file names on some system
 
 
@@ -129,10 +128,12 @@ class TrainVideoModel(io.ComfyNode):
                                        objective)
             result, folder = _places(name, resume, "loras" if train == "lora" else family.folder)
             show = _Show(steps)
-            training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show).run()
-        curves = draw_curves(read_curves(folder), f"{result.stem}: {steps} steps")
+            run = training(family, data_set, settings, result, folder, make_processes(mixed_precision, device), show)
+            run.run()
+        headline = f"{result.stem}: {steps} steps"
         trained = add_lora(model, read_checkpoint(result)) if train == "lora" else family.load(result)
-        return io.NodeOutput(trained, as_images(curves), result.name)
+        return io.NodeOutput(trained, as_images(draw_curves(read_curves(folder), headline)), result.name,
+                             ui=ui.PreviewImage(as_images(run.picture(headline)), cls=cls))
 
 
 class _Show:
@@ -145,7 +146,7 @@ class _Show:
         picture = None
         if time.monotonic() - self.shown > PICTURE_EVERY:
             self.shown = time.monotonic()
-            picture = ("JPEG", progress.picture(), PICTURE_EDGE)
+            picture = ("JPEG", progress.picture(), None)
         self.bar.update_absolute(progress.step, progress.steps, picture)
         comfy.model_management.throw_exception_if_processing_interrupted()
 

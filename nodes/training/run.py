@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..common.drawing import stacked
 from ..common.images import check_size
 from ..common.saving import holding
 from .average import halve_frozen
@@ -109,7 +110,7 @@ class Training:
         """Create the folder, or check that the run in it is resumed with settings that fit it."""
         self.result.parent.mkdir(parents=True, exist_ok=True)
         keep_settings(self.folder, self.settings)
-        self.live, self.sheet, self.loss, self.said = list(read_curves(self.folder).loss), None, math.nan, -math.inf
+        self.live, self.first, self.loss, self.said = list(read_curves(self.folder).loss), None, math.nan, -math.inf
         self.trackers = open_trackers(self.settings, self.folder)
 
     def _clip_cache(self, encode: Callable[[dict], Encoded], size: tuple[int, int]) -> ClipCache | None:
@@ -167,20 +168,16 @@ class Training:
             self.live = [point for point in self.live if point[0] <= before]  # the run may have rolled back
             self.live += [(number, loss) for number, loss in enumerate(losses, before + 1)
                           if number % every == 0 or not self.live]
-        progress = Progress(step, self.steps, self.epoch, self.loss, rate, seconds, self._picture)
+        progress = Progress(step, self.steps, self.epoch, self.loss, rate, seconds, self.picture)
         if time.monotonic() - self.said > LINE_EVERY or step == self.steps:
             self.said = time.monotonic()
             log.info("%s: %s", self.result.stem, progress.text)
         self.on_progress(progress)
 
-    def _picture(self, headline: str) -> Image.Image:
+    def picture(self, headline: str) -> Image.Image:
+        """The curves, and below them the latest samples of one clip."""
         plot = draw_curves(read_curves(self.folder)._replace(loss=self.live), headline)
-        if self.sheet is None:
-            return plot
-        whole = Image.new("RGB", (max(plot.width, self.sheet.width), plot.height + self.sheet.height), "white")
-        whole.paste(plot, (0, 0))
-        whole.paste(self.sheet, (0, plot.height))
-        return whole
+        return stacked(plot, self.first) if self.first else plot
 
     def _on_save(self, step: int, averaged: nn.Module, loss: float) -> None:
         """Evaluate the EMA weights, log the results, keep the best weights and a copy each `checkpoint_every` steps."""
@@ -222,11 +219,12 @@ class Training:
                 name, (latent, given) in self.family.sample(net, batch, seed=self.settings.seed).items()}
         rows = []
         for clip, caption in enumerate(self.captions):
-            rows += [(f"{caption} ({name})", frames[clip]) for name, (frames, *_) in made.items()]
-            rows += [] if truth is None else [("the clip itself", truth[clip])]
-        self.sheet = draw_sheet(rows)
+            own = [(name, frames[clip]) for name, (frames, *_) in made.items()]
+            own += [] if truth is None else [("the clip itself", truth[clip])]
+            rows += [(f"{own[0][0]}: {caption}", own[0][1]), *own[1:]]
+        sheet, self.first = draw_sheet(rows), draw_sheet(rows[:len(rows) // len(self.captions)])
         (self.folder / "samples").mkdir(exist_ok=True)
-        write_whole(self.folder / "samples" / f"step_{step:07}.png", lambda path: self.sheet.save(path, "PNG"))
+        write_whole(self.folder / "samples" / f"step_{step:07}.png", lambda path: sheet.save(path, "PNG"))
         frames, given, latent_frames = list(made.values())[-1]
         if truth is None:
             return {}

@@ -11,6 +11,7 @@ from torch import nn
 from ..common.core_model import check_weight_dtype, storage_dtype
 from ..common.core_nodes import make_clip_patcher
 from ..common.files import Checkpoint, check_keys, check_kinds
+from ..common.vae import fold_frames
 from .base import make_model
 from .config import HEADER, VideoUNetConfig, from_json, to_json
 from .keys import PREFIX, network_tensors
@@ -47,6 +48,14 @@ def read_config(checkpoint: Checkpoint) -> VideoUNetConfig:
                          "a file written by Train Video Model, workflows/train.py or core's Save Model, or choose "
                          "demo.")
     return from_json(text, checkpoint.path)
+
+
+def preview_with(model, vae):
+    """Let the previews of a small MODEL be decoded by the VAE of its latents; returns that VAE, which now takes clips.
+    """
+    vae, config = fold_frames(vae), model.model.video_unet
+    model.model.latent_format.preview_with(vae, (config.width, config.height))
+    return vae
 
 
 def load(checkpoint: Checkpoint, weight_dtype: str = "auto", network: type[VideoUNet] = VideoUNet):

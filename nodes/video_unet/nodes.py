@@ -11,7 +11,7 @@ from ..common.demo import VIDEO_UNET, VIDEO_UNET_EARLY
 from ..common.files import read_checkpoint
 from ..common.nodes import find_model
 from ..common.schema import schema
-from ..common.vae import demo_vae, fold_frames, pixel_vae
+from ..common.vae import demo_vae, pixel_vae
 from . import checkpoint as loader
 from .base import VideoUNetModel
 from .conditioning import GIVEN, clip_conditions
@@ -68,11 +68,11 @@ class LoadVideoUNet(io.ComfyNode):
             return io.NodeOutput(model, pixel_vae())
         if vae is None:
             if config.text_encoder == "demo":
-                model.model.latent_format.preview_with(demo_vae())
+                loader.preview_with(model, demo_vae())
             return io.NodeOutput(model, ExecutionBlocker(
                 f"{checkpoint} works in latents and holds no VAE. Use the one that it was trained with (demo: that of "
                 "Load DynamiCrafter with its checkpoint demo)."))
-        return io.NodeOutput(model, fold_frames(vae))
+        return io.NodeOutput(model, loader.preview_with(model, vae))
 
 
 class VideoUNetConditions(io.ComfyNode):

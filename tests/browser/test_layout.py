@@ -31,6 +31,18 @@ CARDS = """() => [...document.querySelectorAll('[data-testid^="template-workflow
     card => [card.dataset.testid.replace('template-workflow-', ''), card.innerText])"""
 
 
+# a card's picture as few pixels: [width of the file, pixels], null until it is shown
+THUMBNAIL = """name => {
+    const card = document.querySelector(`[data-testid="template-workflow-${name}"]`);
+    card?.scrollIntoView({block: 'center'});  // it is loaded when it comes into view
+    const image = card?.querySelector('img');
+    if (!image?.complete || !image.naturalWidth || !image.getClientRects().length) return null;
+    const pen = new OffscreenCanvas(16, 16).getContext('2d');
+    pen.drawImage(image, 0, 0, 16, 16);
+    return [image.naturalWidth, Array.from(pen.getImageData(0, 0, 16, 16).data)];
+}"""
+
+
 def settled(page):
     """The boxes when they no longer change: the view moves to the graph, pictures load."""
     boxes = None
@@ -62,10 +74,27 @@ def test_templates_open_without_overlap_and_on_the_screen(page, request):
     assert faults == []
 
 
-def test_the_page_lists_the_templates_in_order_with_title_and_line(page):
+def open_list(page):
+    """The page's own list of our templates."""
     page.page.get_by_role("button", name="Templates", exact=True).first.click()
     page.page.get_by_text("stillmotion", exact=True).first.click()
     page.page.wait_for_function(f"count => ({CARDS})().length >= count", arg=8)
+
+
+def test_each_template_in_the_list_shows_a_thumbnail_of_its_own(page):
+    open_list(page)
+    found = {}
+    for name in [entry["name"] for entry in TABLE]:
+        page.page.wait_for_function(THUMBNAIL, arg=name)
+        width, found[name] = page.run_js(THUMBNAIL, name)
+        assert width >= 200, name
+        for other, pixels in found.items():
+            unlike = sum(abs(a - b) for a, b in zip(pixels, found[name])) / len(pixels)
+            assert other == name or unlike > 1, f"{name} looks like {other}"  # of 255; titles and tints differ
+
+
+def test_the_page_lists_the_templates_in_order_with_title_and_line(page):
+    open_list(page)
     cards = page.run_js(CARDS)
     assert [name for name, _ in cards] == [entry["name"] for entry in TABLE][:len(cards)]
     assert [entry["title"] in text for (_, text), entry in zip(cards, TABLE)] == [True] * len(cards)

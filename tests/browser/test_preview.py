@@ -1,4 +1,5 @@
-"""The preview while a video is sampled: it changes from step to step, and is gone when the video is there."""
+"""The preview while a video is sampled: it changes from step to step, and is gone when the video is there. That of a
+training gives way to its last picture."""
 import json
 from pathlib import Path
 
@@ -25,6 +26,28 @@ def test_the_preview_moves_and_goes_away(page, request):
         page.run_js(f"() => app.graph.getNodeById({SAMPLER}).widgets.find(w => w.name == '{name}').value = {value}")
     page.run_js(WATCH)
     page.run()
-    page.page.wait_for_function(f"() => !app.nodePreviewImages['{SAMPLER}']")
+    page.page.wait_for_function(f"""() => !app.nodePreviewImages['{SAMPLER}']?.length
+                                          && !app.graph.getNodeById({SAMPLER}).imgs?.length""")
     found = page.run_js("() => window.previews")
     assert len({picture for picture, _ in found}) >= 5 and min(width for _, width in found) >= 64
+
+
+# drawn on the canvas by the classic nodes, a DOM element with Nodes 2.0
+PICTURES = """() => [...(app.graph.getNodeById(3).imgs ?? []), ...document.querySelectorAll('[data-node-id="3"] img')]
+                    .filter(image => image.complete && image.naturalWidth == 604).map(image => image.src)"""
+
+
+@pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
+def test_the_last_picture_of_a_training_stays_in_its_node(page, request):
+    defaults = page.run_js("""async () => (await (await fetch('/object_info')).json()).Stillmotion_TrainVideoModel""")
+    values = {name: entry[1]["default"] for name, entry in defaults["input"]["required"].items()
+              if "default" in entry[1]}
+    values |= {"steps": 2, "sample_every": 2, "model_channels": 16, "seed": len(request.node.name), "name": "browser",
+               "data_set": ["2", 0], "clip": ["1", 1]}
+    page.run_js("graph => app.loadApiJson(graph, 'test')", {
+        "1": {"class_type": "Stillmotion_LoadDynamiCrafter", "inputs": {"checkpoint": "demo"}},
+        "2": {"class_type": "Stillmotion_MovingShapes", "inputs": {"count": 12, "frames": 2, "size": 16}},
+        "3": {"class_type": "Stillmotion_TrainVideoModel", "inputs": values}})
+    saved, = page.run()["3"]["images"]
+    page.page.wait_for_function(f"name => ({PICTURES})().some(address => address.includes(name))",
+                                arg=saved["filename"])

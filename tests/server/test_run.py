@@ -76,6 +76,16 @@ def test_one_command_makes_a_video(tmp_path):
     assert 42 in shown["widgets_values"] and 3 in shown["widgets_values"]
 
 
+def test_what_the_demo_does_not_know_is_said(server, tmp_path):
+    """Of a prompt and a picture, on the terminal of whoever started it."""
+    picture = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    text, code = run("--server", server.url, "--steps", "1", "--image", picture, "--prompt", "a cat", cwd=tmp_path)
+    assert code == 0, text
+    assert 'Stillmotion: This small model does not know "cat". It knows words such as a, an, background' in text
+    assert "Stillmotion: The picture is nothing like what this small model knows" in text
+
+
 def test_a_folder_of_prompts_in_batches_on_a_running_server(server, tmp_path):
     folder = tmp_path / "prompts"
     folder.mkdir()

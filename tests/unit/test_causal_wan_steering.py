@@ -279,6 +279,26 @@ def test_a_run_tells_a_watching_client_only(monkeypatch):
     assert (end["kind"], end["frames"]) == ("end", 7)
 
 
+@pytest.mark.parametrize("form, length, back, ends", [
+    ("mp4", run.UNTIL_STOPPED, False, True), ("mp4", run.UNTIL_STOPPED, True, False),
+    ("frames", run.UNTIL_STOPPED, False, False), ("mp4", 0, False, False)],
+    ids=["killed command", "command that comes back", "closed page", "video with an end"])
+def test_a_run_until_stopped_ends_when_its_command_is_gone(monkeypatch, form, length, back, ends):
+    now, sockets = [0.0], {"me": None}
+    server = SimpleNamespace(client_id="me", send_sync=lambda *_: None, sockets=sockets)
+    monkeypatch.setattr(nodes_live, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(nodes_live, "watchers", {"me": form})
+    monkeypatch.setattr(nodes_live.time, "monotonic", lambda: now[0])
+    with nodes_live.live(prepared(length=length, window=4), 12.0, None) as shown:
+        for connected in (True, False, back, False):
+            assert not shown.steering.mailbox.stopped
+            sockets.clear()
+            sockets.update({"me": None} if connected else {})
+            now[0] += nodes_live.ALONE_SECONDS / 2 + 1
+            shown.show(torch.rand(1, 32, 32, 3))
+        assert shown.steering.mailbox.stopped == ends
+
+
 def test_the_text_encoder_is_loaded_with_the_model():
     clip = Clip()
     made = prepared(clip=clip)

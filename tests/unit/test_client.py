@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import client
+import commands
 import errors
 import host
 import launch
@@ -234,6 +236,21 @@ def test_a_servers_words_are_no_commands_to_the_terminal():
     with pytest.raises(client.JobError) as found:
         client.finished({"status": {"messages": [["execution_error", error]]}}, GRAPH)
     assert str(found.value) == "N (node 1) failed: cleared"
+
+
+def test_what_a_node_says_is_heard_and_printed(fake, capsys):
+    said = transport.text_of(b"\0\0\0\x03\0\0\0\x02" + "12no \u732b \x07".encode())
+    assert said == {"type": transport.NODE_TEXT, "data": {"node": "12", "text": "no \u732b \x07"}}
+    for other in (b"", b"\0\0\0\x03", b"\0\0\0\x01\0\0\0\x02picture"):
+        assert transport.text_of(other) is None
+    events = [said, {"type": "progress", "data": {"prompt_id": "other"}},
+              {"type": "execution_success", "data": {"prompt_id": "x"}}]
+    fake.answers |= {"/prompt": {"prompt_id": "x", "node_errors": {}}}
+    fake.answers["/history"] = lambda handler: {} if events else {"x": DONE}
+    one = client.Client(fake.url)
+    one.events = lambda *_: SimpleNamespace(next=lambda seconds: events.pop(0) if events else None, close=lambda: None)
+    assert one.run(GRAPH, heard=commands.note) == DONE["outputs"]
+    assert capsys.readouterr().err == "no \u732b \n"
 
 
 def test_results_that_are_none():

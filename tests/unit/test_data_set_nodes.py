@@ -1,4 +1,6 @@
 """Inputs and outputs of Video Folder, Moving Shapes, Latent Shards, Clip of a Data Set and Evaluate Video."""
+from types import SimpleNamespace
+
 import comfy.model_management
 import folder_paths
 import pytest
@@ -74,6 +76,10 @@ def test_clips_of_drawn_shapes():
     frames, caption, name = DataSetClip.execute(clips, 2)
     assert frames.shape == (4, 32, 32, 3) and torch.equal(frames, (clips[2]["video"].movedim(0, -1) / 2 + 0.5))
     assert (caption, name) == (clips[2]["caption"], "shape_00002")
+    own = MovingShapesNode.execute(1, 2, 0, True, 7, SimpleNamespace(trained_size=(48, 32))).args[0]
+    assert own[0]["video"].shape == (3, 2, 32, 48)
+    with pytest.raises(ValueError, match="connect the VAE that came with the model"):
+        MovingShapesNode.execute(1, 2, 0, True, 7)
     with pytest.raises(ValueError, match="clips 0 to 2"):
         DataSetClip.execute(clips, 3)
 

@@ -42,9 +42,15 @@ def test_larger_shapes_are_the_same_scene():
     assert (small - shrunk).abs().mean() < 0.01
 
 
+def test_wide_clips_are_the_square_ones_with_more_background():
+    square, wide = MovingShapes(1, size=(64, 64))[0], MovingShapes(1, size=(64, 96))[0]
+    assert torch.equal(wide["video"][..., 16:80], square["video"]) and wide["caption"] == square["caption"]
+    assert (wide["video"] - square["video"][:, :1, :1, :1]).abs().amax((0, 1, 2)).nonzero().flatten().min() >= 16
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"count": 0}, "count = 0"), ({"count": 1, "frames": 33}, "1 to 32"), ({"count": 1, "frames": 0}, "frames = 0"),
-    ({"count": 1, "size": (64, 32)}, "32x64"), ({"count": 1, "normalise": "half"}, "imagenet")])
+    ({"count": 1, "size": (8, 64)}, "64x8"), ({"count": 1, "normalise": "half"}, "imagenet")])
 def test_settings_that_cannot_be_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         MovingShapes(**settings)

@@ -12,7 +12,7 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.files import read_checkpoint
-from stillmotion.nodes.common.nodes import say_on_node
+from stillmotion.nodes.common.notes import say_on_node
 from stillmotion.nodes.common.preview import step_preview
 from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
@@ -70,13 +70,13 @@ def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):
 
 def test_what_it_says_is_shown_on_the_node(monkeypatch, caplog):
     told = []
-    instance = SimpleNamespace(send_progress_text=lambda text, node: told.append((text, node)))
+    instance = SimpleNamespace(client_id="page", last_node_id="5", send_progress_text=lambda *sent: told.append(sent))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
-    say_on_node("5", "too large")
-    say_on_node("5", "")
+    say_on_node("too large")
+    say_on_node("")
     monkeypatch.delitem(sys.modules, "server")
-    say_on_node("5", "only in the log")
-    assert told == [("too large", "5")] and "only in the log" in caplog.text
+    say_on_node("only in the log")
+    assert told == [("Stillmotion: too large", "5", "page")] and "only in the log" in caplog.text
 
 
 @pytest.mark.parametrize("prepare", [step_preview, latent_preview.prepare_callback], ids=["DDIM", "KSampler"])

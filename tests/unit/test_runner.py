@@ -56,7 +56,10 @@ def test_a_subcommand_gets_the_arguments_after_its_name(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["777"], "invalid choice"),
+    (["777"], "'777' is neither a preset (demo, 256, 512, 1024) nor a command (batch, "),
+    ([str(run.EXAMPLE)], f"given as --image {run.EXAMPLE}"),
+    (["--width", "100"], "--width is 100: it must be a multiple of 8, such as 96"),
+    (["--height", "4"], "--height is 4: it must be a multiple of 8, such as 8"),
     (["512", "abc"], "unexpected 'abc'"),
     (["512", "1", "cpu", "more"], "at most a preset, a seed and a device"),
     (["--steps", "0"], "--steps is 0"),
@@ -143,13 +146,18 @@ FOUND = host.Host("python", "ComfyUI")
 
 @pytest.mark.parametrize("device, arguments", [
     ("cpu", ["--cpu"]), ("cuda", []), ("cuda:1", ["--cuda-device", "1"]), ("2", ["--cuda-device", "2"])])
-def test_device_names(device, arguments):
+def test_device_names(device, arguments, monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda found: 3)
     assert launch.device_arguments(FOUND, device) == arguments
 
 
-def test_an_unknown_device_is_refused():
-    with pytest.raises(host.HostError, match="'tpu' is unknown: use auto, cpu, cuda or cuda:N"):
-        launch.device_arguments(FOUND, "tpu")
+@pytest.mark.parametrize("device, gpus, words", [
+    ("tpu", 1, "'tpu' is unknown: use auto, cpu, cuda or cuda:N"), ("cuda", 0, "finds no GPU. Use auto or cpu"),
+    ("cuda:2", 2, "'cuda:2' is not there: .* finds 2 GPU")])
+def test_a_device_that_is_not_there_is_refused(device, gpus, words, monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda found: gpus)
+    with pytest.raises(host.HostError, match=words):
+        launch.device_arguments(FOUND, device)
 
 
 def test_auto_asks_torch_only_where_the_variant_does_not_tell(tmp_path):

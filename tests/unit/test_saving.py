@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from stillmotion.nodes.common import saving
-from stillmotion.nodes.common.saving import NewName, holding, new_file, remove_leftovers, write_file
+from stillmotion.nodes.common.saving import NewName, holding, new_file, remove_leftovers, short_name, write_file
 
 SOURCE = Path(saving.__file__)
 
@@ -137,3 +137,8 @@ def test_writing_replaces_and_keeps_what_was_there_after_an_error(tmp_path, monk
     with pytest.raises(OSError, match="could not save .*x: No space left.*Free space"):
         write_file(tmp_path / "x", b"third")
     assert files(tmp_path) == {"x": b"second"}
+
+
+def test_a_short_name_is_allowed_on_every_system():
+    assert short_name('a/b\\c:d*e?f"g<h>i|j\nk\x7f') == "a_b_c_d_e_f_g_h_i_j_k_"
+    assert short_name("é" * 70) == "é" * 60 and short_name("cat 2.final") == "cat 2.final"

@@ -159,7 +159,7 @@ def test_prompts_alone_make_text_to_video(tmp_path):
     with pytest.raises(ValueError, match="width is 24: it must be a multiple of 16"):
         run(tmp_path / "odd", dataset=prompts, params=T2V)
     made, weights = run(tmp_path / "run", dataset=Prompts(prompts.prompts, 4, (16, 16)), params=T2V, steps=2)
-    assert made.family.shape(made.shown) == (2, 4, 4, 2, 2) and made.sheet.height > 0
+    assert made.family.shape(made.shown) == (2, 4, 4, 2, 2) and made.first.height > 0
     with pytest.raises(ValueError, match="learns from start images, and this data set has prompts alone"):
         run(tmp_path / "i2v", dataset=prompts)
     with pytest.raises(ValueError, match="There is no prompt"):

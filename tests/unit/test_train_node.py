@@ -7,6 +7,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as causal_wan
 from stillmotion.nodes.common.demo import CAUSAL_WAN
@@ -18,6 +19,7 @@ from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.families import base
 from stillmotion.nodes.training.families.base import plain_weights
 from stillmotion.nodes.training.nodes import TrainVideoModel
+from stillmotion.nodes.video_unet.nodes import LoadVideoUNet
 
 from nodes import LoraLoaderModelOnly
 
@@ -34,7 +36,8 @@ def demo():
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for kind in ("output", "temp"):
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     for kind in ("checkpoints", "diffusion_models", "loras"):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
     monkeypatch.setattr(base, "SAMPLE_STEPS", 2)  # sample quality does not matter here
@@ -57,7 +60,8 @@ def test_a_new_model_in_inference_mode(demo, folders):
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append((total, value, preview)))
     try:
         with torch.inference_mode():
-            model, curves, name = run(demo, MovingShapes(10, frames=4, size=(32, 32)), vae=demo.vae).args
+            done = run(demo, MovingShapes(10, frames=4, size=(32, 32)), vae=demo.vae)
+            model, curves, name = done.args
             assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
@@ -65,6 +69,8 @@ def test_a_new_model_in_inference_mode(demo, folders):
     steps = [value for total, value, _ in shown if total == 3]  # newer releases skip some ticks in between
     assert steps == sorted(steps) and steps[-1] == 3
     assert any(preview for _, _, preview in shown)
+    left = Image.open(folders / "temp" / done.ui.as_dict()["images"][0]["filename"])  # on the node
+    assert left.width == curves.shape[2] and left.height > curves.shape[1]
     with safe_open(folders / "checkpoints" / name, "pt") as file:
         header = file.metadata()
     about = json.loads(header["stillmotion.training"])
@@ -106,6 +112,29 @@ def test_cancelled_it_saves_and_goes_on_where_it_was(demo, folders):
     resumed, _, name = run(demo, resume=True).args
     assert name == "tiny_00001.safetensors"
     assert all(torch.equal(value, whole[key]) for key, value in weights_of(resumed).items())
+
+
+def previews_have_the_colours(model, vae):
+    """Whether a sampler's preview of a latent is what the VAE decodes it to."""
+    clip = MovingShapes(1, frames=4, size=(32, 32))[0]["video"].movedim(0, -1)
+    with torch.inference_mode():
+        latent = vae.encode(clip / 2 + 0.5)
+        preview = model.model.latent_format.latent_rgb_factors_reshape
+        seen = [preview(model.model.process_latent_in(latent))[0, :, 0].movedim(0, -1) for _ in clip]
+        return torch.allclose(torch.stack(seen) / 2 + 0.5, vae.decode(latent)[0], atol=0.02)
+
+
+@pytest.mark.parametrize("family", ["video U-Net", "DynamiCrafter"])
+def test_previews_of_a_trained_model_have_the_colours_of_the_video(demo, family):
+    """Straight from the node and, for a new video U-Net, from its loader with the VAE."""
+    data_set = MovingShapes(10, frames=4, size=(32, 32))
+    given = {} if family == "video U-Net" else {"model": demo.model, "clip_vision": demo.clip_vision}
+    model, _, name = run(demo, data_set, vae=demo.vae, steps=1, **given).args
+    assert previews_have_the_colours(model, demo.vae)
+    if not given:
+        with torch.inference_mode():
+            loaded = LoadVideoUNet.execute(name, "fp32", demo.vae).args[0]
+        assert previews_have_the_colours(loaded, demo.vae)
 
 
 def trained(before, after):

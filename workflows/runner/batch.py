@@ -138,7 +138,7 @@ def make(options):
     output = options.output or Path("results") / options.graph.stem
     left_out = ()
     if options.over is None:
-        rows = [(jobgraphs.short(options.graph.stem), fixed)]
+        rows = [(jobgraphs.short_name(options.graph.stem), fixed)]
     elif options.over.is_dir():
         rows, left_out = jobgraphs.folder_rows(job, options.over, options.picture_to, options.prompt_to, fixed)
     else:

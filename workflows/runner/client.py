@@ -218,9 +218,9 @@ class Client:
         """Queue a graph and wait for it to finish; returns the history's outputs by node id.
 
         `progress(node id, value, maximum)` is called at every step, `watch()` about every second, `heard(kind, data)`
-        for every message about the job. again: the job was
-        queued earlier under `prompt_id` and is only waited for. Raises JobError, its subclass JobLost if the server
-        does not know the job, and ServerGone; anything that ends the wait early, including Ctrl-C, cancels the job.
+        for every message about the job, and for what a node says (transport.NODE_TEXT). again: the job was queued
+        earlier under `prompt_id` and is only waited for. Raises JobError, its subclass JobLost if the server does not
+        know the job, and ServerGone; anything that ends the wait early, including Ctrl-C, cancels the job.
         """
         events, prompt_id, errors = self._events(), prompt_id or str(uuid.uuid4()), []
         try:
@@ -263,14 +263,14 @@ class Client:
     def _follow(self, events, prompt_id, graph, progress, errors, heard):
         """Handle messages for up to a second: (whether the job ended, events or None if the connection broke).
         Errors are kept: the reason a node was blocked is reported nowhere else."""
-        from transport import Broken
+        from transport import NODE_TEXT, Broken
 
         deadline = time.monotonic() + 1
         try:
             while events and (left := deadline - time.monotonic()) > 0:
                 message = events.next(left) or {}
                 kind, data = message.get("type"), message.get("data")
-                if not isinstance(data, dict) or data.get("prompt_id") != prompt_id:
+                if not isinstance(data, dict) or kind != NODE_TEXT and data.get("prompt_id") != prompt_id:
                     continue
                 if heard:
                     heard(kind, data)

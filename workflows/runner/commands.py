@@ -111,6 +111,14 @@ def saving(path, pipe):
         raise host.HostError(f"cannot save {path}: {error}. Free some space or choose another --output.") from None
 
 
+def note(kind, data):
+    """Print what a node says, among the messages of a job (Client.run)."""
+    import transport
+
+    if kind == transport.NODE_TEXT:
+        print(errors.plain(data["text"]), file=sys.stderr, flush=True)
+
+
 def tell(number, of, what):
     """Exit with an error if any failed."""
     if number:

@@ -16,16 +16,12 @@ from joblist import is_file, sha256_of
 
 UPLOADS = {"LoadImage": "image", "LoadImageMask": "image", "LoadVideo": "file", "LoadAudio": "audio"}
 BLOCKS = "resume_folder"  # the input that names a folder of finished blocks
-LONGEST_NAME = 60  # characters of the picture's name used in the video's; file systems allow 255 bytes
 NAME = "name"  # column of a table
+short_name = common("saving").short_name
 
 
 class BadInput(JobError):
     """The job's own input is at fault: another try would fail in the same way."""
-
-
-def short(name):
-    return re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", name[:LONGEST_NAME])
 
 
 # ---- addresses of inputs ----
@@ -146,7 +142,7 @@ def table_rows(job, path, fixed=()):
                     raise host.HostError(f"{path}, line {reader.line_num}: it has not as many cells as the first row.")
                 made = [changes.change(column, row[column], f"{path}, line {reader.line_num}: {column}")
                         for column in columns if row[column] != ""]
-                yield short(row.get(NAME) or ""), [*fixed, *made]
+                yield short_name(row.get(NAME) or ""), [*fixed, *made]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise host.HostError(f"{path} cannot be read as a table (CSV, UTF-8): {error}") from None
 
@@ -185,7 +181,7 @@ def folder_rows(job, folder, picture_to=None, prompt_to=None, fixed=()):
     def rows():
         for path, prompt in found:
             text = [[text_node, text_name, prompt]] if prompt_to else []
-            yield short(path.stem), [*fixed, [node, name, changes.file(path)], *text]
+            yield short_name(path.stem), [*fixed, [node, name, changes.file(path)], *text]
 
     return rows(), left_out
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import host
 
 STARTUP_SECONDS = 180
+COUNT_GPUS = "import torch; print(torch.cuda.device_count() or int(torch.backends.mps.is_available()))"
 PACK_FOLDER = "stillmotion"
 GUARD = host.RUNNER / "guard.py"
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # never use a proxy for loopback
@@ -34,18 +35,28 @@ def models_folder(comfyui):
 
 
 def device_arguments(found, device):
-    """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU."""
-    if device == "auto":
-        # no need to check on the private CPU host; importing torch takes two seconds
-        code = "import torch; raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
-        gpu = found.variant != "cpu" and subprocess.run([str(found.python), "-c", code]).returncode == 0
-        return [] if gpu else ["--cpu"]
+    """ComfyUI's arguments for `auto`, `cpu`, `cuda` or `cuda:N`; auto falls back to the CPU. Raises HostError for a GPU
+    that is not there."""
     named = re.fullmatch(r"(?:cuda:?)?(\d*)", device)
     if device == "cpu":
         return ["--cpu"]
-    if not named:
+    if device != "auto" and not named:
         raise host.HostError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:N (N counts GPUs from 0).")
+    gpus = count_gpus(found)
+    if device == "auto":
+        return [] if gpus else ["--cpu"]
+    if int(named[1] or 0) >= gpus:
+        raise host.HostError(f"device {device!r} is not there: PyTorch in {found.python} finds " + (
+            f"{gpus} GPU(s), counted from 0." if gpus else "no GPU. Use auto or cpu."))
     return ["--cuda-device", named[1]] if named[1] else []
+
+
+def count_gpus(found):
+    """GPUs that the host's PyTorch can use; Apple's counts as one."""
+    if found.variant == "cpu":  # importing torch takes two seconds
+        return 0
+    done = subprocess.run([str(found.python), "-c", COUNT_GPUS], stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
 
 def link_pack(custom_nodes):

@@ -136,6 +136,7 @@ class Show:
     def heard(self, kind, data):
         """A message of the server. Raises StrangeServer for a block that is none, OSError if it cannot be saved."""
         if kind != "stillmotion.live":
+            commands.note(kind, data)
             return
         try:
             getattr(self, f"on_{data['kind']}", lambda data: None)(data)

@@ -78,6 +78,8 @@ def convert(arguments):
     try:
         converter.convert(read_checkpoint(options.source), options.target, options.dtype, not options.without_encoders,
                           options.weights)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"error: {error.filename or options.source}: {error.strerror or error}")
+    except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{options.target}\n  {options.target.stat().st_size / 1e9:.2f} GB, {what(options.target)}")

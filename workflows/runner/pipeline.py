@@ -133,12 +133,12 @@ class Pipeline:
 
     def run(self, image, prompt, negative_prompt=None, seed=None, steps=None, guidance_scale=None, eta=None,
             frames=None, frame_stride=None, width=None, height=None, fps=None, batch_size=None, format=None,
-            progress=None):
+            progress=None, heard=None):
         """Animate one image (a file or a PIL image); None means the default of the preset or the workflow.
 
         Returns one list of output entries (see Client.download) per video of the batch (in a format that gives one
-        file per video). `progress(node name, value, maximum)` is called at every step. Raises client.JobError (also
-        for a picture that cannot be read) and client.ServerGone.
+        file per video). `progress(node name, value, maximum)` is called at every step, `heard` as in Client.run.
+        Raises client.JobError (also for a picture that cannot be read) and client.ServerGone.
         """
         job, workflow = read_graphs()
         settings = animate_settings(job, self.resolution, negative_prompt, seed, steps, guidance_scale, eta, frames,
@@ -149,7 +149,7 @@ class Pipeline:
         self.set_inputs(job, workflow, text, text=prompt)
         for node_id, values in settings.items():
             self.set_inputs(job, workflow, node_id, **values)
-        outputs = self.client.run(job, workflow, self.report(job, progress))
+        outputs = self.client.run(job, workflow, self.report(job, progress), heard=heard)
         entries = client.results(outputs, graph.find_node(job, SAVER))
         return [[entry] for entry in entries] if batch_size and batch_size > 1 else [entries]
 

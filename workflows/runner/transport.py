@@ -18,6 +18,7 @@ LARGEST_ANSWER = 256 << 20  # bytes; the history contains complete workflows
 LARGEST_ERROR = 64 << 10
 LARGEST_MESSAGE = 64 << 20  # of the websocket: a preview picture
 CHUNK = 1 << 16
+NODE_TEXT, TEXT_KIND = "progress_text", 3  # ComfyUI's name and number of a text that a node shows
 AWAY = (502, 503, 504)  # a proxy's status while the server behind it is down
 _thread, _starting = {}, threading.Lock()
 
@@ -163,7 +164,7 @@ class Events:
         return session
 
     def next(self, seconds):
-        """The next message that is a JSON object, or None after `seconds`."""
+        """The next message that is a JSON object or a node's text; None after `seconds`, and for others (previews)."""
         try:
             message = wait_for(self.socket.receive(seconds))
         except TimeoutError:
@@ -176,9 +177,9 @@ class Events:
             except (ValueError, RecursionError):
                 return None
             return found if isinstance(found, dict) else None
-        if message.type is not aiohttp.WSMsgType.BINARY:  # previews are binary; anything else means it closed
+        if message.type is not aiohttp.WSMsgType.BINARY:  # anything else means that it closed
             raise Broken("the websocket was closed")
-        return None
+        return text_of(message.data)
 
     def close(self):
         wait_for(self._close())
@@ -188,6 +189,16 @@ class Events:
             async with asyncio.timeout(1):  # for the other end to close as well
                 await self.socket.close()
         await self.session.close()
+
+
+def text_of(data):
+    """A binary message as {"type": NODE_TEXT, "data": {"node", "text"}}; None for previews and for damaged ones.
+    Its parts: kind and length of the node's id (4 bytes each), the id, the text."""
+    if len(data) < 8 or int.from_bytes(data[:4]) != TEXT_KIND:
+        return None
+    end = 8 + int.from_bytes(data[4:8])
+    node, text = (part.decode(errors="replace") for part in (data[8:end], data[end:]))
+    return {"type": NODE_TEXT, "data": {"node": node, "text": text}}
 
 
 async def refuse_redirect(*_):

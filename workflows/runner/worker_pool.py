@@ -15,7 +15,7 @@ import host
 from client import FreeName
 from errors import JobError, JobLost, ServerGone
 from inprocess import common
-from jobgraphs import BadInput, short
+from jobgraphs import BadInput, short_name
 from joblist import Made, sha256_of
 
 IDLE_SECONDS = 0.2  # between looks at a list on which nothing waits
@@ -189,7 +189,7 @@ def keep(jobs, job, made, overwrite=False):
     with contextlib.ExitStack() as names:
         for i, entry in enumerate(made.entries):
             number = f"_{i}" if len(made.entries) > 1 else ""
-            name = FreeName(jobs.output / f"{job.name}{number}{short(Path(str(entry.get('filename'))).suffix)}")
+            name = FreeName(jobs.output / f"{job.name}{number}{short_name(Path(str(entry.get('filename'))).suffix)}")
             if i in before and jobs.intact(before[i]):
                 name = FreeName(jobs.output / before[i].path)
                 target = saving.replacing(name.path)

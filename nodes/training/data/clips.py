@@ -115,7 +115,7 @@ class Clips(Dataset):
 class MovingShapes(Clips):
     """`count` drawn clips of one moving shape each; with `held_out`, held-out combinations and caption templates.
 
-    size: (height, width) in pixels, square. frames: 1 to 32.
+    size: (height, width) in pixels; in a wide or tall one the shape moves in the square in its middle. frames: 1 to 32.
     """
 
     def __init__(self, count: int, frames: int = 16, size: tuple[int, int] = (64, 64), *, held_out: bool = False,
@@ -126,8 +126,8 @@ class MovingShapes(Clips):
         if not 1 <= frames <= data.MAX_FRAMES:
             raise ValueError(f"frames = {frames} was given; Moving Shapes have 1 to {data.MAX_FRAMES} frames, because "
                              "the shape leaves the picture after that.")
-        if size[0] != size[1] or size[0] < 16:
-            raise ValueError(f"size = {size[1]}x{size[0]} was given; Moving Shapes are square, 16 pixels or more.")
+        if min(size) < 16:
+            raise ValueError(f"size = {size[1]}x{size[0]} was given; Moving Shapes have sides of 16 pixels or more.")
         self.count, self.frames, self.size, self.held_out = count, frames, size, held_out
 
     def __len__(self) -> int:
@@ -136,13 +136,16 @@ class MovingShapes(Clips):
     def clip(self, index: int) -> tuple[data.ShapeClip, int]:
         """(clip, index of its caption template), the same in every epoch."""
         rng = Random(f"shapes/{self.seed}/{index}")
-        clip, scale = data.random_clip(rng, held_out=self.held_out), self.size[0] / 64
+        edge = min(self.size)
+        clip, scale = data.random_clip(rng, held_out=self.held_out), edge / 64
         form = data.HELD_OUT_FORM if self.held_out else rng.randrange(data.HELD_OUT_FORM)
-        return replace(clip, x=clip.x * scale, y=clip.y * scale, radius=clip.radius * scale, size=self.size[0]), form
+        return replace(clip, x=clip.x * scale, y=clip.y * scale, radius=clip.radius * scale, size=edge), form
 
     def read(self, index: int, rng: Random) -> tuple[Tensor, str, str]:
         clip, form = self.clip(index)
-        return data.draw_clip(clip, self.frames), clip.caption(form), f"shape_{index:05}"
+        rows, columns = ((torch.arange(side) - (side - clip.size) // 2).clamp(0, clip.size - 1) for side in self.size)
+        frames_THWC = data.draw_clip(clip, self.frames)[:, rows][:, :, columns]  # the background goes on to the sides
+        return frames_THWC, clip.caption(form), f"shape_{index:05}"
 
     def summary(self) -> str:
         kept = "kept from training, " if self.held_out else ""

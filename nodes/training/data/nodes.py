@@ -3,6 +3,7 @@ import torch
 from comfy_api.latest import io
 
 from ...common.drawing import as_images
+from ...common.images import own_size, trained_size
 from ...common.nodes_folder import DATA_SETS, allowed_folder, folder_state
 from ...common.schema import schema
 from ...common.video import hearing_cancel
@@ -99,19 +100,22 @@ class MovingShapesNode(io.ComfyNode):
             inputs=[
                 io.Int.Input("count", default=500, min=1, max=10 ** 6, tooltip="Number of clips."),
                 io.Int.Input("frames", default=16, min=1, max=32, tooltip="Frames of each clip."),
-                io.Int.Input("size", default=64, min=16, max=1024, step=8, tooltip="Edge of the square frames."),
+                io.Int.Input("size", default=64, min=0, max=1024, step=8,
+                             tooltip="Edge of the square frames; 0: the size of the model that the VAE belongs to."),
                 io.Boolean.Input("held_out", default=False,
                                  tooltip="Draw combinations of shape, colour and direction, and a wording, that never "
                                          "occur otherwise: to test what was learned."),
                 io.Int.Input("seed", **SEED,
                              tooltip="Another seed draws other clips; the same seed the same."),
+                io.Vae.Input("vae", optional=True, tooltip="Only for size 0: the VAE that came with the model."),
             ],
             outputs=OUTPUTS,
         )
 
     @classmethod
-    def execute(cls, count, frames, size, held_out, seed) -> io.NodeOutput:
-        return _with_preview(MovingShapes(count, frames, (size, size), held_out=held_out, seed=seed))
+    def execute(cls, count, frames, size, held_out, seed, vae=None) -> io.NodeOutput:
+        width, height = own_size(size, size, trained_size(vae))
+        return _with_preview(MovingShapes(count, frames, (height, width), held_out=held_out, seed=seed))
 
 
 class LatentShardsNode(io.ComfyNode):

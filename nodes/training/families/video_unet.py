@@ -88,7 +88,10 @@ class VideoUNetTraining(Family):
         checkpoint.save(path, net, self.config, metadata)
 
     def load(self, path: Path):
-        return checkpoint.load(read_checkpoint(path), network=self.kind)
+        model = checkpoint.load(read_checkpoint(path), network=self.kind)
+        if self.encoders.vae is not None:
+            checkpoint.preview_with(model, self.encoders.vae)
+        return model
 
 
 def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
