@@ -67,10 +67,13 @@ def load_trained(net: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def halve_frozen(net: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen weights in half precision: in mixed precision they are only read in it."""
-    for parameter in net.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    """Store frozen weights of linear layers and convolutions in half precision: mixed precision reads them in it alone.
+    Other weights (norms, modulations) are read as they are, beside activations in float32."""
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
