@@ -140,6 +140,22 @@ def test_the_optimizer_in_8_bits_is_named_where_it_is_missing(monkeypatch):
         loop.make_optimizer("adamw8bit", [], 1e-3)
 
 
+def test_the_optimizer_in_8_bits_follows_the_plain_one(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    losses = []
+    for name in loop.OPTIMIZERS:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(128, 64)  # large enough for 8 bits: from 4096 weights on
+
+        def loss_of(number, generator, net=net):
+            x = torch.randn(16, 128, generator=generator)
+            return (net(x) - x[:, :64]).square().mean()
+
+        loop.fit(net, loss_of, steps=30, lr=1e-2, checkpoint=tmp_path / f"{name}.pt", optimizer=name, save_every=30)
+        losses.append(json.loads((tmp_path / f"{name}.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_small_vae_is_trained_and_keeps_more_than_before(demo, tmp_path):
     shapes = MovingShapes(12, frames=4, size=(32, 32))
     config = TrainConfig(family="vae", steps=30, batch_size=4, learning_rate=2e-3, num_frames=4, frame_size="32",
