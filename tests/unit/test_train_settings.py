@@ -30,6 +30,14 @@ def test_a_flag_wins_over_the_yaml_only_where_it_is_given(tmp_path):
     assert (config.batch_size, config.learning_rate, config.wandb) == (4, 3e-4, False)
 
 
+def test_a_vae_has_defaults_of_its_own_below_the_yaml_and_the_flags(tmp_path):
+    (tmp_path / "vae.yaml").write_text("family: vae\nbatch_size: 3\n")
+    config = make_config(tmp_path / "vae.yaml", {"steps": 7})
+    assert (config.learning_rate, config.batch_size, config.steps) == (1e-3, 3, 7)
+    config = make_config(tmp_path / "vae.yaml", {"family": "video_unet"})  # the flag decides which defaults apply
+    assert (config.learning_rate, config.steps) == (TrainConfig().learning_rate, 0)
+
+
 def test_the_flags_of_the_document_are_there():
     line = ("--data_dir d --batch_size 1 --num_epochs 2 --learning_rate 1e-3 --num_frames 8 --frame_size 32 "
             "--model_channels 32 --max_samples 5 --no_wandb")

@@ -52,7 +52,7 @@ def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkp
         trained[name] = [parameter for parameter in side.net.parameters() if parameter.requires_grad]
         losses_of[name], adam[name] = processes.prepare(
             BatchLoss(side.net, side.loss_of), make_optimizer(optimizer, trained[name], side.lr, betas, weight_decay))
-    averaged = Average(student.net, ema_decay)
+    averaged = Average(student.net, ema_decay, warm_up=False)  # as published; it begins late instead
     base = frozen_sums(student.net) + frozen_sums(fake.net)
     unread: list[Tensor] = []
     losses: list[float] = []
