@@ -1,5 +1,7 @@
-"""A tiny self-rollout for the tests. As a script, `rollout_stub.py FOLDER ACCUMULATION` trains three steps of it."""
+"""A tiny self-rollout for the tests. As a script, `rollout_stub.py FOLDER ACCUMULATION SETTINGS` trains three steps of
+it, with further settings in JSON."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,4 +47,4 @@ def training(folder, dataset=None, params=I2V, on_progress=lambda progress: None
 
 
 if __name__ == "__main__":
-    training(Path(sys.argv[1]), accumulation=int(sys.argv[2]), steps=3).run()
+    training(Path(sys.argv[1]), accumulation=int(sys.argv[2]), steps=3, **json.loads(sys.argv[3])).run()

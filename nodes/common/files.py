@@ -1,6 +1,8 @@
 """Checkpoint files: read safely regardless of file name, with a clear error message for invalid files."""
 
+import contextlib
 import logging
+import os
 import pickle
 import re
 import struct
@@ -29,14 +31,15 @@ class Checkpoint:
     metadata: dict
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, values=True):
     """Read a checkpoint's tensors without running any code in it.
 
     The format is detected from the first bytes, not from the name. Tensors are memory-mapped if the format allows it
     (safetensors, torch.save since 1.6), so that a 10 GB file is not read until it is used. A model nested in a
     dictionary (`ENVELOPES`) is unwrapped, and key components added by training wrappers (`WRAPPERS`) are removed. If
     a file holds several models, each in its own dictionary, their keys are prefixed with the dictionary's name and a
-    dot (`generator.`, `generator_ema.`).
+    dot (`generator.`, `generator_ema.`). With `values` False, a file that cannot be memory-mapped (torch.save before
+    1.6) is not read whole: its tensors are on the meta device, with names and shapes only.
 
     Returns a `Checkpoint`. Raises ValueError for a file that is truncated, is not a checkpoint, has duplicate keys, or
     is a pickle that would run code.
@@ -51,7 +54,7 @@ def read_checkpoint(path):
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if head[:1] == b"\x80":
-        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)), {})
+        return Checkpoint(path, _unwrap(path, _read_pickle(path, mmap=False)) if values else _read_names(path), {})
     raise ValueError(f"{path} is not a checkpoint: {_look(head)}. Use {FORMATS}.")
 
 
@@ -90,6 +93,18 @@ def _read_pickle(path, mmap):
             AssertionError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{path} is cut off, or is a zip or pickle that is no checkpoint ({error}). "
                          f"{AGAIN} Allowed: {FORMATS}.") from error
+
+
+def _read_names(path):
+    """Meta tensors of an old torch.save file, whose values are skipped where this PyTorch can."""
+    skipping = getattr(torch.serialization, "skip_data", contextlib.nullcontext)
+    with skipping():
+        tensors = _unwrap(path, _read_pickle(path, mmap=False))
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    if sum(held.values()) > os.path.getsize(path):
+        raise ValueError(f"{path} is cut off: its weights take {sum(held.values())} bytes, and the file has "
+                         f"{os.path.getsize(path)}. {AGAIN}")
+    return {key: value.to("meta") for key, value in tensors.items()}
 
 
 def _unwrap(path, found):

@@ -11,12 +11,13 @@ class Average:
     """The moving average of the weights that are trained, as the network `module`; frozen weights are shared with the
     network itself, and with `decay` 0 it is the network itself.
 
-    The first update copies the weights. State dicts are those of torch's AveragedModel, without the frozen weights.
+    The first update copies the weights. With `warm_up` the n-th update decays by (1 + n) / (10 + n) at most: while a
+    run is short, the average is one over its latest tenth, and not its first weights. State dicts are those of torch's
+    AveragedModel, without the frozen weights.
     """
 
-    def __init__(self, net: nn.Module, decay: float):
-        self.net, self.updates = net, 0
-        self.lerp = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    def __init__(self, net: nn.Module, decay: float, warm_up: bool = True):
+        self.net, self.decay, self.warm_up, self.updates = net, decay, warm_up, 0
         self.module = net if not decay else deepcopy(
             net, {id(parameter): parameter for parameter in net.parameters() if not parameter.requires_grad})
         self.pairs = [(mine, theirs) for mine, theirs in zip(self.module.parameters(), net.parameters())
@@ -26,7 +27,9 @@ class Average:
     def update(self) -> None:
         """Take in the network's present weights."""
         if self.pairs and self.updates:
-            self.lerp(*map(list, zip(*self.pairs)), None)
+            most = (1 + self.updates) / (10 + self.updates) if self.warm_up else 1
+            lerp = torch.optim.swa_utils.get_ema_multi_avg_fn(min(self.decay, most))
+            lerp(*map(list, zip(*self.pairs)), None)
         else:
             for mine, theirs in self.pairs:
                 mine.copy_(theirs)
@@ -67,10 +70,13 @@ def load_trained(net: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def halve_frozen(net: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen weights in half precision: in mixed precision they are only read in it."""
-    for parameter in net.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    """Store frozen weights of linear layers and convolutions in half precision: mixed precision reads them in it alone.
+    Other weights (norms, modulations) are read as they are, beside activations in float32."""
+    for module in net.modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
+from .families import DEFAULTS as FAMILY_DEFAULTS
 from .families import FAMILIES
 from .loop import OPTIMIZERS
 from .objectives import LAWS
 from .parallel import PRECISIONS
-from .self_rollout.settings import DEFAULTS, SelfRolloutSettings
+from .self_rollout.settings import DEFAULTS as ROLLOUT_DEFAULTS
+from .self_rollout.settings import SelfRolloutSettings
 from .setting import setting as _setting
 
 SPACES = ("latent", "pixels")
@@ -65,9 +67,10 @@ class TrainConfig(SelfRolloutSettings):
     accumulation: int = _setting(1, "batches of a step, in each process")
     num_epochs: int = _setting(10, "times that every clip is seen, unless steps are given")
     steps: int = _setting(0, "steps to train; 0: as many as num_epochs make")
-    learning_rate: float = _setting(1e-4, "peak, after warm-up; falls as a cosine to 1 %")
+    learning_rate: float = _setting(1e-4, "peak, after warm-up; falls as a cosine to 1 % (self_rollout: stays)")
     warmup: int = _setting(100, "steps of warm-up, at most a tenth")
-    ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result")
+    ema_decay: float = _setting(0.999, "of the moving average of the weights, which is the result; less while a run "
+                                "is short")
     clip_norm: float = _setting(1.0, "largest norm of a step's gradients")
     caption_dropout: float = _setting(0.1, "fraction of captions (and image tokens) dropped, for guidance")
     timesteps: str = _setting("uniform", "law of the noise levels; logit_normal favours the middle", LAWS)
@@ -155,13 +158,16 @@ class TrainConfig(SelfRolloutSettings):
         if not self.teacher:
             raise ValueError("objective self_rollout needs a teacher: a file of a bidirectional Wan that makes good "
                              "videos in many steps.")
-        allowed = {"stages": ([],), "from_scratch": (False,), "init_2d": ("",), "mixed_precision": ("no", "bf16"),
-                   "train": ("all",), "optimizer": ("adamw",)}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                advice = f"choose {' or '.join(values)}" if all(values) and values[0] else "leave it away"
-                raise ValueError(f"{name} is {getattr(self, name)!r}, which objective self_rollout does not take: "
-                                 f"{advice}.")
+        if self.stages:
+            raise ValueError(f"stages is {' '.join(self.stages)}, and objective self_rollout makes all videos of a "
+                             "training at one size, from the student, teacher and fake score of that size. Train at "
+                             "the small frame_size first, then begin anew at the large one with the result as "
+                             "checkpoint.")
+        for name in ("from_scratch", "init_2d"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and objective self_rollout needs a student that "
+                                 "makes passable videos from the first step on: give it as checkpoint, and leave "
+                                 f"{name} away.")
 
 
 ROLLOUT_SETTINGS = {each.name for each in fields(SelfRolloutSettings)}
@@ -203,8 +209,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def make_config(yaml_path: str | Path | None, given: dict, saved: Callable[[Path], dict] = lambda folder: {}
                 ) -> TrainConfig:
-    """Defaults (some are the objective's own), then the YAML, then `given`; checked. To resume, the run's own settings
-    (`saved(its folder)`) stand in for the defaults. Raises ValueError that names the file, setting and value."""
+    """Defaults (some are the family's or the objective's own), then the YAML, then `given`; checked. To resume, the
+    run's own settings (`saved(its folder)`) stand in for the defaults. Raises ValueError that names the file, setting
+    and value."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -230,10 +237,12 @@ def _merged(sources: Sequence[tuple[str | Path | None, dict]]) -> TrainConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config, objectives = OmegaConf.structured(TrainConfig), [given["objective"] for _, given in sources
-                                                             if "objective" in given]
-    own = DEFAULTS if objectives[-1:] == ["self_rollout"] else {}
-    for source, settings in (("self_rollout", own), *sources):
+    config, chosen = OmegaConf.structured(TrainConfig), {}
+    for _, given in sources:
+        chosen.update({name: given[name] for name in ("family", "objective") if name in given})
+    own = [FAMILY_DEFAULTS.get(chosen.get("family"), {}),
+           ROLLOUT_DEFAULTS if chosen.get("objective") == "self_rollout" else {}]
+    for source, settings in (*(("the defaults", each) for each in own), *sources):
         try:
             config = OmegaConf.merge(config, settings)
         except OmegaConfBaseException as error:

@@ -104,7 +104,7 @@ def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
 def load_scores(settings: TrainConfig) -> tuple[Any, Any]:
     """(teacher, fake score or None) of self_rollout as MODELs. ValueError for causal ones."""
     def load(path: str) -> Any:
-        precise = "bf16" if settings.mixed_precision == "bf16" else "fp32"
+        precise = "fp32" if settings.mixed_precision == "no" else settings.mixed_precision
         return causal_wan.load(read_checkpoint(path), weight_dtype=precise, causal=False) if path else None
 
     return load(settings.teacher), load(settings.fake_score)

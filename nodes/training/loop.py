@@ -43,12 +43,13 @@ class BatchLoss(nn.Module):
         return self.loss_of(number, generator)
 
 
-def make_optimizer(name: str, trained: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def make_optimizer(name: str, trained: list[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.99),
+                   weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """One of OPTIMIZERS. ImportError, with what to install, if the package for 8 bits is missing."""
     kind = torch.optim.AdamW
     if name == "adamw8bit":
         kind = import_extra("bitsandbytes", "bitsandbytes", "The 8-bit optimizer").optim.AdamW8bit
-    return kind(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return kind(trained, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
 def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, steps: int, lr: float, checkpoint: Path,
@@ -82,9 +83,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
     def restore() -> dict | None:
         state = read_state(checkpoint)
         if state:
-            if not same_base(base, state.get("base", base)):
-                raise ValueError(f"{checkpoint} belongs to a run on other frozen weights: give it the model that it "
-                                 "was started with, or begin anew under another name.")
+            check_base(checkpoint, base, state.get("base", base))
             load_trained(net, state["net"])
             adam.load_state_dict(state["optimizer"])
             averaged.load_state_dict(state["averaged"])
@@ -136,7 +135,7 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
                 processes.backward(loss / accumulation if accumulation > 1 else loss)
             batches.append(loss.detach())
         unread.append(torch.stack(batches).mean())
-        processes.clip_gradients(trained, clip_norm)
+        processes.clip_gradients(adam, trained, clip_norm)
         adam.step()
         adam.zero_grad(set_to_none=True)
         averaged.update()
@@ -171,8 +170,11 @@ def fit(net: nn.Module, loss_of: Callable[[int, torch.Generator], Tensor], *, st
     return averaged.module
 
 
-def same_base(base: list[float], saved: list[float]) -> bool:
-    return len(base) == len(saved) and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(base, saved))
+def check_base(checkpoint: Path, base: list[float], saved: list[float]) -> None:
+    """Raise ValueError if the frozen weights are not those of the run (their sums, from `frozen_sums`)."""
+    if len(base) != len(saved) or not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(base, saved)):
+        raise ValueError(f"{checkpoint} belongs to a run on other frozen weights: give it the model that it was "
+                         "started with, or begin anew under another name.")
 
 
 def finite(net: nn.Module) -> bool:

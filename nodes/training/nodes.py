@@ -119,7 +119,7 @@ class TrainVideoModel(io.ComfyNode):
                 model_channels=model_channels, **_depth(model_channels), caption_dropout=caption_dropout,
                 emphasis=motion_weight, seed=seed, mixed_precision=mixed_precision, resume=resume,
                 gradient_checkpointing=gradient_checkpointing, save_every=sample_every, sample_every=sample_every,
-                ema_decay=_ema_decay(steps), block=block, lora_rank=lora_rank,
+                block=block, lora_rank=lora_rank,
                 space="pixels" if pixels else "latent", family=kind, checkpoint="" if model is None else "connected",
                 **_frame_size(data_set))
             settings = replace(settings, **_rollout(objective))
@@ -182,11 +182,6 @@ def _depth(model_channels) -> dict:
     """Fewer levels for small networks."""
     small = model_channels <= 64
     return {"channel_mult": [1, 2] if small else [1, 2, 4], "num_res_blocks": 1 if small else 2}
-
-
-def _ema_decay(steps) -> float:
-    """EMA decay that averages over the last tenth of a short run, and over about the last 1000 steps at most."""
-    return min(0.999, max(0.0, 1 - 10 / steps))
 
 
 def _places(name, resume, kind) -> tuple[Path, Path]:

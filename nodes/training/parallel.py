@@ -48,7 +48,9 @@ class OneProcess:
         """Mean over all processes."""
         return value
 
-    def clip_gradients(self, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter],
+                       norm: float) -> Tensor:
+        """Limit the gradients of an optimizer that `prepare` returned."""
         return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def scaler_state(self) -> dict:
@@ -86,8 +88,10 @@ class Accelerated(OneProcess):
     def mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="mean") if self.count > 1 else value
 
-    def clip_gradients(self, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
-        return self.accelerator.clip_grad_norm_(parameters, norm)
+    def clip_gradients(self, optimizer, parameters: Sequence[nn.Parameter], norm: float) -> Tensor:
+        # Not accelerate's own function, which unscales fp16 gradients of the optimizer prepared last alone.
+        self.accelerator.unscale_gradients(optimizer)
+        return super().clip_gradients(optimizer, parameters, norm)
 
     def scaler_state(self) -> dict:
         return self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}

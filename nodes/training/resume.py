@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 # Settings that make another network or other data of a run. They cannot change; the others can.
-FIXED = ("family", "objective", "teacher", "fake_score", "checkpoint", "from_scratch", "init_2d", "train", "lora_rank",
-         "lora_targets", "encoders", "vae", "clip", "clip_type", "clip_vision", "space", "data_dir",
+FIXED = ("family", "objective", "teacher", "fake_score", "fake_lora", "checkpoint", "from_scratch", "init_2d", "train",
+         "lora_rank", "lora_targets", "encoders", "vae", "clip", "clip_type", "clip_vision", "space", "data_dir",
          "dataset", "network", "max_samples", "num_frames", "frame_size", "stages", "validation_clips",
          "model_channels", "channel_mult", "num_res_blocks", "schedule", "prediction", "seed",
          "mixed_precision", "optimizer")

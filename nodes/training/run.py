@@ -204,9 +204,10 @@ class Training:
 
     @torch.no_grad()
     def _validation_loss(self, net: nn.Module) -> float:
-        losses = [self.family.loss(net, to_device(batch, self.processes.device),
-                                   torch.Generator().manual_seed(number), 0.0).item()
-                  for number, batch in enumerate(self.validation)]
+        with self.processes.autocast():
+            losses = [self.family.loss(net, to_device(batch, self.processes.device),
+                                       torch.Generator().manual_seed(number), 0.0).item()
+                      for number, batch in enumerate(self.validation)]
         return sum(losses) / len(losses)
 
     def _sample(self, step: int, net: nn.Module) -> dict[str, float]:
@@ -215,8 +216,10 @@ class Training:
         batch = to_device(self.shown, self.processes.device)
         truth = self.family.truth(batch)
         truth = None if truth is None else self.family.encoders.pixels(truth)
-        made = {name: (self.family.encoders.pixels(latent), given, latent.shape[2]) for
-                name, (latent, given) in self.family.sample(net, batch, seed=self.settings.seed).items()}
+        with self.processes.autocast():
+            sampled = self.family.sample(net, batch, seed=self.settings.seed)
+        made = {name: (self.family.encoders.pixels(latent), given, latent.shape[2])
+                for name, (latent, given) in sampled.items()}
         rows = []
         for clip, caption in enumerate(self.captions):
             own = [(name, frames[clip]) for name, (frames, *_) in made.items()]

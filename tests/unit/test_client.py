@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -98,7 +99,8 @@ def test_a_slow_answer_is_given_up(fake):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_the_first_ctrl_c_is_heard_while_a_server_hangs(fake):
-    fake.answers["/object_info"] = lambda handler: time.sleep(8)
+    over = threading.Event()
+    fake.answers["/object_info"] = lambda handler: over.wait(300)
     code = (f"import sys; sys.path.insert(0, {str(host.RUNNER)!r}); import client, signal\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler); print('go', flush=True)\n"
             f"client.Client({fake.url!r}).json('/object_info')")
@@ -106,9 +108,12 @@ def test_the_first_ctrl_c_is_heard_while_a_server_hangs(fake):
     assert process.stdout.readline() == "go\n"
     while not fake.seen:
         time.sleep(0.02)
-    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1] and time.monotonic() - start < 3
+    try:
+        assert "KeyboardInterrupt" in process.communicate(timeout=200)[1]  # while the server still hangs
+    finally:
+        process.kill()
+        over.set()
 
 
 # ---- files ----

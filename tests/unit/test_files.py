@@ -122,6 +122,25 @@ def test_big_files_are_mapped_not_read(tmp_path):
     assert all(found.path in mapped for found in held)
 
 
+def test_an_old_file_is_looked_at_without_its_values(tmp_path, monkeypatch):
+    path, read = tmp_path / "old.ckpt", []
+    torch.save({"state_dict": WEIGHTS}, path, _use_new_zipfile_serialization=False)
+    fill = torch.UntypedStorage._set_from_file
+    monkeypatch.setattr(torch.UntypedStorage, "_set_from_file",
+                        lambda *given: read.append(given) or fill(*given), raising=False)
+    found = files.read_checkpoint(path, values=False).tensors
+    assert not read and {key: (value.shape, value.dtype) for key, value in found.items()} == {
+        key: (value.shape, value.dtype) for key, value in WEIGHTS.items()}
+    assert all(value.is_meta for value in found.values())
+    same(files.read_checkpoint(path).tensors)
+    assert read
+    large = tmp_path / "large.ckpt"
+    torch.save({"a": torch.ones(9999)}, large, _use_new_zipfile_serialization=False)
+    large.write_bytes(large.read_bytes()[:-999])
+    with pytest.raises(ValueError, match="large.ckpt is cut off: its weights take 39996 bytes, and the file has"):
+        files.read_checkpoint(large, values=False)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)

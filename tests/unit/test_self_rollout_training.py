@@ -75,8 +75,10 @@ def test_the_settings_of_the_page_are_valid_and_the_first_are_the_defaults(tmp_p
 
 @pytest.mark.parametrize("given, words", [
     ({"family": "dynamicrafter"}, "is for family causal_wan"), ({"teacher": ""}, "needs a teacher"),
-    ({"stages": ["64:5"]}, "does not take: leave it away"), ({"mixed_precision": "fp16"}, "choose no or bf16"),
-    ({"from_scratch": True}, "leave it away"), ({"score_max": 1000.0}, "below 1000"), ({"teacher_cfg": 0}, "above 0"),
+    ({"stages": ["64:5"]}, "all videos of a training at one size.*begin anew at the large one"),
+    ({"from_scratch": True}, "a student that makes passable videos from the first step on.*leave from_scratch away"),
+    ({"train": "projector_temporal"}, "choose all or lora"),
+    ({"score_max": 1000.0}, "below 1000"), ({"teacher_cfg": 0}, "above 0"),
     ({"adam_beta1": 1}, "below 1"), ({"rollout_sink": -1}, "0 or more"),
     ({"stream_frames": 20}, "each must be at most the next"), ({"stream_frames": 240, "stream_new": 21}, "smaller")])
 def test_bad_settings_are_refused(given, words):
@@ -102,11 +104,15 @@ def test_both_networks_learn_and_the_student_every_second_step(tmp_path):
     assert (tmp_path / "m" / "samples" / "step_0000006.png").exists()
 
 
-@pytest.mark.parametrize("place", ["between steps", "between the student and the fake score"])
-def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, place):
-    _, whole = run(tmp_path / "whole")
+LORA = {"train": "lora", "lora_rank": 2, "fake_lora": True}
+
+
+@pytest.mark.parametrize("place, given", [
+    ("between steps", {}), ("between steps", LORA), ("between the student and the fake score", {})])
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, place, given):
+    _, whole = run(tmp_path / "whole", **given)
     if place == "between steps":
-        run(tmp_path / "cut", stop_at=4)
+        run(tmp_path / "cut", stop_at=4, **given)
     else:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             cut = training(tmp_path / "cut")
@@ -121,7 +127,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, place):
             patch.setattr(cut.family.method, "fake_loss", stopping)
             cut.run()
         assert torch.load(tmp_path / "cut" / "m" / "state_1.pt", weights_only=True)["ahead"]
-    _, resumed = run(tmp_path / "cut", resume=True)
+    _, resumed = run(tmp_path / "cut", resume=True, **given)
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
@@ -132,12 +138,14 @@ def test_a_loss_that_is_no_number_stops_with_advice_and_is_not_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_steps_of_one(tmp_path):
+@pytest.mark.parametrize("given", [{}, LORA], ids=["all", "lora"])
+def test_two_processes_make_the_steps_of_one(tmp_path, given):
     pytest.importorskip("accelerate")
     found = {}
     for name, accumulation, launcher in (("alone", 2, ()), ("two", 1, (
             "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))):
-        done = subprocess.run([sys.executable, *launcher, str(STUB), str(tmp_path / name), str(accumulation)],
+        done = subprocess.run([sys.executable, *launcher, str(STUB), str(tmp_path / name), str(accumulation),
+                               json.dumps(given)],
                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

@@ -1,14 +1,8 @@
-"""workflows/train.py and its parts: settings, batches, resume, multiple processes, 2-D weights."""
+"""Runs of the trainer: batches, resume, what a run leaves, stages, 2-D weights."""
 
-import argparse
 import json
-import os
 import pickle
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,101 +10,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stillmotion.nodes.common.saving import holding
 from stillmotion.nodes.training import loop
-from stillmotion.nodes.training.config import TrainConfig, add_flags, make_config
+from stillmotion.nodes.training.config import TrainConfig, make_config
 from stillmotion.nodes.training.curves import read_curves
 from stillmotion.nodes.training.data.clips import MovingShapes
 from stillmotion.nodes.training.encoding import Batches
-from stillmotion.nodes.training.families import FAMILIES
 from stillmotion.nodes.training.families.base import Family
 from stillmotion.nodes.training.families.inflate import inflate, sd_names
-from stillmotion.nodes.training.families.registry import module_of
 from stillmotion.nodes.training.loop import fit, learning_rate
-from stillmotion.nodes.training.parallel import make_processes
 from stillmotion.nodes.training.resume import saved_settings
 from stillmotion.nodes.training.run import Training
-from stillmotion.nodes.training.trackers import open_trackers
 from stillmotion.nodes.video_unet.unet import VideoUNetParams, new_network
 
 PARAMS = VideoUNetParams(channels=4, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, spatial_attention=(1,),
                          head_channels=16, context_dim=8, additional_condition_dim=0)
-PACK = Path(__file__).parents[2]
-TWO = Path(__file__).parents[1] / "two_processes.py"
-
-
-def flags(line):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return vars(parser.parse_args(line.split()))
-
-
-def test_a_flag_wins_over_the_yaml_only_where_it_is_given(tmp_path):
-    path = tmp_path / "train.yaml"
-    path.write_text("batch_size: 8\nlearning_rate: 3e-4\nwandb: true\nframe_size: 32\nchannel_mult: [1, 2]\n")
-    assert flags("") == {}
-    config = make_config(path, flags(""))
-    assert (config.batch_size, config.learning_rate, config.wandb, config.size()) == (8, 3e-4, True, (32, 32))
-    assert config.num_frames == TrainConfig().num_frames and config.channel_mult == [1, 2]
-    config = make_config(path, flags("--batch_size 4 --no_wandb"))  # 4 is also the default, but was given explicitly
-    assert (config.batch_size, config.learning_rate, config.wandb) == (4, 3e-4, False)
-
-
-def test_the_flags_of_the_document_are_there():
-    line = ("--data_dir d --batch_size 1 --num_epochs 2 --learning_rate 1e-3 --num_frames 8 --frame_size 32 "
-            "--model_channels 32 --max_samples 5 --no_wandb")
-    config = make_config(None, flags(line))
-    assert (config.data_dir, config.num_epochs, config.model_channels, config.max_samples) == ("d", 2, 32, 5)
-
-
-@pytest.mark.parametrize("text, words", [
-    ("bach_size: 3", "bach_size does not fit.*Settings: family"), ("batch_size: many", "batch_size does not fit"),
-    ("- 1", "holds no settings"), ("a: [", "cannot be read as YAML"), ("batch_size: 0", "batch_size is 0"),
-    ("family: sora", "choose one of video_unet"), ("family: causal_wan", "needs a checkpoint"),
-    ("train: projector_temporal", "is for family dynamicrafter"), ("from_scratch: true", "none was given"),
-    ("frame_size: 64by64", "WIDTHxHEIGHT"), ("stages: ['32']", "SIZE:STEPS"), ("stages: ['32:5']", "the full size"),
-    ("ema_decay: 1", "from 0 to"), ("output: model.ckpt", "must end in .safetensors"), ("seed: -1", "0 or more"),
-])
-def test_bad_settings(tmp_path, text, words):
-    path = tmp_path / "bad.yaml"
-    path.write_text(text + "\n")
-    with pytest.raises(ValueError, match=words):
-        make_config(path, {})
-
-
-def test_trackers_are_named_where_they_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="pip install wandb"):
-        open_trackers(TrainConfig(wandb=True), tmp_path)
-    assert open_trackers(TrainConfig(), tmp_path) == []
-
-
-def test_accelerate_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert make_processes("no").count == 1
-    with pytest.raises(ImportError, match="pip install accelerate"):
-        make_processes("bf16")
-    with pytest.raises(ValueError, match="choose one of no, bf16, fp16"):
-        make_processes("fp8")
-    with pytest.raises(ValueError, match="needs a GPU"):
-        make_processes("fp16")
-
-
-def test_a_launcher_that_starts_fewer_processes_than_asked_is_named(monkeypatch, caplog):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert make_processes("no").count == 1 and not caplog.text
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert make_processes("no").count == 1
-    assert "asked for several processes, but started only this one: it finds no GPU. Give it --multi_gpu" in caplog.text
-
-
-@pytest.mark.slow
-def test_accelerate_leaves_what_the_warning_looks_for(tmp_path):
-    """A plain `accelerate launch --num_processes 2` without a GPU starts one process."""
-    pytest.importorskip("accelerate")
-    out = tmp_path / "one.pt"
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", str(TWO),
-                           str(out), "1"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0 and "asked for several processes, but started only this one" in done.stderr
 
 
 def index_of(item):
@@ -228,13 +140,13 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_by_other_settings(tmp_pat
 
 
 def test_to_resume_the_settings_of_the_run_stand_in_for_the_defaults(tmp_path, caplog):
-    output = f"--output {tmp_path / 'm.safetensors'}"
+    given = {"output": str(tmp_path / "m.safetensors"), "resume": True}
     train_toy(tmp_path, stop_at=12, caption_dropout=0.3)
-    config = make_config(None, flags(f"{output} --resume"), saved_settings)
+    config = make_config(None, given, saved_settings)
     assert (config.steps, config.batch_size, config.caption_dropout, config.resume) == (30, 2, 0.3, True)
     path = tmp_path / "again.yaml"
     path.write_text("batch_size: 4\nsteps: 20\n")
-    config = make_config(path, flags(f"{output} --resume --steps 15"), saved_settings)
+    config = make_config(path, {**given, "steps": 15}, saved_settings)
     assert (config.steps, config.batch_size, config.caption_dropout) == (15, 4, 0.3)
     with caplog.at_level("INFO"):
         train_toy(tmp_path, resume=True, batch_size=4, caption_dropout=0.3)
@@ -319,25 +231,6 @@ def test_sizes_that_the_model_could_not_use_are_refused_before_training(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recipes_stand_above_the_trainer():
-    for path in (PACK / "nodes" / "training").rglob("*.py"):
-        assert "recipes" in path.parts or "recipes" not in path.read_text(), path
-
-
-def test_every_family_is_one_module_and_one_line():
-    for name in FAMILIES:
-        module = module_of(name)
-        assert callable(module.new) if name == "vae" else module.DEMO.exists() and callable(module.from_model)
-    assert {path.stem for path in (PACK / "nodes" / "training" / "families").glob("*.py")} == {
-        "__init__", "base", "registry", "inflate", *FAMILIES}
-
-
-def test_the_help_is_printed():
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert "a cosine to 1 %" in " ".join(parser.format_help().split())
-
-
 def test_stages_go_from_low_to_high_resolution(tmp_path):
     sizes = []
 
@@ -354,37 +247,6 @@ def test_stages_go_from_low_to_high_resolution(tmp_path):
     assert changes == [(2, 16, 16), (2, 32, 32)]
     steps = [json.loads((tmp_path / "m" / f"state_{n}.jsonl").read_text())["step"] for n in (1, 2)]
     assert steps == [3, 2]
-
-
-def launch(tmp_path, name, *launcher, accumulation):
-    """The weights after three steps of tests/two_processes.py."""
-    out = tmp_path / f"{name}.pt"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *launcher, str(TWO), str(out), str(accumulation)], env=environment,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return torch.load(out, weights_only=True)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def test_two_processes_make_the_steps_of_one(tmp_path):
-    pytest.importorskip("accelerate")
-    alone = launch(tmp_path, "alone", accumulation=4)
-    two = {
-        "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()),
-        "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                       "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()),
-    }
-    for name, launcher in two.items():
-        found = launch(tmp_path, name, *launcher, accumulation=2)
-        assert found["count"] == 2
-        for key, value in alone.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=f"{name}: {key}")
 
 
 def test_one_clip_is_learned_by_heart(tmp_path):

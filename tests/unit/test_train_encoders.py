@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from stillmotion.nodes.common.demo import DYNAMICRAFTER
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
+from stillmotion.nodes.common.vae import small_vae
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training import load, loop
 from stillmotion.nodes.training.average import Average
@@ -138,6 +139,45 @@ def test_the_optimizer_in_8_bits_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="8-bit optimizer needs bitsandbytes.*pip install bitsandbytes"):
         loop.make_optimizer("adamw8bit", [], 1e-3)
+
+
+def test_the_average_of_a_short_run_forgets_its_first_weights():
+    net, by_hand = torch.nn.Linear(1, 1, bias=False), 0.0
+    warm, published = Average(net, 0.999), Average(net, 0.999, warm_up=False)
+    for n in range(40):
+        torch.nn.init.constant_(net.weight, n)
+        warm.update()
+        published.update()
+        decay = min(0.999, (1 + n) / (10 + n)) if n else 0
+        by_hand = decay * by_hand + (1 - decay) * n
+    assert warm.module.weight.item() == pytest.approx(by_hand) and by_hand > 34
+    assert published.module.weight.item() < 1
+
+
+def test_a_new_small_vae_passes_pictures_on_and_begins_near_grey():
+    torch.manual_seed(0)
+    net, generator = small_vae(16), torch.Generator().manual_seed(1)
+    x_NCHW = torch.rand(4, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
+    with torch.no_grad():
+        z_NCHW = net.encode(x_NCHW)
+        grey_NCHW = net.decode(z_NCHW)
+    assert 0.2 < z_NCHW.std() < 2 and 0.02 < grey_NCHW.std() < 0.4 and grey_NCHW.mean().abs() < 0.2
+
+
+def test_the_optimizer_in_8_bits_follows_the_plain_one(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    losses = []
+    for name in loop.OPTIMIZERS:
+        torch.manual_seed(0)
+        net = torch.nn.Linear(128, 64)  # large enough for 8 bits: from 4096 weights on
+
+        def loss_of(number, generator, net=net):
+            x = torch.randn(16, 128, generator=generator)
+            return (net(x) - x[:, :64]).square().mean()
+
+        loop.fit(net, loss_of, steps=30, lr=1e-2, checkpoint=tmp_path / f"{name}.pt", optimizer=name, save_every=30)
+        losses.append(json.loads((tmp_path / f"{name}.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_a_small_vae_is_trained_and_keeps_more_than_before(demo, tmp_path):

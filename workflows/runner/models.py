@@ -55,7 +55,7 @@ def what(path):
     from stillmotion.nodes.diagnosis.identify import describe
 
     try:
-        return describe(read_checkpoint(path))
+        return describe(read_checkpoint(path, values=False))
     except (ValueError, OSError) as error:
         return f"not usable: {error}"
 

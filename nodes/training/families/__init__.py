@@ -7,3 +7,6 @@ FAMILIES = {
     "causal_wan": "CausalWanModel",
     "vae": None,
 }
+
+# settings whose defaults differ for a family
+DEFAULTS = {"vae": {"learning_rate": 1e-3, "batch_size": 8, "steps": 2000}}

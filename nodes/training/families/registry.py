@@ -60,8 +60,13 @@ def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Datas
         raise ValueError(f"train {settings.train} is for DynamiCrafter alone: choose all or lora.")
     family = module_of(name).from_model(model, encoders, settings)
     if settings.train == "lora":
-        add_adapters(family.net, settings.lora_targets or family.lora_targets, settings.lora_rank, settings.seed)
+        adapt(family.net, family, settings)
     return family
+
+
+def adapt(net: nn.Module, family: Family, settings: TrainConfig) -> None:
+    """Freeze a network of the family and give it the adapters of the settings."""
+    add_adapters(net, settings.lora_targets or family.lora_targets, settings.lora_rank, settings.seed)
 
 
 def checkpoint_blocks(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:

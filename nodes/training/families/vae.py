@@ -14,7 +14,6 @@ from ..encoding import Encoded, Encoders
 from .base import Family
 
 CHANNELS = 16
-FRAMES = 4          # frames of a clip in a step
 REACH = 3.0         # the decoder limits latents smoothly to +-3
 SPREAD = 0.01       # weight of latents beyond that reach
 SHARPNESS = 0.1     # weight of the absolute error, which blurs less than the squared one
@@ -39,8 +38,9 @@ class VAETraining(Family):
 
     def loss(self, net: nn.Module, batch: Encoded, generator: torch.Generator, dropout: float) -> Tensor:
         video = batch["video"]
-        frame = torch.randint(0, video.shape[2], (FRAMES,), generator=generator)
-        x_NCHW = video[:, :, frame.to(video.device)].movedim(2, 1).flatten(0, 1)
+        count, _, frames = video.shape[:3]
+        frame_N = torch.randint(0, frames, (count,), generator=generator)  # one of a clip: its others look much alike
+        x_NCHW = video[torch.arange(count), :, frame_N]
         z_NCHW = net.encode(x_NCHW)
         noise = torch.randn(z_NCHW.shape, generator=generator).to(z_NCHW)
         error = net.decode(z_NCHW + NOISE * noise) - x_NCHW

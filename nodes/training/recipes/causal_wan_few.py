@@ -124,7 +124,7 @@ def train_student(student: CausalWan, teacher: CausalWan, fake: CausalWan, encod
                     Side(fake, fake_loss, method.settings.fake_learning_rate), steps=steps,
                     fake_updates=method.settings.fake_updates, checkpoint=checkpoint, betas=(0.0, 0.999),
                     weight_decay=0.01, seed=33 + long, warmup=0, ema_decay=0.99, ema_start=method.settings.ema_start,
-                    clip_norm=10.0, save_every=save_every, accumulation=1, processes=OneProcess(),
+                    clip_norm=10.0, save_every=save_every, accumulation=1, optimizer="adamw", processes=OneProcess(),
                     on_save=lambda *_: None, on_step=lambda *_: None)
 
 

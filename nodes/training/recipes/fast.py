@@ -31,8 +31,8 @@ class FastPrecision(OneProcess):
 
 
 def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence[Callable], **settings) -> nn.Module:
-    """`fit` with `autocast`, with `parts` of the computation compiled for the shapes they are called with. The first call
-    takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss with
+    """`fit` with `autocast`, with `parts` of the computation compiled for the shapes they are called with. The first
+    call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss with
     them."""
     compiled = [torch.compile(part, dynamic=False) for part in parts]
     checked = []

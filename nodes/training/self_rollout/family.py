@@ -16,6 +16,8 @@ from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
 from ..families.base import plain_weights
 from ..families.causal_wan import CausalWanTraining, fresh_network
+from ..families.registry import adapt
+from ..parallel import HALVES
 from .conditions import Conditions
 from .method import SelfRollout
 
@@ -28,12 +30,16 @@ class SelfRolloutFamily(CausalWanTraining):
         net.load_state_dict(plain_weights(student))
         super().__init__(net, student, encoders, settings)
         self.settings = settings
-        precise = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
+        precise = HALVES.get(settings.mixed_precision, torch.float32)
         for name, model in (("teacher", teacher), ("fake score", fake)):
             self._check_model(name, model)
         self.method = SelfRollout(student=net, real=score_network(teacher, precise),
                                   fake=score_network(fake or teacher, torch.float32), settings=settings,
                                   block=self.block, still=self.still if self._time_ratio() > 1 else None)
+        if settings.train == "lora":
+            adapt(net, self, settings)
+        if settings.fake_lora:
+            adapt(self.method.fake, self, settings)
         self.negative_1LC = encoders.text(settings.negative_prompt)[None]
 
     def _check_model(self, name: str, model: Any) -> None:

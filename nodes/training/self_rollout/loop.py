@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..average import Average, load_trained, trained_state
+from ..average import Average, frozen_sums, load_trained, trained_state
 from ..logs import append_line, read_state, write_whole
-from ..loop import LOOK_EVERY, SEED_STRIDE, BatchLoss, finite
+from ..loop import LOOK_EVERY, SEED_STRIDE, BatchLoss, check_base, finite, make_optimizer
 from ..parallel import OneProcess
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Side(NamedTuple):
 
 def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkpoint: Path, betas: tuple[float, float],
              weight_decay: float, seed: int, warmup: int, ema_decay: float, ema_start: int, clip_norm: float,
-             save_every: int, accumulation: int, processes: OneProcess,
+             save_every: int, accumulation: int, optimizer: str, processes: OneProcess,
              on_save: Callable[[int, nn.Module, float], None],
              on_step: Callable[[int, list[float], float, float], None]) -> nn.Module:
     """Update the fake score `steps` times and the student before every `fake_updates`-th of these, from the first on.
@@ -50,9 +50,10 @@ def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkp
     sides, trained, losses_of, adam = {"student": student, "fake": fake}, {}, {}, {}
     for name, side in sides.items():
         trained[name] = [parameter for parameter in side.net.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained[name], lr=side.lr, betas=betas, weight_decay=weight_decay)
-        losses_of[name], adam[name] = processes.prepare(BatchLoss(side.net, side.loss_of), optimizer)
-    averaged = Average(student.net, ema_decay)
+        losses_of[name], adam[name] = processes.prepare(
+            BatchLoss(side.net, side.loss_of), make_optimizer(optimizer, trained[name], side.lr, betas, weight_decay))
+    averaged = Average(student.net, ema_decay, warm_up=False)  # as published; it begins late instead
+    base = frozen_sums(student.net) + frozen_sums(fake.net)
     unread: list[Tensor] = []
     losses: list[float] = []
     ahead = False  # the student has made its update of this step
@@ -72,7 +73,7 @@ def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkp
                                            generator.manual_seed(2 * (seed * SEED_STRIDE + number) + (name == "fake")))
                 processes.backward(loss / accumulation)
             found.append(loss.detach().float())
-        processes.clip_gradients(trained[name], clip_norm)
+        processes.clip_gradients(adam[name], trained[name], clip_norm)
         adam[name].step()
         adam[name].zero_grad(set_to_none=True)
         return torch.stack(found).mean()
@@ -81,7 +82,8 @@ def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkp
         seconds = time.monotonic() - started
         state = {"net": trained_state(student.net), "optimizer": adam["student"].state_dict(),
                  "averaged": averaged.state_dict(), "fake": trained_state(fake.net),
-                 "fake_optimizer": adam["fake"].state_dict(), "step": step, "seconds": seconds, "ahead": ahead}
+                 "fake_optimizer": adam["fake"].state_dict(), "scaler": processes.scaler_state(), "base": base,
+                 "step": step, "seconds": seconds, "ahead": ahead}
         write_whole(checkpoint, lambda path: torch.save(state, path))
         if not losses:  # stopped right after the last save
             return math.nan
@@ -103,11 +105,13 @@ def fit_both(student: Side, fake: Side, *, steps: int, fake_updates: int, checkp
 
     state = read_state(checkpoint) or {"step": 0, "seconds": 0.0, "ahead": False}
     if "net" in state:
+        check_base(checkpoint, base, state.get("base", base))
         load_trained(student.net, state["net"])
         load_trained(fake.net, state["fake"])
         adam["student"].load_state_dict(state["optimizer"])
         adam["fake"].load_state_dict(state["fake_optimizer"])
         averaged.load_state_dict(state["averaged"])
+        processes.load_scaler(state.get("scaler", {}))
     step, ahead = state["step"], state["ahead"]
     first, started = step, time.monotonic() - state["seconds"]
     try:

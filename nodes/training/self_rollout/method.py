@@ -156,10 +156,11 @@ class SelfRollout:
         return predict_x0(noisy_BCFHW, self._flow(net, noisy_BCFHW, t_BF, text_BND, known), matching.sigmas(t_BF))
 
     def _flow(self, net: CausalWan, noisy_BCFHW: Tensor, t_BF: Tensor, text_BND: Tensor, known: Conditions) -> Tensor:
-        """A score's flow of the whole video at once, in the precision of its weights."""
+        """A score's flow of the whole video at once, in the precision of its weights. A fake score in training has
+        activations in float32 even if frozen matrices are halves; its modulation tells."""
         known.check(net.params)
         x_BCFHW = noisy_BCFHW if known.y_BYFHW is None else torch.cat((noisy_BCFHW, known.y_BYFHW), dim=1)
-        dtype = next(net.parameters()).dtype
+        dtype = net.head.modulation.dtype
         image_BNW = None if known.image_BNW is None else known.image_BNW.to(dtype)
         keys = net.project_context(text_BND.to(dtype), image_BNW)
         return net(x_BCFHW.to(dtype), t_BF, keys, range(x_BCFHW.shape[2])).to(noisy_BCFHW)

@@ -4,9 +4,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..average import halve_frozen
 from ..encoding import Batches
 from ..families.registry import checkpoint_blocks
 from ..loop import SEED_STRIDE
+from ..parallel import HALVES
 from ..run import SAMPLES, Training, to_device
 from .loop import Batch, Side, fit_both
 from .method import Piece, Stream
@@ -30,6 +32,8 @@ class SelfRolloutTraining(Training):
         shown = Batches(self.dataset, self.train_clips, self.family.encode, seed=settings.seed, cache=cache,
                         size=min(SAMPLES, len(self.train_clips)))
         self.shown, self.captions = shown(0), [self.dataset[index]["caption"] for index in shown.picks(0)]
+        if settings.mixed_precision != "no":
+            halve_frozen(method.fake, HALVES[settings.mixed_precision])
         for score in (method.real, method.fake):
             score.to(processes.device)
             if settings.gradient_checkpointing:
@@ -48,7 +52,7 @@ class SelfRolloutTraining(Training):
             betas=(settings.adam_beta1, settings.adam_beta2), weight_decay=settings.weight_decay, seed=settings.seed,
             warmup=settings.warmup, ema_decay=settings.ema_decay, ema_start=settings.ema_start,
             clip_norm=settings.clip_norm, save_every=settings.save_every, accumulation=settings.accumulation,
-            processes=processes, on_save=self._on_save, on_step=self._on_step)
+            optimizer=settings.optimizer, processes=processes, on_save=self._on_save, on_step=self._on_step)
 
 
 class Pieces:

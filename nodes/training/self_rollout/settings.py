@@ -47,6 +47,7 @@ class SelfRolloutSettings:
     adam_beta2: float = setting(0.999, "AdamW, both networks")
     weight_decay: float = setting(0.01, "AdamW, both networks")
     ema_start: int = setting(200, "step at which the moving average begins")
+    fake_lora: bool = setting(False, "train a LoRA of lora_rank beside the fake score's weights, not the weights")
 
     def check_self_rollout(self) -> None:
         """Raise ValueError for an invalid setting; names the setting, its value and what is allowed."""
