@@ -88,7 +88,6 @@ def count(options):
     """The operations of an evaluation with a full window, by bench_count.py."""
     import bench_count
     import torch
-    from stillmotion.nodes.causal_wan import attention
     from stillmotion.nodes.causal_wan.cache import KVCache
     from stillmotion.nodes.causal_wan.model import CausalWan
     from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
@@ -105,7 +104,7 @@ def count(options):
     def evaluate():
         network(x, bench_count.meta(1, settings.block), keys, frames, cache)
 
-    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention])}
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate)}
 
 
 # ---- the plain loop --------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 The network runs at full size on meta tensors, so that nothing is computed and any machine can count. The figures are
 for a CUDA device: what each operation launches and moves there is in `CUDA`; views are free. Bytes are those of the
-arguments and results of every operation, without caches between operations. An attention is one kernel, and so is an
-operation of `nodes/common/fused.py`, as on a GPU with Triton; "without_triton" counts their plain forms.
+arguments and results of every operation, without caches between operations. An attention is one kernel, and so is one
+of the Triton kernels, which are replaced by `Kernels` below; "without_triton" counts PyTorch's operations instead.
 """
 from collections import Counter
 from contextlib import ExitStack
 from unittest import mock
 
 import torch
+from stillmotion.nodes.common import attention as attention_module
+from stillmotion.nodes.common import fused
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -41,10 +43,6 @@ def store(ring, axis, slots, x, *, result):
     return 1, 2 * occupied(x)
 
 
-def norm_rotate(x, norm, rotation, *_, result):
-    return 1, 2 * occupied(x) + occupied(rotation)
-
-
 def is_last(x) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
@@ -60,10 +58,14 @@ def convolution(x, weight, bias, *_, result):
     return kernels, moved
 
 
+def product(*given, out, result, **more):
+    """A product into an existing tensor, which is only written."""
+    return 1, sum(map(occupied, [*tensors_of(given, more), result]))
+
+
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-FUSED = {"add_norm", "norm_rotate", "gated_gelu", "group_norm"}
-CUDA = {aten.native_group_norm: group_norm, aten.convolution: convolution, aten.index_copy_: store,
-        "group_norm": group_norm, "norm_rotate": norm_rotate}
+CUDA = {aten.native_group_norm: group_norm, aten.convolution: convolution, aten.index_copy_: store}
+WRITTEN = {aten.bmm: product}  # with `out`
 
 
 class Operations(TorchDispatchMode):
@@ -79,8 +81,9 @@ class Operations(TorchDispatchMode):
         kind = func.overloadpacket
         if kind is aten.convolution and is_last(args[0]):  # as cuDNN answers; meta tensors forget the layout
             result = result.contiguous(memory_format=LAST[result.ndim])
-        if kind in flop_registry:
-            self.flop += flop_registry[kind](*args, **(kwargs or {}), out_val=result)
+        counter = flop_registry.get(aten.addmm if kind is aten._addmm_activation else kind)
+        if counter:
+            self.flop += counter(*args, **(kwargs or {}), out_val=result)
         made = tensors_of(result)
         if self.inside or func.is_view or kind in FREE or not any(tensor.is_meta for tensor in made):
             return result
@@ -89,11 +92,15 @@ class Operations(TorchDispatchMode):
 
     def count(self, kind, args, kwargs, made: list) -> None:
         """Count an operation, by itself or by its name. What is written in place is an argument and a result."""
-        if kind in CUDA:
+        if "out" in (kwargs or {}):
+            kernels, moved = WRITTEN[kind](*args, **kwargs, result=made[0])
+        elif kind in CUDA:
             kernels, moved = CUDA[kind](*args, **(kwargs or {}), result=made[0])
         else:
             kernels, moved = 1, sum(map(occupied, [*tensors_of(args, kwargs), *made]))
-        name = str(kind).removeprefix("aten.")
+        self.add(str(kind).removeprefix("aten."), kernels, moved)
+
+    def add(self, name: str, kernels: int, moved: int) -> None:
         self.kernels[name] += kernels
         self.moved[name] += moved
 
@@ -111,6 +118,61 @@ class Operations(TorchDispatchMode):
         return call
 
 
+class Kernels:
+    """Stands in for the modules of Triton kernels: the same functions, which only count what they launch and move."""
+
+    HALF = (torch.float16, torch.bfloat16)  # these as in `kernels_products.py`, which needs Triton
+    MOST_KEYS = MOST_CHANNELS = 128
+
+    def __init__(self, seen: Operations):
+        self.seen = seen
+
+    def made(self, name: str, given: list, results: list, kernels: int = 1) -> None:
+        """Count a kernel that reads `given` and writes `results`."""
+        self.seen.add(name, kernels, sum(map(occupied, tensors_of(given, results))))
+
+    def add_norm(self, x, branch, gate, scale, shift, eps):
+        total, normed = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+        self.made("add_norm", [x, branch, gate, scale, shift], [normed] if branch is None else [total, normed])
+        return total, normed
+
+    def norm_rotate(self, x, weight, eps, rotation, heads, ring, slots):
+        out = torch.empty_like(x)
+        self.made("norm_rotate", [x, weight, rotation, slots], [out])
+        return out if ring is None else ring
+
+    def gated_gelu(self, x):
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        self.made("gated_gelu", [x], [out])
+        return out
+
+    def add_bias(self, x, branch, bias):
+        out = torch.empty_like(x)
+        self.made("add_bias", [x, branch, bias], [out])
+        return out
+
+    def group_norm(self, x, groups, weight, bias, eps, add, silu):
+        out = torch.empty_like(x)
+        self.made("group_norm", [x, x, weight, bias, add], [out], kernels=3)
+        return out
+
+    def add_group_norm(self, x, branch, add, groups, weight, bias, eps):
+        total, normed = torch.empty_like(x), torch.empty_like(x)
+        self.made("add_group_norm", [x, branch, add, total, weight, bias], [total, normed], kernels=3)
+        return total, normed
+
+    def gated_linear(self, x, weight, bias):
+        out = x.new_empty(*x.shape[:-1], len(weight) // 2)
+        self.made("gated_linear", [x, weight, bias], [out])
+        self.seen.flop += 2 * x.numel() * len(weight)
+        return out
+
+    def attend(self, q, out, sources, heads):
+        # Keys that several queries share are views of one tensor, and so read once.
+        self.made("attend", [q, sources], [out])
+        self.seen.flop += sum(4 * q.numel() * k.shape[2] for k, _ in sources)
+
+
 def attention(q, k, v, heads, mask=None, **_):
     """The attention of the counted networks: one fused kernel."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -121,24 +183,27 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def counted(evaluate, fused_functions: dict) -> Operations:
-    """One call of `evaluate`; of `fused_functions`, by the module that calls them, each call is one operation."""
+def counted(evaluate, triton: bool) -> Operations:
+    """One call of `evaluate`, with or without the Triton kernels."""
     seen, functional = Operations(), torch.nn.functional
     with ExitStack() as stack:
         # PyTorch has one kernel for this on a GPU only; elsewhere it is made of several.
         stack.enter_context(mock.patch.object(functional, "rms_norm", seen.whole(functional.rms_norm)))
-        for module, names in fused_functions.items():
-            for name in names & vars(module).keys():
-                stack.enter_context(mock.patch.object(module, name, seen.whole(getattr(module, name))))
+        stack.enter_context(mock.patch.object(fused, "applies_gelu", lambda x: True))
+        if triton:
+            kernels = Kernels(seen)
+            for module in (fused, attention_module):
+                for name in {"kernels_for", "products_for"} & vars(module).keys():
+                    stack.enter_context(mock.patch.object(module, name, lambda x: kernels))
         stack.enter_context(torch.no_grad())
         stack.enter_context(seen)
         evaluate()
     return seen
 
 
-def count(evaluate, modules) -> dict:
-    """Figures of one call of `evaluate` on a GPU. `modules`: those that use fused operations."""
-    seen, plain = counted(evaluate, dict.fromkeys(modules, FUSED)), counted(evaluate, {})
+def count(evaluate) -> dict:
+    """Figures of one call of `evaluate` on a GPU."""
+    seen, plain = counted(evaluate, True), counted(evaluate, False)
     return {"kernels": seen.kernels.total(), "gigabytes": round(seen.moved.total() / 1e9, 3),
             "matrix_teraflop": round(seen.flop / 1e12, 3),
             "without_triton": {"kernels": plain.kernels.total(), "gigabytes": round(plain.moved.total() / 1e9, 3)},

@@ -67,7 +67,7 @@ def count(options):
     import bench_count
     import torch
     from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
-    from stillmotion.nodes.dynamicrafter import attention, config, unet
+    from stillmotion.nodes.dynamicrafter import config, unet
 
     params, dtype = config.parse(config.published(options.preset), options.preset).unet, WEIGHT_DTYPES[options.dtype]
     width, height = (side // 8 for side in (pixels(options.size) if options.size else PRESETS[options.preset]))
@@ -81,7 +81,7 @@ def count(options):
     def evaluate():
         network(x, numbers, text, tokens, numbers, transformer_options=kept)
 
-    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate, [attention, unet])}
+    return {"preset": options.preset, "dtype": options.dtype, **bench_count.count(evaluate)}
 
 
 def make_conditioning(loaded, width, height, frames):

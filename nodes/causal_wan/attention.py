@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.fused import add, add_norm, by_frame, norm_rotate, rotate, store
+from ..common.fused import add, add_norm, by_frame, linear_gelu, norm_rotate, rotate, store
 from .cache import LayerCache, Window
 
 EPS = 1e-6
@@ -120,7 +120,7 @@ class WanBlock(nn.Module):
         x_BLC, normed_BLC = add_norm(x_BLC, None, None, self.norm1, e[1], e[0])
         x_BLC, normed_BLC = add_norm(x_BLC, self.self_attn(normed_BLC, step, cache), e[2], self.norm3)
         x_BLC, normed_BLC = add_norm(x_BLC, self.cross_attn(normed_BLC, step, keys), None, self.norm2, e[4], e[3])
-        return add(x_BLC, self.ffn(normed_BLC), e[5])
+        return add(x_BLC, self.ffn[-1](linear_gelu(normed_BLC, self.ffn[0])), e[5])
 
 
 class Head(nn.Module):

@@ -4,15 +4,20 @@ Only this module depends on core's model classes, so changes in core are handled
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from . import fused
 from .images import SMALL
 from .quantized import Quantized
 
@@ -83,6 +88,30 @@ def prediction_type(parameterization: str):
     """Core's name for what a network predicts: "eps" or "v"."""
     kinds = comfy.model_base.ModelType
     return kinds.V_PREDICTION if parameterization == "v" else kinds.EPS
+
+
+# How core's layers compute with weights in any place and precision; subclasses that replace it do more than that.
+CASTING = {getattr(comfy.ops.disable_weight_init, kind).forward_comfy_cast_weights
+           for kind in ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm", "RMSNorm")}
+
+
+def lend(layer: torch.nn.Module, x: torch.Tensor) -> AbstractContextManager | None:
+    """Weight and bias of one of core's layers on the device of `x` and in its precision, with patches; core streams
+    them there if need be. None for layers with another way to compute."""
+    kind = getattr(type(layer), "forward_comfy_cast_weights", None)
+    return _lent(layer, x) if kind in CASTING else None
+
+
+@contextmanager
+def _lent(layer, x) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
+fused.fetch = lend
 
 
 class HostNetwork:

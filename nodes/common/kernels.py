@@ -130,22 +130,56 @@ def gated_gelu(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _moments(x_ptr, moments_ptr, positions, channels, chunk, chunks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of every channel over `chunk` positions."""
+def _sum(x_ptr, branch_ptr, bias, place, inside, BRANCH: tl.constexpr):
+    """x, or x + (branch + bias) rounded as PyTorch does, in float32."""
+    x = tl.load(x_ptr + place, inside, 0.0).to(tl.float32)
+    if BRANCH:
+        branch = tl.load(branch_ptr + place, inside, 0.0).to(tl.float32) + bias
+        x = (x + branch.to(x_ptr.dtype.element_ty).to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _add_bias(x_ptr, branch_ptr, bias_ptr, out_ptr, elements, channels, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    bias = tl.load(bias_ptr + place % channels, inside, 0.0).to(tl.float32)
+    y = _sum(x_ptr, branch_ptr, bias, place, inside, True)
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), inside)
+
+
+def add_bias(x: Tensor, branch: Tensor, bias_C: Tensor) -> Tensor:
+    """x + (branch + bias) for tensors [N, C, ...] in channels-last memory; in the same layout."""
+    out = torch.empty_like(x)
+    _add_bias[(triton.cdiv(x.numel(), 1024),)](x, branch, bias_C, out, x.numel(), x.shape[1], BLOCK=1024)
+    return out
+
+
+@triton.jit
+def _moments(x_ptr, branch_ptr, bias_ptr, sum_ptr, moments_ptr, positions, channels, chunk, chunks,
+             BRANCH: tl.constexpr, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared deviations of every channel over `chunk` positions; with a branch of x + branch + bias,
+    which is stored."""
     whole, part = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = column < channels
     first = part * chunk
     last = tl.minimum(first + chunk, positions)
-    base = x_ptr + whole * positions * channels + column
+    base = whole * positions * channels + column
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, known, 0.0).to(tl.float32)
     # Sums of differences from the first value lose no digits where the mean is large.
-    origin = tl.load(base + first * channels, known, 0.0).to(tl.float32)
+    origin = _sum(x_ptr, branch_ptr, bias, base + first * channels, known, BRANCH)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         inside = (row < last)[:, None] & known[None, :]
-        x = tl.load(base[None, :] + row[:, None] * channels, inside, 0.0).to(tl.float32)
+        place = base[None, :] + row[:, None] * channels
+        x = _sum(x_ptr, branch_ptr, bias[None, :], place, inside, BRANCH)
+        if BRANCH:
+            tl.store(sum_ptr + place, x.to(sum_ptr.dtype.element_ty), inside)
         x = tl.where(inside, x - origin[None, :], 0.0)
         total += x
         squares += x * x
@@ -157,7 +191,7 @@ def _moments(x_ptr, moments_ptr, positions, channels, chunk, chunks, BLOCK_R: tl
 
 
 @triton.jit
-def _factors(moments_ptr, weight_ptr, add_ptr, factors_ptr, positions, channels, chunk, chunks, width, eps,
+def _factors(moments_ptr, weight_ptr, add_ptr, factors_ptr, positions, channels, chunk, chunks, width, add_stride, eps,
              ADD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     """Scale and centre of every channel of one group, from the moments of its parts (Chan's formula)."""
     whole, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -168,7 +202,7 @@ def _factors(moments_ptr, weight_ptr, add_ptr, factors_ptr, positions, channels,
     start = moments_ptr + 2 * ((whole * chunks + part[:, None]) * channels + column[None, :])
     added = tl.zeros((BLOCK_C,), tl.float32)
     if ADD:
-        added = tl.load(add_ptr + whole * channels + column, known, 0.0).to(tl.float32)
+        added = tl.load(add_ptr + whole * add_stride + column, known, 0.0).to(tl.float32)
     means = tl.load(start, inside, 0.0) + added[None, :]
     counts = tl.where(inside, tl.minimum(chunk, positions - part * chunk)[:, None], 0).to(tl.float32)
     amount = width * positions
@@ -200,9 +234,20 @@ def _apply(x_ptr, factors_ptr, bias_ptr, out_ptr, positions, channels, blocks, S
     tl.store(out_ptr + place, y.to(kind), inside)
 
 
-def group_norm(x: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float, add_NC: Tensor | None,
+def group_norm(x: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: float, add: Tensor | None,
                silu: bool) -> Tensor:
-    """Group norm of x + add for x [N, C, ...] in channels-last memory, then SiLU if asked for; in the same layout."""
+    """Group norm of x + add for x [N, C, ...] in channels-last memory, then SiLU if asked for; in the same layout.
+    add: [N, C] or [C]."""
+    return _group_norm(x, None, add, groups, weight_C, bias_C, eps, silu)[1]
+
+
+def add_group_norm(x: Tensor, branch: Tensor, add_C: Tensor | None, groups: int, weight_C: Tensor, bias_C: Tensor,
+                   eps: float) -> tuple[Tensor, Tensor]:
+    """y = x + (branch + add), and SiLU of its group norm; all in channels-last memory."""
+    return _group_norm(x, branch, add_C, groups, weight_C, bias_C, eps, True)
+
+
+def _group_norm(x, branch, add, groups, weight_C, bias_C, eps, silu):
     whole, channels = x.shape[:2]
     positions = x[0, 0].numel()
     width, chunks = channels // groups, min(CHUNKS, triton.cdiv(positions, 8 * ROWS))
@@ -211,12 +256,15 @@ def group_norm(x: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, eps: fl
     moments = torch.empty(whole * chunks * channels * 2, dtype=torch.float32, device=x.device)
     factors = torch.empty(whole * channels * 2, dtype=torch.float32, device=x.device)
     columns, blocks = triton.cdiv(channels, CHANNELS), triton.cdiv(positions, ROWS)
-    out = torch.empty_like(x)
-    _moments[(whole * chunks, columns)](x, moments, positions, channels, chunk, chunks, BLOCK_R=ROWS, BLOCK_C=CHANNELS)
+    joined, given = branch is not None, add is not None
+    total, out, add = torch.empty_like(x) if joined else x, torch.empty_like(x), add.contiguous() if given else x
+    _moments[(whole * chunks, columns)](
+        x, branch if joined else x, add, total, moments, positions, channels, chunk, chunks, BRANCH=joined,
+        BIAS=joined and given, BLOCK_R=ROWS, BLOCK_C=CHANNELS)
     _factors[(whole, groups)](
-        moments, weight_C, x if add_NC is None else add_NC.contiguous(), factors, positions, channels, chunk,
-        chunks, width, eps, ADD=add_NC is not None, BLOCK_K=triton.next_power_of_2(chunks),
+        moments, weight_C, add, factors, positions, channels, chunk, chunks, width,
+        channels if add.ndim == 2 else 0, eps, ADD=given and not joined, BLOCK_K=triton.next_power_of_2(chunks),
         BLOCK_C=triton.next_power_of_2(width))
-    _apply[(whole * blocks, columns)](x, factors, bias_C, out, positions, channels, blocks, SILU=silu, BLOCK_R=ROWS,
+    _apply[(whole * blocks, columns)](total, factors, bias_C, out, positions, channels, blocks, SILU=silu, BLOCK_R=ROWS,
                                       BLOCK_C=CHANNELS)
-    return out
+    return total, out

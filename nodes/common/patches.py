@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .fused import project
+
 
 def channels_last(x_NCHW: Tensor) -> Tensor:
     """The memory layout of the U-Nets' activations on a GPU, in which an image and its tokens are views of each other.
@@ -74,7 +76,11 @@ def mix(name: str, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor, layer, options: 
 def attend_frame(x_NLC: Tensor, layer, options: dict) -> Tensor:
     """Self-attention of `layer` within the frame, with all patches."""
     queries, keys, values = patch_inputs("attn1", x_NLC, x_NLC, layer, options)
-    mixed = mix("attn1", layer.to_q(queries), layer.to_k(keys), layer.to_v(values), layer, options)
+    if queries is keys is values:
+        q_NLC, k_NLC, v_NLC = project(x_NLC, (layer.to_q, layer.to_k, layer.to_v))
+    else:
+        q_NLC, k_NLC, v_NLC = layer.to_q(queries), layer.to_k(keys), layer.to_v(values)
+    mixed = mix("attn1", q_NLC, k_NLC, v_NLC, layer, options)
     return patch_tokens("attn1_output_patch", layer.to_out(mixed), layer, options)
 
 

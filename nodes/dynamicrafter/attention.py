@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.attention import attend_over_time
-from ..common.fused import add_norm, gated_gelu, group_norm
+from ..common.attention import attend_over_time, attend_sources
+from ..common.fused import add_norm, geglu, group_norm, project
 from ..common.patches import attend_frame, has_functions, is_patched, mix, patch_inputs, patch_tokens
 
 
@@ -57,8 +57,9 @@ class TemporalAttention(SelfAttention):
     """Self-attention of each position along time."""
 
     def forward(self, x_BMC: Tensor, step: Step) -> Tensor:
-        return self.to_out(attend_over_time(self.to_q(x_BMC), self.to_k(x_BMC), self.to_v(x_BMC), self.heads,
-                                            step.frames, self.attention, step.transformer_options))
+        mixed_BMC = attend_over_time(*project(x_BMC, (self.to_q, self.to_k, self.to_v)), self.heads, step.frames,
+                                     self.attention, step.transformer_options)
+        return self.to_out(mixed_BMC)
 
 
 class FrameAttention(SelfAttention):
@@ -96,21 +97,21 @@ class ImageTextAttention(nn.Module):
 
     def forward(self, x_NLC: Tensor, step: Step) -> Tensor:
         keys, options = step.context[self.number], step.transformer_options
+        text, image = (keys.text_k, keys.text_v), (keys.image_k, keys.image_v)
+        if self.alpha is not None:
+            image = keys.image_k, keys.image_v * (1 + torch.tanh(self.alpha.to(keys.image_v)))
+
+        def attend(q_NLC: Tensor, *sources: tuple[Tensor, Tensor]) -> Tensor:
+            return attend_sources(q_NLC, sources, self.heads, step.frames, self.attention, options)
+
         if is_patched("attn2", options):  # the functions expect a text for each image
             text_NLC = step.text_BLC.repeat_interleave(step.frames, dim=0)
             x_NLC, text_NLC, value_NLC = patch_inputs("attn2", x_NLC, text_NLC, self, options)
             q_NLC = self.to_q(x_NLC)
-            text = mix("attn2", q_NLC, self.to_k(text_NLC), self.to_v(value_NLC), self, options)
+            mixed = mix("attn2", q_NLC, self.to_k(text_NLC), self.to_v(value_NLC), self, options) + attend(q_NLC, image)
         else:
-            q_NLC = self.to_q(x_NLC)
-            # All frames of a clip attend to the same text: folded into one long sequence, the text is not repeated.
-            q_BMC = q_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
-            text = self.attention(q_BMC, keys.text_k, keys.text_v, self.heads,
-                                  transformer_options=options).reshape(q_NLC.shape)
-        image = self.attention(q_NLC, keys.image_k, keys.image_v, self.heads, transformer_options=options)
-        if self.alpha is not None:
-            image = image * (1 + torch.tanh(self.alpha.to(image)))
-        return patch_tokens("attn2_output_patch", self.to_out(text + image), self, options)
+            mixed = attend(self.to_q(x_NLC), text, image)
+        return patch_tokens("attn2_output_patch", self.to_out(mixed), self, options)
 
 
 class GatedGELU(nn.Module):
@@ -119,7 +120,7 @@ class GatedGELU(nn.Module):
         self.proj = operations.Linear(width, inner * 2, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_gelu(self.proj(x))
+        return geglu(x, self.proj)
 
 
 class FeedForward(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.embedding import sinusoids
-from ..common.fused import group_norm
+from ..common.fused import add_bias, add_group_norm, conv_apart, group_norm
 from ..common.patches import channels_last, join_skip, open_options, patch_hidden
 from .attention import ContextKeys, ImageTextAttention, SpatialTransformer, Step, TemporalTransformer
 from .resampler import Resampler, ResamplerParams
@@ -67,7 +67,7 @@ def temporal_conv_class(conv3d: type[nn.Conv3d]) -> type[nn.Conv3d]:
 
 
 class TemporalConv(nn.Module):
-    """Four residual convolutions along time (ModelScope, arXiv 2308.06571)."""
+    """Four residual convolutions along time (ModelScope, arXiv 2308.06571) of x + branch + bias."""
 
     def __init__(self, channels: int, operations, **factory):
         super().__init__()
@@ -83,11 +83,12 @@ class TemporalConv(nn.Module):
         self.conv3 = layer(nn.Identity())
         self.conv4 = layer(nn.Identity())
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        h_BCTHW = x_BCTHW
-        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
-            h_BCTHW = layer[-1](group_norm(h_BCTHW, layer[0]))
-        return x_BCTHW + h_BCTHW
+    def forward(self, x_BCTHW: Tensor, branch_BCTHW: Tensor, bias_C: Tensor | None) -> Tensor:
+        x_BCTHW, normed_BCTHW = add_group_norm(x_BCTHW, branch_BCTHW, bias_C, self.conv1[0])
+        h_BCTHW, bias_C = conv_apart(self.conv1[-1], normed_BCTHW)
+        for layer in (self.conv2, self.conv3, self.conv4):
+            h_BCTHW, bias_C = conv_apart(layer[-1], group_norm(h_BCTHW, layer[0], add=bias_C))
+        return add_bias(x_BCTHW, h_BCTHW, bias_C)
 
 
 class ResBlock(nn.Module):
@@ -103,11 +104,12 @@ class ResBlock(nn.Module):
         self.temopral_conv = TemporalConv(out_channels, operations, **factory)  # spelt as in the published keys
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
-        h = self.in_layers[-1](group_norm(x_NCHW, self.in_layers[0]))
-        h = self.out_layers[-1](group_norm(h, self.out_layers[0], add_NC=self.emb_layers(step.emb_NE)))
-        h = self.skip_connection(x_NCHW) + h
-        h_BCTHW = h.unflatten(0, (-1, step.frames)).transpose(1, 2)
-        return self.temopral_conv(h_BCTHW).transpose(1, 2).flatten(0, 1)
+        h, shift = conv_apart(self.in_layers[-1], group_norm(x_NCHW, self.in_layers[0]), self.emb_layers(step.emb_NE))
+        h, bias_C = conv_apart(self.out_layers[-1], group_norm(h, self.out_layers[0], add=shift))
+        if not isinstance(self.skip_connection, nn.Identity):
+            x_NCHW, bias_C = conv_apart(self.skip_connection, x_NCHW, bias_C)
+        x_BCTHW, h_BCTHW = (given.unflatten(0, (-1, step.frames)).transpose(1, 2) for given in (x_NCHW, h))
+        return self.temopral_conv(x_BCTHW, h_BCTHW, bias_C).transpose(1, 2).flatten(0, 1)
 
 
 class Downsample(nn.Module):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..common.attention import attend_over_time
+from ..common.attention import attend_over_time, attend_sources
 from ..common.embedding import sinusoids
+from ..common.fused import project
 from ..common.patches import attend_frame, is_patched, mix, patch_inputs, patch_tokens
 
 
@@ -50,11 +51,6 @@ class Attention(nn.Module):
         self.to_v = operations.Linear(context_dim or channels, channels, bias=False, **factory)
         self.to_out = operations.Linear(channels, channels, **factory)
 
-    def attend(self, tokens: Tensor, context: Tensor, step: Step) -> Tensor:
-        mixed = self.attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads,
-                               transformer_options=step.transformer_options)
-        return self.to_out(mixed)
-
 
 class SpatialAttention(Attention):
     """Each position of a frame attends to the whole frame."""
@@ -76,9 +72,9 @@ class TextAttention(Attention):
             queries, keys, values = patch_inputs("attn2", self.norm(x_NLC), text_NLC, self, options)
             mixed = self.to_out(mix("attn2", self.to_q(queries), self.to_k(keys), self.to_v(values), self, options))
         else:
-            # All frames of a clip attend to the same text: folded into one long sequence, the text is not repeated.
-            x_BMC = x_NLC.unflatten(0, (-1, step.frames)).flatten(1, 2)
-            mixed = self.attend(self.norm(x_BMC), step.text_BLC, step).reshape(x_NLC.shape)
+            text = self.to_k(step.text_BLC), self.to_v(step.text_BLC)
+            mixed = self.to_out(attend_sources(self.to_q(self.norm(x_NLC)), [text], self.heads, step.frames,
+                                               self.attention, options))
         x_NLC = patch_tokens("attn2_output_patch", mixed, self, options) + x_NLC
         return image_of(x_NLC, x_NCHW)
 
@@ -91,6 +87,6 @@ class TemporalAttention(Attention):
         positions_TC = sinusoids(torch.arange(step.frames, device=x_NLC.device), x_NLC.shape[-1]).to(x_NLC.dtype)
         tokens_BTLC = self.norm(x_NLC).unflatten(0, (-1, step.frames)) + positions_TC[:, None]
         tokens_BMC = tokens_BTLC.flatten(1, 2)
-        mixed_BMC = attend_over_time(self.to_q(tokens_BMC), self.to_k(tokens_BMC), self.to_v(tokens_BMC), self.heads,
-                                     step.frames, self.attention, step.transformer_options)
+        mixed_BMC = attend_over_time(*project(tokens_BMC, (self.to_q, self.to_k, self.to_v)), self.heads, step.frames,
+                                     self.attention, step.transformer_options)
         return image_of(x_NLC + self.to_out(mixed_BMC).reshape(x_NLC.shape), x_NCHW)

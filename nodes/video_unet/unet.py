@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..common.attention import torch_attention
 from ..common.embedding import sinusoids
-from ..common.fused import group_norm
+from ..common.fused import add_bias, add_group_norm, conv_apart, group_norm
 from ..common.patches import channels_last, join_skip, open_options, patch_hidden
 from .attention import Attention, SpatialAttention, Step, TemporalAttention, TextAttention
 
@@ -73,13 +73,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x_NCHW: Tensor, step: Step) -> Tensor:
         scale, shift = self.emb(F.silu(step.emb_NE))[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(group_norm(x_NCHW, self.norm1))
-        h = self.conv2(F.silu(torch.addcmul(shift, group_norm(h, self.norm2, silu=False), 1 + scale)))
-        h = self.skip(x_NCHW) + h
+        h, bias_C = conv_apart(self.conv1, group_norm(x_NCHW, self.norm1))
+        h = F.silu(torch.addcmul(shift, group_norm(h, self.norm2, silu=False, add=bias_C), 1 + scale))
+        h, bias_C = conv_apart(self.conv2, h)
+        if not isinstance(self.skip, nn.Identity):
+            x_NCHW, bias_C = conv_apart(self.skip, x_NCHW, bias_C)
         size = h.shape[-2:]
-        h_BCTP = h.unflatten(0, (-1, step.frames)).transpose(1, 2).flatten(3)
-        h_BCTP = h_BCTP + self.temporal_conv(group_norm(h_BCTP, self.norm3))
-        return h_BCTP.unflatten(3, size).transpose(1, 2).flatten(0, 1)
+        x_BCTP, h_BCTP = (given.unflatten(0, (-1, step.frames)).transpose(1, 2).flatten(3) for given in (x_NCHW, h))
+        x_BCTP, normed_BCTP = add_group_norm(x_BCTP, h_BCTP, bias_C, self.norm3)
+        x_BCTP = add_bias(x_BCTP, *conv_apart(self.temporal_conv, normed_BCTP))
+        return x_BCTP.unflatten(3, size).transpose(1, 2).flatten(0, 1)
 
 
 class Block(nn.Module):

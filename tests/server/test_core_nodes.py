@@ -1,6 +1,7 @@
 """Core's U-Net nodes between our loaders and samplers in a real ComfyUI server, with the pack loaded as usual."""
 
 import json
+import shutil
 
 import graph
 import host
@@ -66,3 +67,12 @@ def test_a_long_clip_in_windows_moves_without_a_jump(client):
     assert len(frames) == 48 and np.isfinite(path_T2).all()
     assert np.linalg.norm(np.diff(path_T2, axis=0), axis=1).max() < 3  # pixels from frame to frame
     assert path_T2[-1, 0] - path_T2[0, 0] > 5                         # "moves right"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_compiled_model_makes_the_same_frames(client, name):
+    plain = lossless_frames(client, make_job(client, name, 2, 4))
+    frames = lossless_frames(client, make_job(client, name, 2, 4, "TorchCompileModel", backend="inductor"))
+    assert np.abs(frames.astype(int) - plain).max() <= 2

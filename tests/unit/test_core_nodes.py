@@ -10,6 +10,7 @@ import torch
 import video_unet_stub as plain_unet
 from comfy_extras import (
     nodes_context_windows,
+    nodes_easycache,
     nodes_freelunch,
     nodes_hypertile,
     nodes_lumina2,
@@ -253,3 +254,19 @@ def test_windows_with_a_frame_before_them(family):
     """As of 0.24 core prepends one frame to all windows but the first, so that lengths differ."""
     found = sample(windows(make(family), 4, 2), 10)
     assert found.isfinite().all() and found.shape[2] == 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("node", [nodes_easycache.EasyCacheNode, nodes_easycache.LazyCacheNode])
+def test_a_cache_of_steps_leaves_evaluations_out(node, family):
+    model, calls = make(family), []
+    network = model.model.diffusion_model
+    first = network.input if family == "video_unet" else network.input_blocks[0][0]
+    first.register_forward_hook(lambda *_: calls.append(1))
+    settings = DDIMSettings(6, 3.0, 0.0, "auto", 0.0, 1.0, 0.0, Clip("off", 3.0, False), 0, 1000, "fixed")
+    plain = sample(model, settings=settings)
+    assert len(calls) == 6
+    found = sample(put(node, model, 3.0, 0.0, 1.0, False), settings=settings)
+    assert 6 + 2 <= len(calls) < 6 + 6
+    assert found.isfinite().all() and crafter.difference(found, plain) > 1e-6
+    assert torch.equal(sample(model, settings=settings), plain)
