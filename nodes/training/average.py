@@ -1,6 +1,7 @@
 """Exponential moving average of a network's weights."""
 from __future__ import annotations
 
+import contextlib
 from copy import deepcopy
 
 import torch
@@ -77,6 +78,19 @@ def halve_frozen(net: nn.Module, dtype: torch.dtype) -> None:
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def without_halves(net: nn.Module):
+    """The network with all weights in float32, for computations outside of mixed precision."""
+    halves = [(parameter, parameter.data) for parameter in net.parameters() if parameter.dtype != torch.float32]
+    for parameter, half in halves:
+        parameter.data = half.float()
+    try:
+        yield
+    finally:
+        for parameter, half in halves:
+            parameter.data = half
 
 
 @torch.no_grad()

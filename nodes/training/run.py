@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..common.drawing import stacked
 from ..common.images import check_size
 from ..common.saving import holding
-from .average import halve_frozen
+from .average import halve_frozen, without_halves
 from .config import TrainConfig
 from .curves import draw_curves, read_curves
 from .data.clips import Clips
@@ -183,10 +183,11 @@ class Training:
         """Evaluate the EMA weights, log the results, keep the best weights and a copy each `checkpoint_every` steps."""
         settings, step = self.settings, self.done + step
         entry = {"step": step, "epoch": self.epoch, "loss": loss, "learning_rate": self.rate}
-        if self.validation:
-            entry["validation"] = self._validation_loss(averaged)
-        if step % settings.sample_every < settings.save_every or step == self.steps:
-            entry |= self._sample(step, averaged)
+        with without_halves(averaged):
+            if self.validation:
+                entry["validation"] = self._validation_loss(averaged)
+            if step % settings.sample_every < settings.save_every or step == self.steps:
+                entry |= self._sample(step, averaged)
         score = entry.get("validation", loss)
         curves = read_curves(self.folder)
         append_line(self.folder / "metrics.jsonl", entry)
@@ -204,10 +205,9 @@ class Training:
 
     @torch.no_grad()
     def _validation_loss(self, net: nn.Module) -> float:
-        with self.processes.autocast():
-            losses = [self.family.loss(net, to_device(batch, self.processes.device),
-                                       torch.Generator().manual_seed(number), 0.0).item()
-                      for number, batch in enumerate(self.validation)]
+        losses = [self.family.loss(net, to_device(batch, self.processes.device),
+                                   torch.Generator().manual_seed(number), 0.0).item()
+                  for number, batch in enumerate(self.validation)]
         return sum(losses) / len(losses)
 
     def _sample(self, step: int, net: nn.Module) -> dict[str, float]:
@@ -216,10 +216,8 @@ class Training:
         batch = to_device(self.shown, self.processes.device)
         truth = self.family.truth(batch)
         truth = None if truth is None else self.family.encoders.pixels(truth)
-        with self.processes.autocast():
-            sampled = self.family.sample(net, batch, seed=self.settings.seed)
-        made = {name: (self.family.encoders.pixels(latent), given, latent.shape[2])
-                for name, (latent, given) in sampled.items()}
+        made = {name: (self.family.encoders.pixels(latent), given, latent.shape[2]) for
+                name, (latent, given) in self.family.sample(net, batch, seed=self.settings.seed).items()}
         rows = []
         for clip, caption in enumerate(self.captions):
             own = [(name, frames[clip]) for name, (frames, *_) in made.items()]
