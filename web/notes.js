@@ -1,21 +1,24 @@
 // The pack's notes on a node are those of its last run: they go away when the node runs again. The page itself never
-// removes a node's text.
+// removes a node's text, and its Nodes 2.0 do not show one that comes later: there a note is a message.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nodeOf } from "./live.js";
+import { removeWidget } from "./preview.js";
 
 const TEXT = "$$node-text-preview"; // the page's name of the widget
+const OURS = "Stillmotion: ";
 
 app.registerExtension({
   name: "Stillmotion.Notes",
   setup() {
+    api.addEventListener("progress_text", ({ detail }) => {
+      if (!detail.text?.startsWith(OURS) || !app.extensionManager.setting.get("Comfy.VueNodes.Enabled")) return;
+      const message = { severity: "warn", summary: "Stillmotion", detail: detail.text.slice(OURS.length), life: 30000 };
+      app.extensionManager.toast.add(message);
+    });
     api.addEventListener("executing", ({ detail }) => {
       const node = detail && nodeOf(String(detail));
-      const index = node?.widgets?.findIndex(({ name, value }) => name === TEXT && value?.startsWith("Stillmotion: "));
-      if (!(index >= 0)) return;
-      node.widgets[index].onRemove?.();
-      node.widgets.splice(index, 1);
-      node.setDirtyCanvas?.(true, true);
+      if (node) removeWidget(node, ({ name, value }) => name === TEXT && value?.startsWith(OURS));
     });
   },
 });

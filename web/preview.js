@@ -11,6 +11,14 @@ function samples(node) {
   return ours(node) || (model?.link != null && ours(node.getInputNode(node.inputs.indexOf(model))));
 }
 
+export function removeWidget(node, fits) {
+  const index = node.widgets?.findIndex(fits) ?? -1;
+  if (index < 0) return;
+  node.widgets[index].onRemove?.();
+  node.widgets.splice(index, 1);
+  node.setDirtyCanvas?.(true, true);
+}
+
 app.registerExtension({
   name: "Stillmotion.Preview",
   setup() {
@@ -20,7 +28,8 @@ app.registerExtension({
         if (!app.nodePreviewImages[node.id]?.length || !previews?.setNodePreviewsByNodeId) continue;
         previews.setNodePreviewsByNodeId(node.id, []);
         // a classic node draws what it has loaded until it sees that there is something else
-        node.imgs = node.images = node.preview = undefined;
+        removeWidget(node, ({ name }) => name === "$$canvas-image-preview");
+        node.imgs = node.images = undefined;
       }
       app.canvas.setDirty(true, true);
     });
