@@ -7,6 +7,7 @@
     python tests/bench.py --count --preset 1024 --dtype fp16    kernels, bytes, FLOP of an evaluation, without a GPU
     python tests/bench.py --family training                     a training step, with and without checkpointing
     python tests/bench.py --family training --objective self_rollout --preset 1.3b    what it needs, counted
+    python tests/bench.py --family host                         what ComfyUI's own nodes for speed bring to the demos
     python tests/bench.py --case FOLDER                         a reference case of either family (see parity.py)
     python tests/bench.py --family causal_wan --help            all options of a family
 
@@ -25,12 +26,14 @@ sys.path[:0] = [str(TESTS.parent / "workflows" / "runner"), str(TESTS)]
 
 import bench_causal_wan  # noqa: E402
 import bench_dynamicrafter  # noqa: E402
+import bench_host  # noqa: E402
 import bench_training  # noqa: E402
 import host  # noqa: E402
 from bench_tools import TOLERANCE  # noqa: E402
 
 # A family adds its options and returns all figures of a model as a dict with "latents_agree".
-FAMILIES = {"dynamicrafter": bench_dynamicrafter, "causal_wan": bench_causal_wan, "training": bench_training}
+FAMILIES = {"dynamicrafter": bench_dynamicrafter, "causal_wan": bench_causal_wan, "training": bench_training,
+            "host": bench_host}
 
 
 def parse_arguments():
