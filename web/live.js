@@ -181,18 +181,23 @@ class Panel {
   }
   tell(words, kind = "") {
     for (const line of this.told.querySelectorAll(".waits")) line.remove();
-    this.told.append(make("div", { textContent: words, title: words, className: kind }));
+    const line = make("div", { textContent: words, title: words, className: kind });
+    this.told.append(line);
     this.told.scrollTop = this.told.scrollHeight;
     this.fit();
+    return line;
   }
   async send() {
     const text = this.text.value;
-    if (await this.post("steer", { text })) this.text.value = "";
+    this.text.value = "";
+    if (!(await this.post("steer", { text })) && !this.text.value) this.text.value = text;
   }
   async post(path, values) {
+    const line = this.tell("sending", "waits");
     const answer = await post(path, { prompt_id: this.prompt_id, node_id: this.node_id, ...values });
     const { message, error } = await answer.json().catch(() => ({ error: answer.statusText }));
-    this.tell(message ?? error, answer.ok ? "waits" : "wrong");
+    if (!answer.ok) this.tell(error, "wrong");
+    else if (line.isConnected) line.textContent = line.title = message; // else the prompt is in use already
     return answer.ok;
   }
 }

@@ -1,5 +1,6 @@
 """The panel of the causal samplers: blocks are played as they come, prompts are sent, and the run is stopped."""
 import json
+import time
 from itertools import count
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def wait(page, condition):
     return page.run_js(STATE)
 
 
+def answer_late(route):
+    """Hold the answer back, until the prompt most likely is in use already."""
+    answer = route.fetch()
+    time.sleep(3)
+    route.fulfill(response=answer)
+
+
 @pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
 def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     page.run_js("graph => app.loadApiJson(graph, 'test')", graph())
@@ -59,6 +67,7 @@ def test_a_run_is_seen_steered_and_stopped_in_its_node(page, server):
     box = page.page.locator(f"{PANEL} canvas").bounding_box()
     assert box["width"] > 150 and box["height"] > 150 and box["y"] > 0
 
+    page.page.route("**/stillmotion/steer", answer_late)
     page.page.fill(f"{PANEL} input[type=text]", "a red circle moves up on a white background")
     page.page.press(f"{PANEL} input[type=text]", "Enter")
     told = wait(page, "s.told.includes('from block')")["told"]
