@@ -1,6 +1,7 @@
 """Self-rollout: rollouts, losses and conditions of the three networks, against the sampler and numbers by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,10 @@ class Toy(nn.Module):
     def __init__(self, *numbers):
         super().__init__()
         self.numbers = nn.Parameter(torch.tensor(numbers, dtype=torch.float64))
+
+    @property
+    def head(self):
+        return SimpleNamespace(modulation=self.numbers)
 
     def project_context(self, text, image):
         return text
