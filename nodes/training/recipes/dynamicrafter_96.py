@@ -23,7 +23,7 @@ from .laws import noisy_timesteps
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
 PARTS = 10            # of 400 clips each
-STEPS, BATCH = 3500, 8  # beyond the stored 800
+STEPS, BATCH = 3500, 8  # beyond those of the stored weights
 
 
 def config() -> dict:
