@@ -1,5 +1,5 @@
 // The pack's notes on a node are those of its last run: they go away when the node runs again. The page itself never
-// removes a node's text, and its Nodes 2.0 do not show one that comes later: there a note is a message.
+// removes a node's text, and older Nodes 2.0 do not show one that comes later: in Nodes 2.0 a note is a message, too.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { nodeOf } from "./live.js";
