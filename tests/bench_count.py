@@ -173,7 +173,7 @@ class Kernels:
         self.seen.flop += sum(4 * q.numel() * k.shape[2] for k, _ in sources)
 
 
-def attention(q, k, v, heads, mask=None, **_):
+def attention(q, k, v, heads, **_):
     """The attention of the counted networks: one fused kernel."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2).flatten(-2)

@@ -1,11 +1,13 @@
 """Layers of the causal Wan transformer (Wan 2.1, arXiv 2503.20314; causal: CausVid, arXiv 2412.07772).
 
 Tensor names end in their layout: B videos, F latent frames, L = F * rows * columns tokens, C channels, N context
-tokens. An `attention(q, k, v, heads, mask=None)` function is injected; it takes and returns [batch, tokens, channels].
+tokens. An `attention(q, k, v, heads)` function is injected; it takes and returns [batch, tokens, channels].
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -26,13 +28,36 @@ class ContextKeys(NamedTuple):
     image_v: Tensor | None
 
 
+class Reach(NamedTuple):
+    """Tokens in a row that attend to the same tokens."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+def reaches(mask_FF: Tensor, frame_tokens: int) -> tuple[Reach, ...]:
+    """Who attends to whom under a mask over frames [F, F], True where a frame (row) attends to a frame (column), each
+    of `frame_tokens` tokens. Attention without a mask over these pieces costs what the True entries cost, and needs no
+    mask of all tokens."""
+    def runs(rows: Sequence) -> list[tuple[object, slice]]:
+        found, start = [], 0
+        for value, run in groupby(rows):
+            end = start + frame_tokens * len(list(run))
+            found.append((value, slice(start, end)))
+            start = end
+        return found
+
+    return tuple(Reach(queries, tuple(keys for seen, keys in runs(row) if seen))
+                 for row, queries in runs(mask_FF.tolist()))
+
+
 @dataclass
 class Step:
     """What all layers read during one forward pass."""
 
     modulation_BF6C: Tensor                 # from the timestep of each frame
     window: Window
-    mask_LL: Tensor | None                  # without a cache: True where a token may attend
+    reaches: Sequence[Reach] = ()           # without a cache: which tokens attend to which; empty: all to all
     transformer_options: dict = field(default_factory=dict)
 
 
@@ -70,8 +95,13 @@ class SelfAttention(Attention):
             key = norm_rotate(key, self.norm_k, window.rotation_LP2, heads, cache.keys_BKC, window.slots_F)
             value = store(cache.values_BKC, value, window.slots_F)
             key, value = key[:, :window.attended], value[:, :window.attended]
-        out = self.attention(query, key, value, heads, mask=step.mask_LL, transformer_options=step.transformer_options)
-        return self.o(out)
+        options = {"transformer_options": step.transformer_options}
+        if not step.reaches:
+            return self.o(self.attention(query, key, value, heads, **options))
+        parts = [self.attention(query[:, queries], *(torch.cat([x[:, seen] for seen in keys], dim=1)
+                                                     for x in (key, value)), heads, **options)
+                 for queries, keys in step.reaches]
+        return self.o(torch.cat(parts, dim=1))
 
 
 class CrossAttention(Attention):

@@ -38,7 +38,7 @@ class ManagedCausalWan(HostNetwork, CausalWan):
         if isinstance(context, torch.Tensor):
             context = self.project_context(context, clip_fea)
         if window is not None:
-            return self.evaluate(x, t_BF, context, window, None, transformer_options)
+            return self.evaluate(x, t_BF, context, window, transformer_options)
         return super().forward(x, t_BF, context, range(frames) if frame_ids is None else frame_ids, cache, sink_mode,
                                mask_FF, transformer_options)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import ContextKeys, Head, ImageEmbedding, Step, WanBlock
+from .attention import ContextKeys, Head, ImageEmbedding, Reach, Step, WanBlock, reaches
 from .cache import CacheLayout, KVCache, Window
 from .rope import make_rotation
 from .schedule import precise_dtype
@@ -109,11 +109,10 @@ class CausalWan(nn.Module):
         attend to everything it holds. Without one they attend to each other; mask_FF [F, F], if given, restricts this
         to entries that are True.
         """
-        window, mask_LL = self.open(x_BCFHW, frame_ids, cache, sink_mode), None
+        window, attends = self.open(x_BCFHW, frame_ids, cache, sink_mode), ()
         if cache is None and mask_FF is not None:
-            tokens = len(window.rotation_LP2) // len(frame_ids)
-            mask_LL = mask_FF.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        return self.evaluate(x_BCFHW, t_BF, context, window, mask_LL, transformer_options)
+            attends = reaches(mask_FF, len(window.rotation_LP2) // len(frame_ids))
+        return self.evaluate(x_BCFHW, t_BF, context, window, transformer_options, attends)
 
     def open(self, x_BCFHW: Tensor, frame_ids: Sequence[int], cache: KVCache | None, sink_mode: str) -> Window:
         """The window of a forward pass, for `evaluate`."""
@@ -127,11 +126,11 @@ class CausalWan(nn.Module):
         return cache.open(frame_ids, sink_mode, rows, columns)
 
     def evaluate(self, x_BCFHW: Tensor, t_BF: Tensor, context: tuple[ContextKeys, ...], window: Window,
-                 mask_LL: Tensor | None, transformer_options: dict) -> Tensor:
+                 transformer_options: dict, attends: Sequence[Reach] = ()) -> Tensor:
         """`forward` after all that depends on the number of a frame has been prepared in `window`."""
         params = self.params
         time_BFC = self.time_embedding(timestep_embedding(t_BF, params.freq_dim).to(x_BCFHW.dtype))
-        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), window, mask_LL, transformer_options)
+        step = Step(self.time_projection(time_BFC).unflatten(-1, (6, -1)), window, attends, transformer_options)
         x_BCFRS = self.patch_embedding(x_BCFHW)
         # In one piece, as between the layers, so that a compiled first layer is the same graph as the others.
         x_BLC = x_BCFRS.flatten(2).transpose(1, 2).contiguous()

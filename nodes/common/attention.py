@@ -12,10 +12,10 @@ from .fused import products_for
 SHORT = 32  # frames; products of such small matrices are faster than fused kernels, which are made for long sequences
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_) -> Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_) -> Tensor:
     """Softmax attention over [batch, L, heads * dim] by PyTorch's fused kernel, for training and tests."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v)
     return mixed.transpose(1, 2).flatten(-2)
 
 

@@ -155,7 +155,7 @@ def causal_flow_loss(net: nn.Module, z_BCFHW: Tensor, context_BCFHW: Tensor, y_B
     finished = torch.cat((context_BCFHW[:, :, :known], y_BYFHW[:, :, :known]), dim=1)
     t_BF = torch.cat((sigma_BF.new_zeros(len(sigma_BF), known), 1000 * sigma_BF), dim=1)
     frame_ids = [*range(known), *range(start, sum(blocks))]
-    mask_FF = teacher_mask(blocks, first).to(z_BCFHW.device)
+    mask_FF = teacher_mask(blocks, first)
     flow = net(torch.cat((finished, noisy), dim=2), t_BF, keys, frame_ids, mask_FF=mask_FF)
     change_B1HW = (z_BCFHW.amax(2) - z_BCFHW.amin(2)).amax(1, keepdim=True)
     weight_B11HW = 1 + (emphasis - 1) * (change_B1HW > 0.5)[:, :, None]

@@ -152,7 +152,7 @@ def test_a_relative_sink_scores_as_a_window_turned_from_zero(capacity, sink):
         end = start + block
         frames, raw = range(start, end), raw_BFTC[:, start:end]
         window = cache.open(frames, "write", rows, columns)
-        layer(raw.flatten(1, 2), Step(None, window, None), window.layers[0])
+        layer(raw.flatten(1, 2), Step(None, window), window.layers[0])
         keys, values = seen_by_attention
         seen = [*range(min(sink, end)), *range(max(sink, end - (capacity - sink)), end)]
         order = torch.tensor([slot_of(frame, capacity, sink) for frame in seen])
