@@ -25,7 +25,7 @@ sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 import host  # noqa: E402
 
 FAMILIES = ("dynamicrafter", "causal_wan", "video_unet", "scenes")  # a module quality_<family> each, see quality_common
-DRAWN_BY = {"scenes": "scenes"}  # scenes: a 96x96 DynamiCrafter demo in place of the shipped one; others: shapes
+DRAWN_BY = {"scenes": "scenes"}  # scenes: the 96x96 DynamiCrafter demo; the others are 64x64 and draw shapes
 SHOWN_IMAGES = 3
 
 

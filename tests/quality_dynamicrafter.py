@@ -1,4 +1,4 @@
-"""How well the DynamiCrafter demo follows image and prompt: animate, interpolate and loop."""
+"""How well the 64x64 DynamiCrafter demo follows image and prompt: animate, interpolate and loop."""
 import json
 from dataclasses import replace
 from random import Random
@@ -49,6 +49,7 @@ def stills(case: dict, truth):
 
 
 def fill(graph: dict, case: dict, images: list[str]) -> dict:
+    only(graph, "Stillmotion_LoadDynamiCrafter")["checkpoint"] = "demo"  # the 64x64 one
     wanted = only(graph, "Stillmotion_DynamiCrafterImageToVideo")
     graph[wanted["positive"][0]]["inputs"]["text"] = case["prompt"]
     only(graph, "Stillmotion_DDIMSampler")["seed"] = case["seed"]

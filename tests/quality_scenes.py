@@ -44,7 +44,6 @@ def truth(case: dict, data):
 
 def fill(graph: dict, case: dict, images: list[str]) -> dict:
     wanted = only(graph, "Stillmotion_DynamiCrafterImageToVideo")
-    wanted |= {"width": 96, "height": 96}
     graph[wanted["positive"][0]]["inputs"]["text"] = case["prompt"]
     only(graph, "Stillmotion_DDIMSampler")["seed"] = case["seed"]
     for socket, name in zip(("image", "image2"), images):

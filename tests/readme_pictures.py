@@ -19,7 +19,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "workflows" / "runner")]
 import host  # noqa: E402
 
 TEMPLATE = host.WORKFLOWS / "animate.json"
-START = host.WORKFLOWS / "examples" / "stillmotion_start.png"
+START = host.WORKFLOWS / "examples" / "stillmotion_star.png"
 PICTURES = host.PACK / "web" / "pages"
 SAVER = "Stillmotion_SaveVideo"
 SIDE, GAP = 288, 8  # pixels

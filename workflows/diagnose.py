@@ -33,7 +33,7 @@ import pipeline  # noqa: E402
 
 DIAGNOSE = "Stillmotion_DiagnoseModel"
 EXAMPLES = host.WORKFLOWS / "examples"
-EXAMPLE_IMAGE, EXAMPLE_CLIP = EXAMPLES / "stillmotion_start.png", EXAMPLES / "stillmotion_past.mp4"
+EXAMPLE_IMAGE, EXAMPLE_CLIP = EXAMPLES / "stillmotion_star.png", EXAMPLES / "stillmotion_past.mp4"
 
 
 def parse(arguments):
@@ -80,7 +80,7 @@ def check(options):
 
 def fill(pipe, options):
     """The shipped graph for this model, with the options filled in."""
-    config = None if pipe.checkpoint == "demo" else generate.read_config(pipe)
+    config = None if pipe.checkpoint is None else generate.read_config(pipe)
     job = video_unet_graph(pipe, options, config) if options.clipping or config else image_graph(pipe, options)
     preset = commands.PRESETS[options.preset]
     pipe.set_inputs(
@@ -88,7 +88,7 @@ def fill(pipe, options):
         clip_x0=options.clip_x0, clip_value=options.clip_value,
         cfg=preset.get("guidance_scale") if options.guidance_scale is None else options.guidance_scale,
         depth="quick" if options.quick else None, compare_clipping=options.compare or options.clipping,
-        checkpoint=None if pipe.checkpoint == "demo" else pipe.checkpoint)
+        checkpoint=pipe.checkpoint)
     return job
 
 
@@ -122,7 +122,7 @@ def video_unet_graph(pipe, options, config):
     if config:
         generate.adapt(job, config, options.clip, options.vae)
         pipe.set_inputs(job, None, graph.find_node(job, generate.LOADER), checkpoint=pipe.checkpoint)
-    elif pipe.checkpoint != "demo":
+    elif pipe.checkpoint is not None:
         raise host.HostError(f"{pipe.checkpoint} is no video U-Net of this pack, which --clipping needs.")
     return job
 

@@ -133,7 +133,7 @@ def adapt(job, config, clip, vae):
 def prepare(pipe, options):
     """(graph, ids of its save nodes by format), with everything set except the prompt."""
     job = json.loads((host.WORKFLOWS / "api" / "video_unet_text_to_video.json").read_text())
-    if pipe.checkpoint != "demo":
+    if pipe.checkpoint is not None:
         config = read_config(pipe)
         if config is None:
             raise host.HostError(f"{pipe.checkpoint} is no video U-Net of this pack: its header has no {HEADER}. Give "

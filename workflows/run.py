@@ -4,7 +4,7 @@
     python workflows/run.py 512 --image cat.png --prompt "a cat walks"
     python workflows/run.py 1024 42 cuda:1 --prompt_dir photos     every image with a same-named .txt, seed 42
 
-Presets: demo (64x64), 256 (256x256, frame stride 3), 512 (512x320, fs 24), 1024 (1024x576, fs 10); the real ones need
+Presets: demo (96x96), 256 (256x256, frame stride 3), 512 (512x320, fs 24), 1024 (1024x576, fs 10); the real ones need
 a checkpoint, and the script says which and where. The preset's ComfyUI is a private one unless the pack lies in the
 custom_nodes folder of another, or --comfyui or --server names one; nothing is installed into those. A video that is
 there already stays, and the new one gets a number, unless --overwrite is given.
@@ -27,7 +27,7 @@ import commands  # noqa: E402
 from inprocess import common  # noqa: E402
 from progress import Progress  # noqa: E402
 
-EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"  # its prompt is in the workflow
+EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_star.png"  # its prompt is in the workflow
 SIDE = 8  # pixels: sides are multiples of it
 # `run.py NAME ...` calls main(arguments after the name), or the function named after a colon, of a module in runner/.
 SUBCOMMANDS = {  # name: (module, what it does)

@@ -20,6 +20,7 @@ AGAIN = "Compare its size with the source and download or copy it again."
 WRAPPERS = {"module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 # Names under which training code stores the model in a checkpoint.
 ENVELOPES = ("state_dict", "module", "model_state_dict", "model")
+ROWS = ".rows"  # after the key of an embedding table: for each row, whether the file holds it; the others are zero
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _read_safetensors(path):
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return Checkpoint(path, unwrapped(tensors, path), file.metadata() or {})
+            return Checkpoint(path, with_all_rows(unwrapped(tensors, path)), file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a complete .safetensors file ({error}). {AGAIN}") from error
 
@@ -145,6 +146,25 @@ def unwrapped(tensors, path):
         raise ValueError(f"{path}: {len(tensors) - len(named)} keys name the same weights twice, with and without a "
                          "wrapper's prefix. Save the state dict of the network alone.")
     return named
+
+
+def with_all_rows(tensors):
+    """`tensors` with the rows of embedding tables that `without_zero_rows` left out."""
+    whole = dict(tensors)
+    for name, held_V in tensors.items():
+        table = tensors.get(name.removesuffix(ROWS)) if name.endswith(ROWS) else None
+        if table is not None and held_V.dtype == torch.bool and held_V.sum() == len(table):
+            whole[name.removesuffix(ROWS)] = filled = table.new_zeros(len(held_V), *table.shape[1:])
+            filled[held_V] = table
+            del whole[name]
+    return whole
+
+
+def without_zero_rows(tensors, key):
+    """`tensors` with only those rows of the embedding table `key` that are not zero, and which they are. The tables of
+    the small demo models hold few of the tokenizer's 49408 words."""
+    held_V = tensors[key].any(dim=1)
+    return {**tensors, key: tensors[key][held_V].contiguous(), key + ROWS: held_V}
 
 
 def check_kinds(path, tensors):

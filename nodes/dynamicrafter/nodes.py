@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..common.core_model import WEIGHT_DTYPES
-from ..common.demo import DYNAMICRAFTER
+from ..common.demo import DYNAMICRAFTER_DEMOS
 from ..common.files import read_checkpoint
 from ..common.images import own_size, trained_size
 from ..common.nodes import find_model
@@ -45,12 +45,14 @@ class LoadDynamiCrafter(io.ComfyNode):
             search_aliases=["image to video", "i2v", "animate", "dynamicrafter checkpoint", "load model"],
             advanced=["weight_dtype", "yaml"],
             inputs=[
-                io.Combo.Input("checkpoint", options=["demo", *folder_paths.get_filename_list("checkpoints")],
-                               tooltip="A file in models/checkpoints. demo is the small model that comes with this "
-                                       "pack: moving shapes at 64x64, to try every workflow without a download."),
+                io.Combo.Input("checkpoint", options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
+                               tooltip="A file in models/checkpoints. The demos are small models that come with this "
+                                       "pack, to try every workflow without a download: patterned shapes and camera "
+                                       "moves at 96x96; plain shapes at 64x64 (demo), whose VAE and CLIP the other "
+                                       "demo models use."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
-                                       "choose 512_interp for the two-image model. Not used with a YAML or for demo."),
+                                       "choose 512_interp for the two-image model. Not used with a YAML or for the demos."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device. "
                                        "fp8_e4m3fn halves the memory of fp16 (not for towers and VAE)."),
@@ -147,7 +149,7 @@ class DynamiCrafterImageToVideo(io.ComfyNode):
 
 def _paths(name, yaml):
     """Checkpoint and YAML (None if not given) as paths; names are relative to the model folders."""
-    path = DYNAMICRAFTER if name == "demo" else find_model(name, ("checkpoints",), ["demo"])
+    path = DYNAMICRAFTER_DEMOS.get(name) or find_model(name, ("checkpoints",), list(DYNAMICRAFTER_DEMOS))
     if not yaml:
         return path, None
     folders = [path.parent, *map(Path, folder_paths.get_folder_paths("configs"))]

@@ -3,6 +3,7 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
+from ..common.demo import DYNAMICRAFTER_DEMOS
 from ..common.schema import schema
 
 FPS = 8.0
@@ -26,9 +27,9 @@ class PictureToVideo(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The first frame. Scaled and cropped to the model's size."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What happens in the video."),
-                io.Combo.Input("checkpoint", options=["demo", *folder_paths.get_filename_list("checkpoints")],
-                               tooltip="A DynamiCrafter file in models/checkpoints. demo is the small model that comes "
-                                       "with this pack: it knows drawn moving shapes only."),
+                io.Combo.Input("checkpoint", options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
+                               tooltip="A DynamiCrafter file in models/checkpoints. The demos are small models that "
+                                       "come with this pack: they know drawn moving shapes only."),
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="Seed of the noise: another seed, another video."),
             ],

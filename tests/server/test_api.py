@@ -173,7 +173,7 @@ def test_demo_is_only_a_path(server, client):
     """The same file under another name in models/checkpoints gives identical frames."""
     folder = Path(server.base) / "models" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    demo, = (host.PACK / "nodes" / "demo").glob("dynamicrafter*.safetensors")
+    demo = host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors"
     shutil.copy(demo, folder / "renamed.safetensors")
     clips = []
     for name in ("demo", "renamed.safetensors"):
@@ -187,7 +187,7 @@ def test_demo_is_only_a_path(server, client):
 def test_a_pruned_file_names_the_loaders_to_use(server, client):
     folder = Path(server.base) / "models" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    demo, = (host.PACK / "nodes" / "demo").glob("dynamicrafter*.safetensors")
+    demo = host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors"
     with safe_open(demo, "pt") as file:
         kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(("cond_stage_", "embedder."))}
         save_file(kept, folder / "pruned.safetensors", file.metadata())
@@ -198,6 +198,6 @@ def test_a_pruned_file_names_the_loaders_to_use(server, client):
 
 
 def test_an_upload_replaces_no_other_file(client):
-    pictures = [(host.WORKFLOWS / "examples" / f"stillmotion_{name}.png").read_bytes() for name in ("start", "end")]
+    pictures = [(host.WORKFLOWS / "examples" / f"stillmotion_{name}.png").read_bytes() for name in ("start", "star")]
     names = [client.upload(picture, "same_name.png") for picture in (*pictures, pictures[0])]
     assert names[0] != names[1] and names[2] == names[0]

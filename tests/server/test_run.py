@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_start.png"
+EXAMPLE = host.WORKFLOWS / "examples" / "stillmotion_star.png"
 
 
 def hear_signals():
@@ -66,9 +66,9 @@ def test_one_command_makes_a_video(tmp_path):
     assert code == 0, text
     assert "DDIM Sampler (fixed): 3/3" in text
     path, = tmp_path.rglob("*.mp4")
-    assert f"saved {path}" in text and path == tmp_path / "results" / "stillmotion_start_demo_seed42.mp4"
+    assert f"saved {path}" in text and path == tmp_path / "results" / "stillmotion_star_demo_seed42.mp4"
     frames, tags = frames_and_tags(path)
-    assert len(frames) == 16 and frames[0].shape == (64, 64, 3)
+    assert len(frames) == 16 and frames[0].shape == (96, 96, 3)
     prompt, workflow = json.loads(tags["prompt"]), json.loads(tags["workflow"])
     sampler, = (node for node in prompt.values() if node["class_type"] == pipeline.SAMPLER)
     assert sampler["inputs"]["seed"] == 42 and sampler["inputs"]["steps"] == 3
@@ -133,7 +133,7 @@ def test_another_prompt_does_not_replace_the_first_video(server, tmp_path):
         text, code = run(*arguments, prompt, cwd=tmp_path, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
         assert code == 0, text
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        "stillmotion_start_demo_seed123.mp4", "stillmotion_start_demo_seed123-2.mp4"}
+        "stillmotion_star_demo_seed123.mp4", "stillmotion_star_demo_seed123-2.mp4"}
     assert "saved" in text and "-2.mp4" in text
     run(*arguments, "x", "--overwrite", cwd=tmp_path)
     assert len(list((tmp_path / "results").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""The built-in demo model: its size, and the sampler with real weights at step counts that used to return NaN."""
+"""The built-in demo models: their size, and the sampler with real weights at step counts that used to return NaN."""
 
 import sys
 from random import Random
@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
+from stillmotion.nodes.common.demo import DYNAMICRAFTER_96, FOLDER
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.notes import say_on_node
 from stillmotion.nodes.common.preview import step_preview
@@ -27,8 +28,8 @@ def demo():
     return checkpoint.load(read_checkpoint(DEMO))
 
 
-def test_it_is_small():
-    assert DEMO.stat().st_size <= 10_000_000
+def test_they_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= 24_000_000
 
 
 @pytest.mark.parametrize("steps", [7, 20, 25, 61, 122])
@@ -56,6 +57,12 @@ def drawing(seed=1):
 def test_it_knows_its_own_size_and_strength(demo):
     assert demo.vae.trained_size == demo.model.model.trained_size and max(demo.vae.trained_size) < 256
     assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (50, 1.5)
+
+
+def test_the_larger_one_draws_larger_pictures():
+    large = checkpoint.load(read_checkpoint(DYNAMICRAFTER_96))
+    assert large.vae.trained_size == large.model.model.trained_size == (96, 96)
+    assert large.model.model.diffusion_params.cfg == 1.5
 
 
 def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):

@@ -94,6 +94,18 @@ def test_pickle_named_safetensors(tmp_path):
         same(files.read_checkpoint(tmp_path / "a.safetensors").tensors)
 
 
+def test_tables_without_their_zero_rows(tmp_path):
+    table = torch.zeros(5, 2)
+    table[[1, 3]] = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    tensors = files.without_zero_rows({"a": torch.ones(1), "words.weight": table}, "words.weight")
+    assert tensors["words.weight"].shape == (2, 2)
+    save_file(tensors, tmp_path / "small.safetensors")
+    found = files.read_checkpoint(tmp_path / "small.safetensors").tensors
+    assert found.keys() == {"a", "words.weight"} and torch.equal(found["words.weight"], table)
+    save_file({"words.rows": torch.ones(3, dtype=torch.bool), "words": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    assert files.read_checkpoint(tmp_path / "other.safetensors").tensors.keys() == {"words.rows", "words"}
+
+
 def test_safetensors_under_any_name(tmp_path):
     path = tmp_path / "model.ckpt"
     save_file(WEIGHTS, path, metadata={"stillmotion.config": "{}"})

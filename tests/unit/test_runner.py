@@ -42,7 +42,7 @@ def test_long_names_of_the_original_command_line_work():
     options = run.parse(["1024", "--image_path", str(run.EXAMPLE), "--prompt_text", "hello", "--num_inference_steps",
                          "7", "--video_length", "9", "--output_dir", "out", "--eta", "0", "--batch_size", "2"])
     assert (options.steps, options.frames, options.output, options.eta) == (7, 9, Path("out"), 0.0)
-    assert run.jobs(options) == [(run.EXAMPLE, "hello", Path("out/stillmotion_start_1024_seed123"))]
+    assert run.jobs(options) == [(run.EXAMPLE, "hello", Path("out/stillmotion_star_1024_seed123"))]
 
 
 def test_a_subcommand_gets_the_arguments_after_its_name(monkeypatch, capsys):

@@ -117,7 +117,8 @@ def test_templates_start_with_the_demo_in_its_own_size(name):
 
 
 def test_the_one_node_is_the_graph_of_the_template():
-    made = PictureToVideo.execute("the image", "a red circle moves right on a white background", "demo", 123).expand
+    made = PictureToVideo.execute(
+        "the image", "a yellow striped star moves right on a cloudy brown background", "demo, 96x96", 123).expand
     demo = read("api/animate.json").values()
     for node in made.values():
         values = {key: value for key, value in node["inputs"].items() if not isinstance(value, list)}
@@ -189,26 +190,26 @@ def test_a_run_that_is_gone_on_with_keeps_its_seed():
 
 
 def test_files_of_the_workflows_are_put_into_the_input_folder_once(tmp_path):
-    (tmp_path / "stillmotion_end.png").write_bytes(b"the user's own")
+    (tmp_path / "stillmotion_triangle_end.png").write_bytes(b"the user's own")
     offer_examples(tmp_path)
     entry = {"LoadImage": "image", "LoadVideo": "file", "Stillmotion_ImagePromptFolder": "folder"}
     files = {n["inputs"][entry[n["class_type"]]] for name in NAMES for n in read(f"api/{name}.json").values()
              if n["class_type"] in entry}
     assert files | {OFFERED} == {path.name for path in tmp_path.iterdir()}
-    assert (tmp_path / "stillmotion_end.png").read_bytes() == b"the user's own"
+    assert (tmp_path / "stillmotion_triangle_end.png").read_bytes() == b"the user's own"
     assert len(list((tmp_path / "stillmotion_pictures").iterdir())) == 6
 
 
 def test_an_example_that_the_user_deleted_does_not_come_back(tmp_path):
     offer_examples(tmp_path)
-    (tmp_path / "stillmotion_end.png").unlink()
+    (tmp_path / "stillmotion_triangle_end.png").unlink()
     offer_examples(tmp_path)
-    assert not (tmp_path / "stillmotion_end.png").exists() and (tmp_path / "stillmotion_start.png").exists()
+    assert not (tmp_path / "stillmotion_triangle_end.png").exists() and (tmp_path / "stillmotion_start.png").exists()
     names = (tmp_path / OFFERED).read_text().splitlines()
     assert len(set(names)) == len(names)
     (tmp_path / OFFERED).write_text("stillmotion_start.png\n")  # a later version adds another one
     offer_examples(tmp_path)
-    assert (tmp_path / "stillmotion_end.png").exists()
+    assert (tmp_path / "stillmotion_triangle_end.png").exists()
 
 
 def test_an_input_folder_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):

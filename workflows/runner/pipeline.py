@@ -53,7 +53,8 @@ def missing_checkpoint(preset, folder):
 
 
 def find_checkpoint(server, preset, name=None, models=None):
-    """The checkpoint that this server (a Client) has for the preset, or `name` if it is there. Raises HostError.
+    """The checkpoint that this server (a Client) has for the preset, or `name` if it is there; None for the demo, which
+    the graphs themselves name. Raises HostError.
 
     models: the models folder of a server that we started.
     """
@@ -65,7 +66,7 @@ def find_checkpoint(server, preset, name=None, models=None):
             raise host.HostError(f"checkpoint {name!r} is {where} (there: {', '.join(sorted(names)) or 'none'}).")
         return name
     if preset == "demo" or name:
-        return "demo"
+        return None
     chosen = choose_checkpoint(preset, names)
     if chosen is None:
         raise host.HostError(missing_checkpoint(preset, folder))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor, nn
 
+from ...common.demo import DYNAMICRAFTER
 from ..data import scenes
 from . import stages
 from .dynamicrafter_64 import SCALE_FACTOR, standardise_latents
@@ -44,7 +45,7 @@ def stills(count: int, seed: int) -> Tensor:
 def first_autoencoder() -> nn.Module:
     """The 32-channel autoencoder of the 64x64 demo. It already knows shapes and colours, which take long to learn from
     scratch."""
-    return stages.load("autoencoder_64", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}))
+    return stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}), DYNAMICRAFTER)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
         return fit_compiled(vae, loss_of, (encode, decode), steps=steps, lr=1e-3, checkpoint=folder / f"{name}.pt",
                             ema_decay=0.995, save_every=100, on_save=on_save)
 
-    first = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has("autoencoder")
+    first = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has_demo()
              else widened(stage(first_autoencoder(), "autoencoder_narrow", NARROW_STEPS)))
     vae = stage(first, "autoencoder", steps)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
@@ -137,9 +138,3 @@ def refine_decoder(folder: Path, vae: nn.Module, steps: int, on_save=None) -> nn
 def encode_frames(vae: nn.Module, frames_TCHW: Tensor) -> Tensor:
     """Scaled latents [4, T, h, w] of a clip in [-1, 1]."""
     return (vae.quant_conv(vae.encoder(frames_TCHW))[:, :4] * SCALE_FACTOR).transpose(0, 1)
-
-
-def make_stage(folder: Path, _) -> None:
-    """Train or resume, and store the result in the pack."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stages.save("autoencoder", train_autoencoder(folder), STEPS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -102,25 +102,46 @@ def random_clips(rng: Random, count: int, turning: float = TURNING) -> list[tupl
     return clips
 
 
+class Drawn(NamedTuple):
+    frames_THWC: Tensor              # uint8
+    turn: int                        # frame from which it moves in another direction, or 0
+    captions: Sequence[Sequence[str]]  # before and after that, in every wording for training
+
+
+def drawn_clips(clips: Sequence[tuple[data.ShapeClip, int, str]], frames: int) -> Iterator[Drawn]:
+    """Clips of `random_clips`; those that turn have FRAMES frames."""
+    for clip, turn, direction in clips:
+        yield Drawn(draw_turning(clip, turn, direction) if turn else data.draw_clip(clip, frames), turn,
+                    [[c.caption(form) for form in range(data.HELD_OUT_FORM)]
+                     for c in (clip, replace(clip, direction=direction))])
+
+
 @torch.no_grad()
-def encode(demo, clips: Sequence[tuple[data.ShapeClip, int, str]], frames: int, index: dict[str, int]
-           ) -> dict[str, Tensor]:
+def encode(demo, clips: Iterable[Drawn], index: dict[str, int]) -> dict[str, Tensor]:
     """Encodings of clips, made with the nodes that users have: latents [K, 4, frames, h, w] (scaled), tokens [K, N, W]
     of the first frame, turn [K], caption [K, 2, forms] (before and after the turn) as indices from `index`, which is
     extended."""
     found = {"latents": [], "tokens": [], "turn": [], "caption": []}
-    for clip, turn, direction in clips:
-        drawn = draw_turning(clip, turn, direction) if turn else data.draw_clip(clip, frames)
-        pixels_THWC = drawn.float() / 255
+    for clip in clips:
+        pixels_THWC = clip.frames_THWC.float() / 255
         found["latents"].append((demo.vae.encode(pixels_THWC)[0] * SCALE_FACTOR).half())
         found["tokens"].append(demo.clip_vision.encode_image(pixels_THWC[:1]).penultimate_hidden_states[0])
-        found["turn"].append(torch.tensor(turn))
+        found["turn"].append(torch.tensor(clip.turn))
         found["caption"].append(torch.tensor(
-            [[index.setdefault(c.caption(form), len(index)) for form in range(data.HELD_OUT_FORM)]
-             for c in (clip, replace(clip, direction=direction))]))
-        if len(found["turn"]) % 500 == 0:
-            logging.info("encoded %d / %d clips", len(found["turn"]), len(clips))
+            [[index.setdefault(caption, len(index)) for caption in forms] for forms in clip.captions]))
+        if len(found["turn"]) % 200 == 0:
+            logging.info("encoded %d clips", len(found["turn"]))
     return {name: torch.stack(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def encode_fixed(demo, index: dict[str, int], size: int) -> dict[str, Tensor]:
+    """text [captions, 77, C] of an `index` that begins with the empty caption, and grey [1, 4, 1, h, w] and grey_tokens
+    [1, N, W] of a grey image of `size` x `size` pixels."""
+    text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
+    grey = torch.full((1, size, size, 3), 0.5)
+    return {"text": torch.stack(text), "grey": demo.vae.encode(grey) * SCALE_FACTOR,
+            "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states}
 
 
 @torch.no_grad()
@@ -132,14 +153,10 @@ def encode_clips(folder: Path, count: int = CLIPS, short: int = SHORT_CLIPS) -> 
     if path.exists():
         return torch.load(path, weights_only=True)
     demo, index, rng = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER), weight_dtype="fp32"), {"": 0}, Random(11)
-    encodings = encode(demo, random_clips(rng, count), FRAMES, index)
-    straight = encode(demo, random_clips(rng, short, turning=0), WINDOW, index)
+    encodings = encode(demo, drawn_clips(random_clips(rng, count), FRAMES), index)
+    straight = encode(demo, drawn_clips(random_clips(rng, short, turning=0), WINDOW), index)
     encodings |= {f"short_{name}": value for name, value in straight.items()}
-    text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
-    grey = torch.full((1, 64, 64, 3), 0.5)
-    encodings |= {"text": torch.stack(text), "grey": demo.vae.encode(grey) * SCALE_FACTOR,
-                  "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states}
-    encodings = {name: value.clone() for name, value in encodings.items()}
+    encodings = {name: value.clone() for name, value in (encodings | encode_fixed(demo, index, 64)).items()}
     torch.save(encodings, path)
     return encodings
 

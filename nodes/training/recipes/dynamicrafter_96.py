@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...common.files import without_zero_rows
 from ...ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter.resampler import ResamplerParams
 from ...dynamicrafter.unet import UNetParams, VideoUNet
@@ -23,7 +24,7 @@ from .laws import noisy_timesteps
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
 PARTS = 10            # of 400 clips each
-STEPS, BATCH = 3500, 8  # beyond those of the stored weights
+STEPS, BATCH = 4000, 8
 
 
 def config() -> dict:
@@ -43,8 +44,8 @@ def new_unet() -> VideoUNet:
 
 
 def first_unet() -> VideoUNet:
-    """The stored weights of the pack's own, possibly unfinished training, or an untrained network."""
-    return stages.load("unet", new_unet()) if stages.has("unet") else new_unet()
+    """The network of the demo in the pack, whose training then goes on; an untrained one if there is none."""
+    return stages.load("unet", new_unet()) if stages.has_demo() else new_unet()
 
 
 def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, lr: float = 1.2e-3,
@@ -77,19 +78,17 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
 
 
 def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
-    """Write everything in fp16 in the official key layout, without the vision file's own copy of the text tower."""
-    weights = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
-    for key, value in clip.state_dict().items():
-        weights[("embedder.model." if key.startswith("visual.") else "cond_stage_model.model.") + key] = value
-    for key, value in unet.state_dict().items():
-        weights[key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"] = value
-    save_file({key: value.half().contiguous() for key, value in weights.items()}, path,
+    """Write everything in fp16 in the official key layout, of the token embedding only the rows in use."""
+    weights = {}
+    for part, net in (("autoencoder", vae), ("towers", clip), ("unet", unet)):
+        weights |= stages.tensors_of(part, net)
+    save_file(without_zero_rows(weights, stages.TABLE), path,
               metadata={"format": "pt", "stillmotion.config": json.dumps(config()),
                         "stillmotion.open_clip": json.dumps(demo.OPEN_CLIP)})
 
 
 def make_demo(folder: Path, target: Path) -> None:
-    """Run all stages in `folder`, resuming what is there or stored in the pack, then write the file."""
+    """Run all stages in `folder`, resuming what is there or in the pack's own demo, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = encoders(folder)
     export(target, vae, clip, train_unet(folder, encode_clips(folder, vae, clip, PARTS)))

@@ -24,11 +24,11 @@ RETURNING = 0.1     # fraction of clips that move out and back, for loops
 
 
 def encoders(folder: Path) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and towers as stored in the pack; trained in `folder` if they are not."""
-    vae = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has("autoencoder")
-           else train_autoencoder(folder))
-    clip = stages.load("towers", CLIP(**OPEN_CLIP)) if stages.has("towers") else train_towers(folder)
-    return vae.eval(), clip.eval()
+    """Autoencoder and towers of the demo in the pack; trained in `folder` if there is none."""
+    if stages.has_demo():
+        vae, clip = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG), CLIP(**OPEN_CLIP)
+        return stages.load("autoencoder", vae).eval(), stages.load("towers", clip).eval()
+    return train_autoencoder(folder).eval(), train_towers(folder).eval()
 
 
 def random_scene(rng: Random) -> scenes.Scene:

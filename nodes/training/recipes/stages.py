@@ -1,38 +1,40 @@
-"""Weights of finished (or the latest) stages, stored in the pack in fp16, so that training can resume anywhere."""
+"""Parts of the 96x96 DynamiCrafter demo in its file, in fp16: what other recipes use, and what training resumes from."""
 from __future__ import annotations
 
-from pathlib import Path
+from torch import Tensor, nn
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from ...common.demo import DYNAMICRAFTER_96
+from ...common.files import read_checkpoint
 
-FOLDER = Path(__file__).parents[2] / "demo" / "stages"
-TABLE, ROWS = "token_embedding.weight", ".rows"
-
-
-def save(name: str, net: nn.Module, step: int) -> None:
-    """Save weights trained for `step` steps. Of an embedding table only the nonzero rows are stored."""
-    FOLDER.mkdir(exist_ok=True)
-    weights = {}
-    for key, value in net.state_dict().items():
-        if key.endswith(TABLE):
-            weights[key + ROWS] = used = value.abs().sum(1).nonzero()[:, 0]
-            value = value[used]
-        weights[key] = value.half().contiguous()
-    save_file(weights, FOLDER / f"{name}.safetensors", metadata={"format": "pt", "step": str(step)})
+AUTOENCODER, TEXT, VISION, UNET = ("first_stage_model.", "cond_stage_model.model.", "embedder.model.",
+                                   "model.diffusion_model.")
+TABLE = f"{TEXT}token_embedding.weight"
 
 
-def has(name: str) -> bool:
-    return (FOLDER / f"{name}.safetensors").exists()
+def keys_of(part: str, net: nn.Module) -> dict[str, str]:
+    """{key in the file: key of the network} for "autoencoder", "towers" or "unet". The vision file's own copy of the
+    text tower is left out."""
+    def prefix(key: str) -> str:
+        if part == "autoencoder":
+            return AUTOENCODER
+        if part == "towers":
+            return VISION if key.startswith("visual.") else TEXT
+        return "" if key.startswith("image_proj_model.") else UNET
+    return {prefix(key) + key: key for key in net.state_dict()}
 
 
-def load(name: str, net: nn.Module) -> nn.Module:
-    """Load the stored weights into the network. Raises FileNotFoundError if there are none."""
-    kept, weights = load_file(FOLDER / f"{name}.safetensors"), {}
-    for key, value in net.state_dict().items():
-        weights[key] = kept[key].float()
-        if key.endswith(TABLE):
-            weights[key] = torch.zeros_like(value).index_copy(0, kept[key + ROWS], weights[key])
-    net.load_state_dict(weights)
+def tensors_of(part: str, net: nn.Module) -> dict[str, Tensor]:
+    """The network's weights in fp16, with the keys of the file."""
+    weights = net.state_dict()
+    return {name: weights[key].half().contiguous() for name, key in keys_of(part, net).items()}
+
+
+def has_demo() -> bool:
+    return DYNAMICRAFTER_96.exists()
+
+
+def load(part: str, net: nn.Module, path=DYNAMICRAFTER_96) -> nn.Module:
+    """Load the weights of a demo file into the network."""
+    found = read_checkpoint(path).tensors
+    net.load_state_dict({key: found[name].float() for name, key in keys_of(part, net).items()})
     return net
