@@ -9,12 +9,13 @@ from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.causal_wan import conditioning
 from stillmotion.nodes.causal_wan.cache import KVCache
-from stillmotion.nodes.common.demo import DYNAMICRAFTER
+from stillmotion.nodes.common.demo import DYNAMICRAFTER, DYNAMICRAFTER_96
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training import objectives
 from stillmotion.nodes.training.data import shapes as data
 from stillmotion.nodes.training.recipes import causal_wan as recipe
+from stillmotion.nodes.training.recipes import causal_wan_96 as recipe_96
 from stillmotion.nodes.training.recipes.laws import block_sigmas
 
 
@@ -210,3 +211,32 @@ def test_training_in_two_stages(tmp_path):
                        save_every=1)
     assert not torch.equal(net.head.head.weight, before)
     assert path.with_suffix(".jsonl").read_text().count("\n") == 2
+
+
+def test_larger_clips_turn_and_stay_inside(monkeypatch):
+    monkeypatch.setattr(recipe_96, "PART", 10)
+    clips = list(recipe_96.drawn_scenes(Random(1), "long"))
+    assert [clip.turn for clip in clips] == [*recipe.TURNS] + [0] * 6
+    for clip in clips:
+        first, last = clip.captions[0][0], clip.captions[1][0]
+        assert len(clip.frames_THWC) == recipe.FRAMES and (first != last) == bool(clip.turn)
+        for edge in (clip.frames_THWC[:, 0], clip.frames_THWC[:, -1], clip.frames_THWC[:, :, 0]):
+            assert torch.equal(edge, edge[:1].expand_as(edge))  # the object never touches it
+        if clip.turn:
+            moved = (clip.frames_THWC[1:].int() - clip.frames_THWC[:-1]).abs().sum((1, 2, 3))
+            assert moved.min() > 0  # it never jumps back or stands still
+    assert {clip.turn for clip in recipe_96.drawn_scenes(Random(1), "short")} == {0}
+
+
+def test_parts_of_larger_clips_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_96, "PART", 2)
+    made = recipe_96.encode_clips(tmp_path, {"long": 1, "short": 2})
+    assert len(list(tmp_path.glob("causal_wan_96_*.pt"))) == 3
+    again = recipe_96.encode_clips(tmp_path, {"long": 1, "short": 2})
+    assert made.keys() == again.keys() and all(torch.equal(made[key], value) for key, value in again.items())
+    assert made["latents"].shape == (2, 4, recipe.FRAMES, 12, 12)
+    assert made["short_latents"].shape == (4, 4, recipe.WINDOW, 12, 12)
+    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
+    caption = next(recipe_96.drawn_scenes(Random("short 1"), "short")).captions[0][1]
+    expected = demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0]
+    assert torch.equal(made["text"][made["short_caption"][2, 0, 1]], expected)

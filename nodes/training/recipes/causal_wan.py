@@ -227,7 +227,8 @@ def roll_out(net: CausalWan, batch: Batch, given: int, frames: int, seed: int) -
                      project=lambda prompt: [net.project_context(batch.text_BLC[prompt], batch.image_BNW)],
                      noise=seeded_noise(seed, size, channels, height, width), on_step=lambda *_: None)
     context_BCPHW = batch.z_BCTHW[:, :, :given]
-    made = loop.run(context_BCPHW if given else None, None, None)
+    with torch.compiler.set_stance("force_eager"):  # layers that were compiled for training know no cache
+        made = list(loop.run(context_BCPHW if given else None, None, None))
     return torch.cat((context_BCPHW, *(block.latent_BCFHW for block in made)), dim=2)
 
 
