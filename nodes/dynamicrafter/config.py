@@ -20,7 +20,8 @@ VARIANTS = ("256", "512", "512_interp", "1024")
 DEFAULT_FS = {"256": 3, "512": 24, "512_interp": 5, "1024": 10}
 DEFAULT_ARCH = "ViT-H-14"
 LATENT_SIZE = {"256": [32, 32], "512": [40, 64], "512_interp": [40, 64], "1024": [72, 128]}  # height, width
-SMALL_CFG = 1.5  # of models of SMALL pictures
+SMALL_STEPS, SMALL_CFG = 20, 1.5  # of models of SMALL pictures
+STEPS, CFG = 50, 7.5              # of the others, the published ones
 
 # The only values of these settings that the published models use and this network supports. Other settings that
 # matter change the keys, which are all checked.
@@ -212,6 +213,7 @@ def _diffusion(params, size, source):
     def checked(check, name, default, *limits):
         return check(params.get(name, default), f"{source}: {name}", *limits)
 
+    steps, cfg = (SMALL_STEPS, SMALL_CFG) if size and max(size) < SMALL else (STEPS, CFG)
     zero_snr = checked(flag, "rescale_betas_zero_snr", False)
     scaled = checked(flag, "use_dynamic_rescale", False)
     return DiffusionParams(
@@ -219,4 +221,4 @@ def _diffusion(params, size, source):
         linear_start=checked(number, "linear_start", 1e-4, 0, 1), linear_end=checked(number, "linear_end", 2e-2, 0, 1),
         zero_snr=zero_snr, base_scale=checked(number, "base_scale", 0.7, 0, 100) if scaled else None,
         spacing="uniform_trailing" if zero_snr else "uniform", guidance_rescale=0.7 if zero_snr else 0.0,
-        cfg=SMALL_CFG if size and max(size) < SMALL else 7.5)
+        steps=steps, cfg=cfg)

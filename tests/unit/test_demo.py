@@ -56,13 +56,13 @@ def drawing(seed=1):
 
 def test_it_knows_its_own_size_and_strength(demo):
     assert demo.vae.trained_size == demo.model.model.trained_size and max(demo.vae.trained_size) < 256
-    assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (50, 1.5)
+    assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (20, 1.5)
 
 
 def test_the_larger_one_draws_larger_pictures():
     large = checkpoint.load(read_checkpoint(DYNAMICRAFTER_96))
     assert large.vae.trained_size == large.model.model.trained_size == (96, 96)
-    assert large.model.model.diffusion_params.cfg == 1.5
+    assert (large.model.model.diffusion_params.steps, large.model.model.diffusion_params.cfg) == (20, 1.5)
 
 
 def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):

@@ -64,6 +64,9 @@ class Excerpt(NamedTuple):
         return [*range(SINK), *range(self.end - WINDOW + SINK, self.end)]
 
 
+START = Excerpt(WINDOW, (BLOCK,) * (WINDOW // BLOCK), 0)
+
+
 def draw_excerpt(rng: Random, turn: int) -> Excerpt:
     """An excerpt of a clip that turns at frame `turn`, or never (0), as a block of the sampler would see it.
 
@@ -254,9 +257,8 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
         batch = draw_batch(encodings, size, rng, generator)
-        excerpt = draw_excerpt(rng, batch.turn)
-        if batch.blank or batch.z_BCTHW.shape[2] == WINDOW:  # without an image the first block sets the content
-            excerpt = Excerpt(WINDOW, (BLOCK,) * (WINDOW // BLOCK), 0)
+        # without an image the first block sets the content
+        excerpt = START if batch.blank or batch.z_BCTHW.shape[2] == WINDOW else draw_excerpt(rng, batch.turn)
         context = batch.z_BCTHW
         if own_context and not batch.blank:  # without the image a rollout is a different video from the clip
             frames = excerpt.end - BLOCK
