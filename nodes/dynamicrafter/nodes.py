@@ -45,14 +45,16 @@ class LoadDynamiCrafter(io.ComfyNode):
             search_aliases=["image to video", "i2v", "animate", "dynamicrafter checkpoint", "load model"],
             advanced=["weight_dtype", "yaml"],
             inputs=[
-                io.Combo.Input("checkpoint", options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
+                io.Combo.Input("checkpoint",
+                               options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
                                tooltip="A file in models/checkpoints. The demos are small models that come with this "
                                        "pack, to try every workflow without a download: patterned shapes and camera "
                                        "moves at 96x96; plain shapes at 64x64 (demo), whose VAE and CLIP the other "
                                        "demo models use."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
-                                       "choose 512_interp for the two-image model. Not used with a YAML or for the demos."),
+                                       "choose 512_interp for the two-image model. Not used with a YAML or for the "
+                                       "demos."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device. "
                                        "fp8_e4m3fn halves the memory of fp16 (not for towers and VAE)."),

@@ -27,7 +27,8 @@ class PictureToVideo(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The first frame. Scaled and cropped to the model's size."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What happens in the video."),
-                io.Combo.Input("checkpoint", options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
+                io.Combo.Input("checkpoint",
+                               options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
                                tooltip="A DynamiCrafter file in models/checkpoints. The demos are small models that "
                                        "come with this pack: they know drawn moving shapes only."),
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,

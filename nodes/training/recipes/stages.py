@@ -1,4 +1,4 @@
-"""Parts of the 96x96 DynamiCrafter demo in its file, in fp16: what other recipes use, and what training resumes from."""
+"""Parts of the 96x96 DynamiCrafter demo in its file: what other recipes use, and what its training goes on from."""
 from __future__ import annotations
 
 from torch import Tensor, nn
