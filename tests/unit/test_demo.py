@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
+from stillmotion.nodes.causal_wan import run as causal_wan_run
+from stillmotion.nodes.causal_wan.nodes_loading import LoadCausalWan
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
-from stillmotion.nodes.common.demo import DYNAMICRAFTER_96, FOLDER
+from stillmotion.nodes.common.demo import DYNAMICRAFTER_96, DYNAMICRAFTER_DEMOS, FOLDER, other_encoders
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.common.notes import say_on_node
 from stillmotion.nodes.common.preview import step_preview
@@ -20,6 +22,7 @@ from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint
 from stillmotion.nodes.dynamicrafter.conditioning import image_conditions, strangeness
 from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.video_unet import nodes as video_unet_nodes
 from tracking import psnr
 
 
@@ -63,6 +66,20 @@ def test_the_larger_one_draws_larger_pictures():
     large = checkpoint.load(read_checkpoint(DYNAMICRAFTER_96))
     assert large.vae.trained_size == large.model.model.trained_size == (96, 96)
     assert (large.model.model.diffusion_params.steps, large.model.model.diffusion_params.cfg) == (20, 1.5)
+
+
+def test_a_demo_without_encoders_says_so_if_others_are_connected(monkeypatch):
+    said = []
+    for module in (video_unet_nodes, causal_wan_run):
+        monkeypatch.setattr(module, "say_on_node", said.append)
+    model = video_unet_nodes.LoadVideoUNet.execute("demo", "auto").args[0]
+    for name, path in DYNAMICRAFTER_DEMOS.items():
+        vae = checkpoint.load(read_checkpoint(path)).vae
+        video_unet_nodes.VideoUNetConditions.execute(model, [], [], "none", 0, 0, 4, 1, vae=vae)
+        assert ("The pictures are 96 x 96" in said.pop()) == (name == "demo, 96x96")
+    causal = LoadCausalWan.execute("demo", "auto", "none", 1.0, "auto").args[0]
+    assert "to demo, whose CLIP" in other_encoders(causal, (96, 96)) and other_encoders(causal, (64, 64)) == ""
+    assert other_encoders(SimpleNamespace(model=SimpleNamespace()), (96, 96)) == ""
 
 
 def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):
