@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stillmotion.nodes.common.attention import torch_attention
 from stillmotion.nodes.ddim.schedule import NUM_TIMESTEPS, make_alphas_cumprod, make_betas
 from stillmotion.nodes.training import objectives
+from stillmotion.nodes.training.families import video_unet as family
 from stillmotion.nodes.training.recipes import video_unet as video_unet_demo
 from stillmotion.nodes.training.recipes.laws import noisy_timesteps
 from stillmotion.nodes.video_unet.attention import Attention
@@ -190,14 +191,26 @@ def test_the_loss_takes_known_predictions_only():
 
 
 def test_tasks_of_the_demo_come_in_their_shares():
-    masks = video_unet_demo.draw_masks(torch.zeros(8000, dtype=torch.bool), 16, torch.Generator().manual_seed(0))
+    masks = video_unet_demo.draw_masks(torch.zeros(8000, dtype=torch.bool), torch.Generator().manual_seed(0))
+    ends = masks[:, -1] == 1
+    count = masks[~ends].sum(1)
+    assert ends.float().mean() == pytest.approx(0.1, abs=0.02)
+    for chosen, share in ((count == 0, 0.35), (count == 1, 0.1), (count > 1, 0.45)):
+        assert chosen.sum() / 8000 == pytest.approx(share, abs=0.02)
+    assert (masks[~ends].diff(dim=1) <= 0).all() and count.max() == 8  # the first frames, without gaps
+    both = video_unet_demo.draw_masks(torch.ones(5, dtype=torch.bool), torch.Generator())
+    assert both.tolist() == [[1.0] + [0.0] * 14 + [1.0]] * 5
+
+
+def test_tasks_of_the_trainer_come_in_their_shares():
+    masks = family.draw_masks(torch.zeros(8000, dtype=torch.bool), 16, torch.Generator().manual_seed(0))
     count = masks.sum(1)
     ends = (masks[:, -1] == 1)
     assert (count == 0).float().mean() == pytest.approx(0.5, abs=0.02)
     assert ends.float().mean() == pytest.approx(0.05, abs=0.01)
     past = masks[~ends & (count > 0)]
     assert (past.diff(dim=1) <= 0).all() and past.sum(1).max() == 8  # the first frames, without gaps
-    both = video_unet_demo.draw_masks(torch.ones(5, dtype=torch.bool), 16, torch.Generator())
+    both = family.draw_masks(torch.ones(5, dtype=torch.bool), 16, torch.Generator())
     assert both.tolist() == [[1.0] + [0.0] * 14 + [1.0]] * 5
 
 

@@ -20,8 +20,7 @@ from ...video_unet.config import VideoUNetConfig
 from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
 from .. import objectives
 from ..data import shapes as data
-from ..families.video_unet import draw_masks
-from ..loop import fit
+from .fast import channels_last, fit_compiled, make_compilable
 from .laws import noisy_timesteps
 
 SCALE_FACTOR = 0.18215 * 0.4  # latents of small bright shapes reach 10 standard deviations: with this, 99.9 % lie
@@ -34,6 +33,7 @@ PARAMS = VideoUNetParams(channels=4, model_channels=32, channel_mult=(1, 3), num
 CONFIG = VideoUNetConfig(params=PARAMS, schedule="cosine", prediction="v", frames=FRAMES, height=64, width=64,
                          space="latent", scale_factor=SCALE_FACTOR, spatial_factor=8, temporal_factor=1,
                          text_encoder="demo")
+TASKS = (("text", 0.35), ("first", 0.1), ("past", 0.45), ("ends", 0.1))  # fraction of samples
 
 
 @torch.no_grad()
@@ -62,26 +62,40 @@ def encode_clips(folder: Path, count: int = CLIPS) -> dict[str, Tensor]:
     return encodings
 
 
-def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, batch: int = 8, lr: float = 1e-3,
-          on_save=None) -> nn.Module:
-    """The network's EMA after `steps` steps.
+def draw_masks(ends_B: Tensor, generator: torch.Generator) -> Tensor:
+    """Which frames are given [B, T]: none, the first, the first 2 to 8 (two show the motion), or the first and the
+    last. Clips that return are always given both ends, since neither text nor past frames say that they will return."""
+    names, shares = zip(*TASKS)
+    task = torch.multinomial(torch.tensor(shares), len(ends_B), replacement=True, generator=generator)
+    task[ends_B] = names.index("ends")
+    past = torch.randint(2, FRAMES // 2 + 1, (len(ends_B),), generator=generator)
+    count = torch.where(task == names.index("past"), past, (task != names.index("text")).long())
+    mask_BT = torch.arange(FRAMES) < count[:, None]
+    mask_BT[:, -1] |= task == names.index("ends")
+    return mask_BT.float()
 
-    One text in ten is dropped, for guidance; one in two if several frames are given, which carry all the information.
+
+def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, scale: float = SCALE_FACTOR,
+          config: VideoUNetConfig = CONFIG, batch: int = 8, lr: float = 1e-3, on_save=None) -> nn.Module:
+    """The network's EMA after `steps` steps on latents multiplied by `scale`.
+
+    One text in ten is dropped, for guidance; four in five if several frames are given, which carry all the information.
     """
-    alphas = make_alphas_cumprod(CONFIG.diffusion).float()
+    alphas = make_alphas_cumprod(config.diffusion).float()
+    net = channels_last(make_compilable(net))
 
-    def loss_of(number: int, generator: torch.Generator) -> Tensor:
+    def loss_of(number: int, generator: torch.Generator, run) -> Tensor:
         pick = torch.randint(0, len(encodings["latents"]), (batch,), generator=generator)
-        form = torch.randint(0, data.HELD_OUT_FORM, (batch,), generator=generator)
-        mask = draw_masks(encodings["ends"][pick], FRAMES, generator)
-        dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.5, 0.1)
+        form = torch.randint(0, encodings["caption"].shape[1], (batch,), generator=generator)
+        mask = draw_masks(encodings["ends"][pick], generator)
+        dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.8, 0.1)
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
-        z = encodings["latents"][pick].float() * SCALE_FACTOR
-        return objectives.video_unet_loss(net, z, mask, text, alphas, CONFIG.prediction, generator, emphasis=5,
+        z = encodings["latents"][pick].float() * scale
+        return objectives.video_unet_loss(run, z, mask, text, alphas, config.prediction, generator, emphasis=5,
                                           timesteps=noisy_timesteps)
 
-    return fit(net, loss_of, steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998, save_every=100,
-               on_save=on_save)
+    return fit_compiled(net, loss_of, (net,), steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998,
+                        save_every=100, on_save=on_save)
 
 
 def demo_network() -> VideoUNet:
