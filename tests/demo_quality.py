@@ -1,7 +1,7 @@
 """How well a built-in demo model follows image and prompt, measured on saved files.
 
-    python tests/demo_quality.py [--family dynamicrafter|causal_wan|video_unet|scenes] [--seed N] [--cases N]
-                                  [--output FOLDER]
+    python tests/demo_quality.py [--family dynamicrafter|dynamicrafter_64|causal_wan|video_unet] [--seed N]
+                                 [--cases N] [--output FOLDER]
 
 Runs the shipped API graphs on a server with images and prompts that training never saw, decodes the saved MP4s and
 tracks the shapes in them. Each image is asked for all four directions; per image one pair is a held-out combination
@@ -24,8 +24,8 @@ sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 
 import host  # noqa: E402
 
-FAMILIES = ("dynamicrafter", "causal_wan", "video_unet", "scenes")  # a module quality_<family> each, see quality_common
-DRAWN_BY = {"scenes": "scenes"}  # scenes: the 96x96 DynamiCrafter demo; the others are 64x64 and draw shapes
+FAMILIES = ("dynamicrafter", "dynamicrafter_64", "causal_wan", "video_unet")  # each a module quality_<family>
+DRAWN_BY = {"dynamicrafter": "scenes"}  # the 96x96 demo; the others are 64x64 and draw shapes
 SHOWN_IMAGES = 3
 
 

@@ -22,7 +22,7 @@ DEMO = PACK / "nodes" / "demo"
 
 
 def load_data(name: str = "shapes"):
-    """The module with the drawing code and the palette ("shapes", or "scenes" for the larger demos), loaded as a single
+    """The module with the drawing code and the palette ("shapes", or "scenes" for the 96x96 demo), loaded as a single
     file, so that no server is needed."""
     from importlib.util import module_from_spec, spec_from_file_location
     spec = spec_from_file_location("shapes_data", PACK / "nodes" / "training" / "data" / f"{name}.py")

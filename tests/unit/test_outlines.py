@@ -5,7 +5,7 @@ from random import Random
 import numpy as np
 import outlines
 import pytest
-import quality_scenes
+import quality_dynamicrafter
 from quality_common import judge, load_data
 from scipy import ndimage
 from stillmotion.nodes.training.data import scenes
@@ -72,19 +72,19 @@ def test_a_still_camera_does_not_move():
 
 
 def test_the_truth_passes_every_bar_of_the_quality_measure_and_a_still_does_not():
-    graphs = {name: {} for name in quality_scenes.GRAPHS}
-    cases = quality_scenes.make_cases(scenes, graphs, seed=0, pairs=24)
+    graphs = {name: {} for name in quality_dynamicrafter.GRAPHS}
+    cases = quality_dynamicrafter.make_cases(scenes, graphs, seed=0, pairs=24)
     assert {case["scene"].move for case in cases if hasattr(case["scene"], "move")} == set(scenes.MOVES)
     rows = []
     for case in cases:
-        frames = quality_scenes.truth(case, scenes)
+        frames = quality_dynamicrafter.truth(case, scenes)
         if case["graph"] == "loop":
             frames = scenes.draw(replace(case["scene"], returns=True)).numpy()
-        rows.append(quality_scenes.measure(case, frames, quality_scenes.truth(case, scenes), scenes))
-    figures = judge(quality_scenes.summary(rows), quality_scenes.BARS)
+        rows.append(quality_dynamicrafter.measure(case, frames, quality_dynamicrafter.truth(case, scenes), scenes))
+    figures = judge(quality_dynamicrafter.summary(rows), quality_dynamicrafter.BARS)
     assert figures["passed"], figures
-    still = [quality_scenes.measure(case, np.repeat(frames[:1], 16, axis=0), frames, scenes)
-             for case in cases[:7] for frames in [quality_scenes.truth(case, scenes)]]
+    still = [quality_dynamicrafter.measure(case, np.repeat(frames[:1], 16, axis=0), frames, scenes)
+             for case in cases[:7] for frames in [quality_dynamicrafter.truth(case, scenes)]]
     assert not any(row["direction_right"] for row in still)
 
 
