@@ -52,7 +52,7 @@ def fill(graph: dict, case: dict, images: list[str]) -> dict:
     only(graph, "Stillmotion_LoadDynamiCrafter")["checkpoint"] = "demo"  # the 64x64 one
     wanted = only(graph, "Stillmotion_DynamiCrafterImageToVideo")
     graph[wanted["positive"][0]]["inputs"]["text"] = case["prompt"]
-    only(graph, "Stillmotion_DDIMSampler")["seed"] = case["seed"]
+    only(graph, "Stillmotion_DDIMSampler").update(seed=case["seed"], steps=50)
     for socket, name in zip(("image", "image2"), images):
         graph[wanted[socket][0]]["inputs"]["image"] = name
     return graph

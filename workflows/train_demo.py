@@ -24,7 +24,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     families = ("dynamicrafter", "causal_wan", "video_unet", "early", "dynamicrafter_96",
                 "video_unet_96", "causal_wan_96", "causal_wan_few")
-    parser.add_argument("--family", choices=families, default="dynamicrafter")
+    parser.add_argument("--family", choices=families, default="dynamicrafter_96")
     parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")

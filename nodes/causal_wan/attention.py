@@ -29,16 +29,16 @@ class ContextKeys(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Tokens in a row that attend to the same tokens."""
+    """Consecutive tokens that attend to the same tokens."""
 
     queries: slice
     keys: tuple[slice, ...]
 
 
 def reaches(mask_FF: Tensor, frame_tokens: int) -> tuple[Reach, ...]:
-    """Who attends to whom under a mask over frames [F, F], True where a frame (row) attends to a frame (column), each
-    of `frame_tokens` tokens. Attention without a mask over these pieces costs what the True entries cost, and needs no
-    mask of all tokens."""
+    """Which tokens attend to which, from a mask over frames [F, F] (True where the row's frame attends to the
+    column's), with `frame_tokens` tokens a frame. Attention over these pieces computes the True entries only and needs
+    no mask of all tokens. Where the keys of a piece are not consecutive they are copied, and kept for backward."""
     def runs(rows: Sequence) -> list[tuple[object, slice]]:
         found, start = [], 0
         for value, run in groupby(rows):
@@ -98,8 +98,11 @@ class SelfAttention(Attention):
         options = {"transformer_options": step.transformer_options}
         if not step.reaches:
             return self.o(self.attention(query, key, value, heads, **options))
-        parts = [self.attention(query[:, queries], *(torch.cat([x[:, seen] for seen in keys], dim=1)
-                                                     for x in (key, value)), heads, **options)
+
+        def seen(x_BLC: Tensor, pieces: tuple[slice, ...]) -> Tensor:
+            return x_BLC[:, pieces[0]] if len(pieces) == 1 else torch.cat([x_BLC[:, p] for p in pieces], dim=1)
+
+        parts = [self.attention(query[:, queries], seen(key, keys), seen(value, keys), heads, **options)
                  for queries, keys in step.reaches]
         return self.o(torch.cat(parts, dim=1))
 

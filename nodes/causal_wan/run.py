@@ -17,7 +17,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..common.demo import SCALE, other_encoders
+from ..common.demo import other_encoders
 from ..common.notes import say_on_node
 from .base import wan_params
 from .blocks import Plan, split_frames
@@ -270,7 +270,7 @@ def prepare(model, positive, negative, latent: dict, timeline: PromptTimeline | 
     if plan.branches == 2:
         conds["negative"] = negative
     check_conditionings(model, conds, samples)
-    say_on_node(other_encoders(model, (width * SCALE, height * SCALE)))
+    say_on_node(other_encoders(model, positive))
     itemsize = inference_dtype(model.model).itemsize
     nbytes = plan.cache_bytes(params, height, width, batch, itemsize)
     switching = bool(plan.switches) or clip is not None

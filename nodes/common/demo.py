@@ -9,15 +9,15 @@ CAUSAL_WAN = FOLDER / "causal_wan_demo.safetensors"
 VIDEO_UNET = FOLDER / "video_unet_demo.safetensors"
 VIDEO_UNET_EARLY = FOLDER / "video_unet_early.safetensors"  # stopped early in training
 SIZE = (64, 64)  # width and height in pixels that the models with DYNAMICRAFTER's encoders were trained with
-SCALE = 8        # pixels per latent position
+TRAINED_SIZE = "stillmotion_trained_size"  # entry of a conditioning: that of the model whose text encoder made it
 
 
-def other_encoders(model, size: tuple[int, int] | None) -> str:
-    """What to say of a latent or VAE for pictures of another `size` (None: unknown) at a demo model that has no
-    encoders of its own; "" if all is well, or for other models."""
+def other_encoders(model, conditioning) -> str:
+    """A note for a demo model without encoders of its own if the prompt comes from those of another model; else ""."""
     known = getattr(model.model, "demo_size", None)
+    size = conditioning[0][1].get(TRAINED_SIZE) if conditioning else None
     if None in (known, size) or known == size:
         return ""
-    return (f"The pictures are {size[0]} x {size[1]}, but this demo model was trained with {known[0]} x {known[1]}, so "
-            "the video will fall apart. Set the checkpoint in Load DynamiCrafter to demo, whose CLIP, CLIP vision and "
-            "VAE this model needs, and width and height to 0.")
+    return (f"The prompt comes from the CLIP of a model for {size[0]} x {size[1]}, but this demo model was trained "
+            f"with that of the one for {known[0]} x {known[1]}, so the video will fall apart. Set the checkpoint in "
+            "Load DynamiCrafter to demo: this model needs its CLIP, CLIP vision and VAE.")

@@ -153,7 +153,8 @@ def with_all_rows(tensors):
     whole = dict(tensors)
     for name, held_V in tensors.items():
         table = tensors.get(name.removesuffix(ROWS)) if name.endswith(ROWS) else None
-        if table is not None and held_V.dtype == torch.bool and held_V.sum() == len(table):
+        if (table is not None and table.ndim and held_V.ndim == 1 and held_V.dtype == torch.bool
+                and held_V.sum() == len(table)):
             whole[name.removesuffix(ROWS)] = filled = table.new_zeros(len(held_V), *table.shape[1:])
             filled[held_V] = table
             del whole[name]
@@ -161,8 +162,8 @@ def with_all_rows(tensors):
 
 
 def without_zero_rows(tensors, key):
-    """`tensors` with only those rows of the embedding table `key` that are not zero, and which they are. The tables of
-    the small demo models hold few of the tokenizer's 49408 words."""
+    """`tensors` with the zero rows of the embedding table `key` left out; `key` + ROWS says which rows are kept. The
+    tables of the small demo models hold few of the tokenizer's 49408 words."""
     held_V = tensors[key].any(dim=1)
     return {**tensors, key: tensors[key][held_V].contiguous(), key + ROWS: held_V}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import comfy.sd
 
+from .demo import TRAINED_SIZE
 from .notes import say_on_node
 
 START, END, PAD = 49406, 49407, 0  # tokens of no word
@@ -13,19 +14,24 @@ class VocabularyClip(comfy.sd.CLIP):
     """Core's CLIP, which says on the node that encodes a prompt if the encoder does not know most of its words.
 
     Captions of a training go through `encode_from_tokens`, so nothing is said of them. `known_V`: whether a token has
-    weights.
+    weights. `trained_size`: width and height in pixels of the pictures of a small model whose encoder this is; the
+    conditioning tells it to the nodes of models that need a certain encoder.
     """
 
-    known_V = None
+    known_V = trained_size = None
 
     def clone(self, *args, **kwargs):
         copy = super().clone(*args, **kwargs)
-        copy.__class__, copy.known_V = type(self), self.known_V
+        copy.__class__, copy.known_V, copy.trained_size = type(self), self.known_V, self.trained_size
         return copy
 
     def encode_from_tokens_scheduled(self, tokens, *args, **kwargs):
         say_on_node(self.unknown_words(tokens))
-        return super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
+        conditioning = super().encode_from_tokens_scheduled(tokens, *args, **kwargs)
+        if self.trained_size:
+            for _, entries in conditioning:
+                entries[TRAINED_SIZE] = self.trained_size
+        return conditioning
 
     def unknown_words(self, tokens: dict[str, list]) -> str:
         """What to say of a tokenized prompt; "" if more than half of its words are known: the others are in every

@@ -68,8 +68,8 @@ class DDIMSampler(io.ComfyNode):
                 STEPS,
                 io.Float.Input("cfg", default=-1.0, min=-1.0, max=100.0, step=0.1,
                                tooltip="How strongly the prompt (and the image) is followed. -1: the model's own (7.5 "
-                                       "for the official models, 1.5 for the demo); 1 is twice as fast and ignores the "
-                                       "negative prompt."),
+                                       "for the official models, 1.5 for the demos); 1 is twice as fast and ignores "
+                                       "the negative prompt."),
                 ETA, SPACING, RESCALE, DENOISE,
                 io.Float.Input("image_cfg", default=0.0, min=0.0, max=100.0, step=0.1,
                                tooltip="0: off. Otherwise image and prompt have separate strengths: this one for the "

@@ -14,6 +14,7 @@ import torch
 from ..common import clip as towers
 from ..common.core_model import WEIGHT_DTYPES, check_weight_dtype, storage_dtype
 from ..common.files import check_keys, check_kinds, take_prefix
+from ..common.images import SMALL
 from ..common.vae import VideoVAE, vae_shapes
 from ..common.values import parse_json
 from .base import make_model, make_patcher
@@ -122,6 +123,7 @@ def load(checkpoint, variant="auto", weight_dtype="auto", yaml_path=None, embedd
     if text:
         text_tower = towers.text_tower(take_prefix(tensors, TEXT), text, config.text_layer, tower_dtype,
                                        embedding_directory)
+        text_tower.trained_size = config.size if config.size and max(config.size) < SMALL else None
     if vision:
         vision_tower = towers.VisionTower(take_prefix(tensors, VISION), vision, tower_dtype)
     return Loaded(make_patcher(model), text_tower, vision_tower, vae)

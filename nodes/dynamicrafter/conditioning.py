@@ -57,7 +57,7 @@ def strangeness(vae, image_BHWC: Tensor, width: int, height: int, known: tuple[i
         picture_1HWC = fit_image(image_BHWC[:1], *known)
         back_1HWC = vae.decode(encode_images(vae, picture_1HWC)).to(picture_1HWC)
         if -10 * (picture_1HWC - back_1HWC).square().mean().clamp(min=1e-10).log10() < KNOWN_DB:
-            found.append("The picture is nothing like what this small model knows (the demo: drawn shapes), so the "
+            found.append("The picture is nothing like what this small model knows (the demo: drawn pictures), so the "
                          "video will not look like it. For your own picture choose a real checkpoint in Load "
                          "DynamiCrafter: the template 'Your photo to video' says which file goes where.")
     return " ".join(found)

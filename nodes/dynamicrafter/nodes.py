@@ -41,16 +41,16 @@ class LoadDynamiCrafter(io.ComfyNode):
             display_name="Load DynamiCrafter",
             category="Stillmotion/DynamiCrafter",
             description="Loads an image-to-video model of the DynamiCrafter family (official model.ckpt, pruned "
-                        ".safetensors, or the small demo that comes with this pack).",
+                        ".safetensors, or a small demo that comes with this pack).",
             search_aliases=["image to video", "i2v", "animate", "dynamicrafter checkpoint", "load model"],
             advanced=["weight_dtype", "yaml"],
             inputs=[
                 io.Combo.Input("checkpoint",
                                options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
-                               tooltip="A file in models/checkpoints. The demos are small models that come with this "
-                                       "pack, to try every workflow without a download: patterned shapes and camera "
-                                       "moves at 96x96; plain shapes at 64x64 (demo), whose VAE and CLIP the other "
-                                       "demo models use."),
+                               tooltip="A file in models/checkpoints. Two small models come with this pack, to try "
+                                       "every workflow without a download. demo, 96x96: patterned shapes and camera "
+                                       "moves. demo: plain shapes at 64x64; the demos of the other loaders use its "
+                                       "VAE and CLIP."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
                                        "choose 512_interp for the two-image model. Not used with a YAML or for the "

@@ -30,7 +30,7 @@ class PictureToVideo(io.ComfyNode):
                 io.Combo.Input("checkpoint",
                                options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
                                tooltip="A DynamiCrafter file in models/checkpoints. The demos are small models that "
-                                       "come with this pack: they know drawn moving shapes only."),
+                                       "come with this pack: they know drawn pictures only."),
                 io.Int.Input("seed", default=123, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="Seed of the noise: another seed, another video."),
             ],

@@ -9,7 +9,6 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..common.demo import SIZE, VIDEO_UNET, VIDEO_UNET_EARLY, other_encoders
 from ..common.files import read_checkpoint
-from ..common.images import trained_size
 from ..common.nodes import find_model
 from ..common.notes import say_on_node
 from ..common.schema import schema
@@ -62,7 +61,8 @@ class LoadVideoUNet(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint, weight_dtype, vae=None):
         model = loader.load(read_checkpoint(_path(checkpoint)), weight_dtype)
-        config, model.model.demo_size = model.model.video_unet, SIZE if checkpoint in DEMOS else None
+        config = model.model.video_unet
+        model.model.demo_size = SIZE if checkpoint in DEMOS else None
         if config.space == "pixels":
             if vae is not None:
                 raise ValueError(f"{checkpoint} works in pixels and takes no VAE. Disconnect it, and decode with the "
@@ -125,7 +125,7 @@ class VideoUNetConditions(io.ComfyNode):
         if not isinstance(model.model, VideoUNetModel):
             raise ValueError(f"The model is {type(model.model).__name__}, not a video U-Net. Connect Load Video U-Net, "
                              "or use the conditioning node of that model.")
-        say_on_node(other_encoders(model, trained_size(vae)))
+        say_on_node(other_encoders(model, positive))
         values, latent = clip_conditions(model.model.video_unet, vae, images, given, width, height, frames, batch_size)
         return io.NodeOutput(node_helpers.conditioning_set_values(positive, values),
                              node_helpers.conditioning_set_values(negative, values), {"samples": latent})

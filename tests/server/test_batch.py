@@ -18,7 +18,7 @@ import pytest
 import ray_workers
 
 pytestmark = pytest.mark.skipif("STILLMOTION_SERVER" in os.environ, reason="needs servers of its own")
-EXAMPLES = [host.WORKFLOWS / "examples" / f"stillmotion_{name}.png" for name in ("start", "end")]
+EXAMPLES = [host.WORKFLOWS / "examples" / f"stillmotion_{name}.png" for name in ("start", "star")]
 SAVE = {"class_type": "Stillmotion_SaveVideo", "_meta": {"title": "Save"},
         "inputs": {"images": ["3", 0], "filename_prefix": "batch/clip", "fps": 8.0, "format": "mp4", "crf": 16}}
 PLAIN = {"1": {"class_type": "LoadImage", "inputs": {"image": "none.png"}},

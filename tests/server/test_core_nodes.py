@@ -62,7 +62,12 @@ def test_every_node_acts_or_says_why_not(client, name):
 def test_a_long_clip_in_windows_moves_without_a_jump(client):
     """48 frames in windows of 16, the length the demo was trained with."""
     windows = NODES["ContextWindowsManual"] | {"context_length": 16, "context_overlap": 8}
-    frames = lossless_frames(client, make_job(client, "animate", 8, 48, "ContextWindowsManual", **windows))
+    job = make_job(client, "animate", 8, 48, "ContextWindowsManual", **windows)
+    loader, image = graph.find_node(job, "Stillmotion_LoadDynamiCrafter"), graph.find_node(job, "LoadImage")
+    text = job[graph.find_node(job, "Stillmotion_DynamiCrafterImageToVideo")]["inputs"]["positive"][0]
+    job[loader]["inputs"]["checkpoint"], job[image]["inputs"]["image"] = "demo", "stillmotion_start.png"
+    job[text]["inputs"]["text"] = "a red circle moves right on a white background"
+    frames = lossless_frames(client, job)
     path_T2 = track(frames.astype(float), data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS).path_T2
     assert len(frames) == 48 and np.isfinite(path_T2).all()
     assert np.linalg.norm(np.diff(path_T2, axis=0), axis=1).max() < 3  # pixels from frame to frame

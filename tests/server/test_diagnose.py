@@ -31,7 +31,7 @@ def test_the_demo_is_found_good(server, tmp_path):
 def test_a_quick_diagnosis_as_json(server, tmp_path):
     out, err, code = call("diagnose.py", "--server", server.url, "--quick", "--steps", "3", "--json", cwd=tmp_path)
     found = json.loads(out)
-    assert code == 0 and len(found["steps"]) == 3 and found["values"] == 4096
+    assert code == 0 and len(found["steps"]) == 3 and found["values"] == 9216
     assert [f["topic"] for f in found["findings"]] == ["latent", "positive text", "start image", "negative text",
                                                        "sampling", "decoded frames"]
     assert not (tmp_path / "results").exists()

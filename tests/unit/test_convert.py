@@ -126,6 +126,7 @@ def test_the_commands(ckpt, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, words", [("dynamicrafter_demo", "DynamiCrafter of another size"),
+                                         ("dynamicrafter_96_demo", "DynamiCrafter of another size"),
                                          ("causal_wan_demo", "causal Wan, image to video"),
                                          ("video_unet_demo", "Video U-Net of this pack")])
 def test_the_demos_are_known(name, words):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from stillmotion.nodes.causal_wan import run as causal_wan_run
 from stillmotion.nodes.causal_wan.nodes_loading import LoadCausalWan
 from stillmotion.nodes.common.demo import DYNAMICRAFTER as DEMO
 from stillmotion.nodes.common.demo import DYNAMICRAFTER_96, DYNAMICRAFTER_DEMOS, FOLDER, other_encoders
@@ -70,16 +69,16 @@ def test_the_larger_one_draws_larger_pictures():
 
 def test_a_demo_without_encoders_says_so_if_others_are_connected(monkeypatch):
     said = []
-    for module in (video_unet_nodes, causal_wan_run):
-        monkeypatch.setattr(module, "say_on_node", said.append)
+    monkeypatch.setattr(video_unet_nodes, "say_on_node", said.append)
     model = video_unet_nodes.LoadVideoUNet.execute("demo", "auto").args[0]
-    for name, path in DYNAMICRAFTER_DEMOS.items():
-        vae = checkpoint.load(read_checkpoint(path)).vae
-        video_unet_nodes.VideoUNetConditions.execute(model, [], [], "none", 0, 0, 4, 1, vae=vae)
-        assert ("The pictures are 96 x 96" in said.pop()) == (name == "demo, 96x96")
     causal = LoadCausalWan.execute("demo", "auto", "none", 1.0, "auto").args[0]
-    assert "to demo, whose CLIP" in other_encoders(causal, (96, 96)) and other_encoders(causal, (64, 64)) == ""
-    assert other_encoders(SimpleNamespace(model=SimpleNamespace()), (96, 96)) == ""
+    for name, path in DYNAMICRAFTER_DEMOS.items():
+        clip = checkpoint.load(read_checkpoint(path)).clip.clone()
+        prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle moves left"))
+        video_unet_nodes.VideoUNetConditions.execute(model, prompt, prompt, "none", 0, 0, 4, 1)
+        wrong = name == "demo, 96x96"
+        assert ("to demo: this model needs its CLIP" in said.pop()) == wrong == bool(other_encoders(causal, prompt))
+        assert other_encoders(SimpleNamespace(model=SimpleNamespace()), prompt) == ""
 
 
 def test_it_says_when_an_input_is_nothing_like_what_it_knows(demo):

@@ -32,7 +32,7 @@ class DynamiCrafterImg2VideoPipeline:
     """DynamiCrafter (arXiv 2310.12190) on a ComfyUI that is set up on first use: pictures and prompts become videos.
 
     resolution: "256_256", "512_512" or "1024_1024", the models made for 256x256, 512x320 and 1024x576 pixels; "demo" is
-    the pack's own small model, which knows drawn shapes only. device: "cuda:N", "cpu", or "auto". checkpoint: a file,
+    the pack's own small model, which knows drawn pictures only. device: "cuda:N", "cpu", or "auto". checkpoint: a file,
     or a name in models/checkpoints; by default the model's file is looked for there. comfyui: folder of a ComfyUI to
     use instead of the private one. server: the address of a running ComfyUI with this pack, or a list of several: `map`
     works on all of them, a call on the first; with it device, comfyui and models have no effect. models: one more

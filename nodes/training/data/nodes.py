@@ -95,7 +95,7 @@ class MovingShapesNode(io.ComfyNode):
             display_name="Moving Shapes",
             category="Stillmotion/training",
             description="A data set that is drawn: one coloured shape moves left, right, up or down in each clip. "
-                        "The built-in demo models were trained on it.",
+                        "The 64x64 demo models were trained on it.",
             search_aliases=["data set", "dataset", "synthetic data", "toy data", "train"],
             inputs=[
                 io.Int.Input("count", default=500, min=1, max=10 ** 6, tooltip="Number of clips."),

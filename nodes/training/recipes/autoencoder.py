@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...common.demo import DYNAMICRAFTER
 from ..data import scenes
-from . import stages
+from . import parts
 from .dynamicrafter_64 import SCALE_FACTOR, standardise_latents
 from .fast import channels_last, fit_compiled, make_compilable
 
@@ -45,7 +45,7 @@ def stills(count: int, seed: int) -> Tensor:
 def first_autoencoder() -> nn.Module:
     """The 32-channel autoencoder of the 64x64 demo. It already knows shapes and colours, which take long to learn from
     scratch."""
-    return stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}), DYNAMICRAFTER)
+    return parts.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig={**DDCONFIG, "ch": 32}), DYNAMICRAFTER)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
     """AutoencoderKL whose latent mean has zero mean and unit variance after the usual factor 0.18215.
 
     It is trained on full frames only, since GroupNorm's statistics differ between a crop and a full frame. It starts
-    from the stored weights, or from the widened weights of the smaller demo.
+    from the widened weights of the smaller demo.
     """
     def stage(vae: nn.Module, name: str, steps: int) -> nn.Module:
         vae, rng = channels_last(make_compilable(vae)), Random()
@@ -105,33 +105,11 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
         return fit_compiled(vae, loss_of, (encode, decode), steps=steps, lr=1e-3, checkpoint=folder / f"{name}.pt",
                             ema_decay=0.995, save_every=100, on_save=on_save)
 
-    first = (stages.load("autoencoder", AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG)) if stages.has_demo()
-             else widened(stage(first_autoencoder(), "autoencoder_narrow", NARROW_STEPS)))
-    vae = stage(first, "autoencoder", steps)
+    narrow = stage(first_autoencoder(), "autoencoder_narrow", NARROW_STEPS)
+    vae = stage(widened(narrow), "autoencoder_96", steps)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     standardise_latents(vae, stills(256, seed=7))
     return vae
-
-
-def refine_decoder(folder: Path, vae: nn.Module, steps: int, on_save=None) -> nn.Module:
-    """Fine-tune the decoder only: the latents stay the same, so networks trained on them remain valid."""
-    vae, rng = channels_last(make_compilable(vae)), Random()
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
-
-    def decode(latents: Tensor) -> Tensor:
-        return vae.decoder(vae.post_quant_conv(latents))
-
-    def loss_of(number: int, generator: torch.Generator, decode) -> Tensor:
-        rng.seed(generator.initial_seed())
-        images = torch.stack([random_still(rng) for _ in range(BATCH)])
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            latents = vae.quant_conv(vae.encoder(images))[:, :4].float()
-        return (edge_weight(images) * (decode(latents).float() - images).square()).mean()
-
-    return fit_compiled(vae, loss_of, (decode,), steps=steps, lr=5e-4, checkpoint=folder / "decoder.pt", seed=2,
-                        ema_decay=0.995, save_every=100, on_save=on_save).eval()
 
 
 @torch.no_grad()

@@ -203,7 +203,7 @@ def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: 
     kind = "short_" if turn == 0 and rng.random() < SHORT else ""
     group = (encodings[f"{kind}turn"] == turn).nonzero()[:, 0]
     pick = group[torch.randint(0, len(group), (size,), generator=generator)]
-    form = torch.randint(0, data.HELD_OUT_FORM, (size,), generator=generator)
+    form = torch.randint(0, encodings["caption"].shape[2], (size,), generator=generator)
     dropped = torch.rand(size, generator=generator) < 0.1
     text = tuple(encodings["text"][torch.where(dropped, 0, encodings[f"{kind}caption"][pick, part, form])]
                  for part in (0, 1))

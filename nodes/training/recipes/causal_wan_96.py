@@ -15,6 +15,7 @@ from ...common.demo import DYNAMICRAFTER_96
 from ...common.files import read_checkpoint
 from ...dynamicrafter import checkpoint as dynamicrafter
 from ..data import scenes
+from ..parallel import OneProcess
 from . import causal_wan as small
 from .causal_wan import FRAMES, TURNING, TURNS, WINDOW, Drawn
 from .fast import check_gradients
@@ -71,32 +72,29 @@ def encode_clips(folder: Path, parts: dict[str, int]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in (made | small.encode_fixed(demo, index, scenes.SIZE)).items()}
 
 
-def compiled_network(encodings: dict[str, Tensor], size: int) -> CausalWan:
-    """The untrained network. Its layers are compiled for each kind of excerpt when it first comes, for a minute each,
-    which makes a step a quarter faster. Raises RuntimeError if that changes gradients."""
-    net, rng = small.demo_network(PARAMS), Random(0)
+def compile_layers(net: CausalWan, encodings: dict[str, Tensor], size: int) -> None:
+    """Compile the layers for each kind of excerpt when it first comes, for a minute each, which makes a step a quarter
+    faster. Raises RuntimeError if that changes the gradients of the most frequent kind."""
     for block in net.blocks:
         block.compile(dynamic=False)
 
     def loss() -> Tensor:
-        rng.seed(0)
         generator = torch.Generator().manual_seed(0)
-        batch = small.draw_batch(encodings, size, rng, generator)
+        batch = small.draw_batch(encodings, size, Random(0), generator)
         return small.excerpt_loss(net, batch, small.START, batch.z_BCTHW, generator)
 
     def eager() -> Tensor:
         with torch.compiler.set_stance("force_eager"):
             return loss()
-    check_gradients(net, eager, loss)
-    return net
+    check_gradients(net, eager, loss, precision=OneProcess())
 
 
 def make_demo(folder: Path, target: Path, size: int = 8) -> None:
     """Run both stages in `folder`, resuming what is there, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    encodings = encode_clips(folder, PARTS)
-    net = compiled_network(encodings, size)
+    encodings, net = encode_clips(folder, PARTS), small.demo_network(PARAMS)
     for number, (steps, lr) in enumerate(STAGES, start=1):
-        net: CausalWan = small.train(net, encodings, folder / f"causal_wan_96_{number}.pt", steps, size, lr,
-                                     seed=40 + number, own_context=number > 1)
+        compile_layers(net, encodings, size)
+        net = small.train(net, encodings, folder / f"causal_wan_96_{number}.pt", steps, size, lr, seed=40 + number,
+                          own_context=number > 1)
     small.export(target, net)

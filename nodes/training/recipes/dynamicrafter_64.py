@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...common.clip import IMAGE_MEAN, IMAGE_STD, squash
+from ...common.files import without_zero_rows
 from ...ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter.resampler import ResamplerParams
 from ...dynamicrafter.unet import UNetParams, VideoUNet
@@ -26,6 +27,7 @@ from .. import objectives
 from ..data import shapes as data
 from ..families.dynamicrafter import fresh_network
 from ..loop import fit
+from . import parts
 from .laws import noisy_timesteps
 
 FRAMES = 16
@@ -269,17 +271,14 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = 5000, ba
                on_save=on_save).eval()
 
 
-def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
-    """Write everything in fp16 in the official key layout, without the vision file's own copy of the text tower."""
-    weights = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
-    for key, value in clip.state_dict().items():
-        prefix = "embedder.model." if key.startswith("visual.") else "cond_stage_model.model."
-        weights[prefix + key] = value
-    for key, value in unet.state_dict().items():
-        weights[key if key.startswith("image_proj_model.") else f"model.diffusion_model.{key}"] = value
-    weights = {key: value.half().contiguous() for key, value in weights.items()}
-    save_file(weights, path, metadata={"format": "pt", "stillmotion.config": json.dumps(CONFIG),
-                                       "stillmotion.open_clip": json.dumps(OPEN_CLIP)})
+def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module, config: dict = CONFIG) -> None:
+    """Write everything in fp16 in the official key layout, of the token embedding only the rows in use."""
+    weights = {}
+    for part, net in (("autoencoder", vae), ("towers", clip), ("unet", unet)):
+        weights |= parts.tensors_of(part, net)
+    save_file(without_zero_rows(weights, parts.TABLE), path,
+              metadata={"format": "pt", "stillmotion.config": json.dumps(config),
+                        "stillmotion.open_clip": json.dumps(OPEN_CLIP)})
 
 
 def make_demo(folder: Path, target: Path) -> None:

@@ -1,14 +1,11 @@
 """Recipe of the 96x96 DynamiCrafter demo: four stages, each resumable, then one file in the official key layout."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...common.files import without_zero_rows
 from ...ddim.schedule import DiffusionParams, make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter.resampler import ResamplerParams
 from ...dynamicrafter.unet import UNetParams, VideoUNet
@@ -16,7 +13,7 @@ from .. import objectives
 from ..data import scenes
 from ..families.dynamicrafter import fresh_network
 from . import dynamicrafter_64 as demo
-from . import stages
+from . import parts
 from .autoencoder import DDCONFIG
 from .encodings import encode_clips, encoders
 from .fast import channels_last, fit_compiled, make_compilable
@@ -45,7 +42,7 @@ def new_unet() -> VideoUNet:
 
 def first_unet() -> VideoUNet:
     """The network of the demo in the pack, whose training then goes on; an untrained one if there is none."""
-    return stages.load("unet", new_unet()) if stages.has_demo() else new_unet()
+    return parts.load("unet", new_unet()) if parts.has_demo() else new_unet()
 
 
 def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, lr: float = 1.2e-3,
@@ -73,18 +70,12 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
                                        alphas, scale, generator, emphasis=5,
                                        timesteps=noisy_timesteps)
 
-    return fit_compiled(unet, loss_of, (unet,), steps=steps, lr=lr, checkpoint=folder / "unet.pt", ema_decay=0.998,
+    return fit_compiled(unet, loss_of, (unet,), steps=steps, lr=lr, checkpoint=folder / "unet_96.pt", ema_decay=0.998,
                         save_every=100, on_save=on_save).eval()
 
 
 def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None:
-    """Write everything in fp16 in the official key layout, of the token embedding only the rows in use."""
-    weights = {}
-    for part, net in (("autoencoder", vae), ("towers", clip), ("unet", unet)):
-        weights |= stages.tensors_of(part, net)
-    save_file(without_zero_rows(weights, stages.TABLE), path,
-              metadata={"format": "pt", "stillmotion.config": json.dumps(config()),
-                        "stillmotion.open_clip": json.dumps(demo.OPEN_CLIP)})
+    demo.export(path, vae, clip, unet, config())
 
 
 def make_demo(folder: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 from ..data import scenes
-from . import stages
+from . import parts
 from .autoencoder import DDCONFIG, encode_frames, train_autoencoder
 from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
 from .fast import autocast
@@ -25,9 +25,9 @@ RETURNING = 0.1     # fraction of clips that move out and back, for loops
 
 def encoders(folder: Path) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and towers of the demo in the pack; trained in `folder` if there is none."""
-    if stages.has_demo():
+    if parts.has_demo():
         vae, clip = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG), CLIP(**OPEN_CLIP)
-        return stages.load("autoencoder", vae).eval(), stages.load("towers", clip).eval()
+        return parts.load("autoencoder", vae).eval(), parts.load("towers", clip).eval()
     return train_autoencoder(folder).eval(), train_towers(folder).eval()
 
 
@@ -58,15 +58,15 @@ def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, parts: int) -> dict[str, Tensor]:
-    """Parts 0 to `parts` - 1 concatenated; missing files are created. Also text [captions, L, C], with the empty
+def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, count: int) -> dict[str, Tensor]:
+    """Parts 0 to `count` - 1 concatenated; missing files are created. Also text [captions, L, C], with the empty
     caption first, caption [K, forms] (index into text) and grey [1, N, W], the vision tokens of a grey image."""
     vae, made = vae.to(memory_format=torch.channels_last), []
-    for number in range(parts):
+    for number in range(count):
         path = folder / f"encodings_{number:02}.pt"
         if not path.exists():
             torch.save(encode_part(number, vae, clip), path)
-            logging.info("encoded part %d of %d", number + 1, parts)
+            logging.info("encoded part %d of %d", number + 1, count)
         made.append(torch.load(path, weights_only=True))
     encodings = {name: torch.cat([part[name] for part in made]) for name in made[0]}
     tokens = encodings.pop("tokens")

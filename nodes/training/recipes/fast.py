@@ -50,12 +50,12 @@ def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence
 
 
 def check_gradients(net: nn.Module, loss_of: Callable[[], Tensor], compiled_loss_of: Callable[[], Tensor],
-                    tolerance: float = 0.5) -> None:
+                    tolerance: float = 0.5, precision: OneProcess = FastPrecision()) -> None:
     """Raise RuntimeError if compilation changes a gradient by more than half: bfloat16 accounts for a fifth."""
     found = []
     for loss in (loss_of, compiled_loss_of):
         net.zero_grad(set_to_none=True)
-        with FastPrecision().autocast():
+        with precision.autocast():
             value = loss()
         value.backward()
         found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})

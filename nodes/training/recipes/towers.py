@@ -80,7 +80,7 @@ def train_towers(folder: Path, steps: int = STEPS) -> nn.Module:
         return (objectives.contrastive_loss(nets["clip"], pixels[[i for i, _ in chosen]], tokens)
                 + objectives.attribute_loss(scores, said_BA))
 
-    clip = fit(nets, loss_of, steps=steps, lr=2e-3, checkpoint=folder / "towers.pt", ema_decay=0.98,
+    clip = fit(nets, loss_of, steps=steps, lr=2e-3, checkpoint=folder / "towers_96.pt", ema_decay=0.98,
                save_every=50)["clip"]
     seen = torch.zeros(len(clip.token_embedding.weight), 1)
     rng, forms = Random(6), range(scenes.HELD_OUT_FORM + 1)

@@ -23,8 +23,8 @@ STEPS, BATCH = 6000, 8
 
 def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_save=None) -> nn.Module:
     """The network's EMA."""
-    return small.train(new_network(PARAMS, seed=30), encodings, folder / "video_unet.pt", steps, LATENT_SCALE, CONFIG,
-                       BATCH, on_save=on_save)
+    return small.train(new_network(PARAMS, seed=30), encodings, folder / "video_unet_96.pt", steps, LATENT_SCALE,
+                       CONFIG, BATCH, on_save=on_save)
 
 
 def export(path: Path, net: nn.Module) -> None:

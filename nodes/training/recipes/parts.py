@@ -1,6 +1,8 @@
 """Parts of the 96x96 DynamiCrafter demo in its file: what other recipes use, and what its training goes on from."""
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from ...common.demo import DYNAMICRAFTER_96
@@ -33,8 +35,8 @@ def has_demo() -> bool:
     return DYNAMICRAFTER_96.exists()
 
 
-def load(part: str, net: nn.Module, path=DYNAMICRAFTER_96) -> nn.Module:
-    """Load the weights of a demo file into the network."""
-    found = read_checkpoint(path).tensors
+def load(part: str, net: nn.Module, path: Path | None = None) -> nn.Module:
+    """Load the weights of a demo file (default: the 96x96 one) into the network."""
+    found = read_checkpoint(path or DYNAMICRAFTER_96).tensors
     net.load_state_dict({key: found[name].float() for name, key in keys_of(part, net).items()})
     return net
