@@ -1,6 +1,6 @@
 // The preview of a run goes away when the run is done: its result is there then, or the node's own pictures are. The page
 // keeps it until the node runs again, and its store has no public way to clear it; where it is built otherwise, the
-// preview just stays.
+// preview just stays. A classic node that grew to show it gets its height back.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
@@ -22,6 +22,10 @@ export function removeWidget(node, fits) {
 app.registerExtension({
   name: "Stillmotion.Preview",
   setup() {
+    const heights = new Map();
+    api.addEventListener("execution_start", () => {
+      for (const node of app.graph.nodes.filter(samples)) heights.set(node.id, node.size[1]);
+    });
     api.addEventListener("execution_success", () => {
       const previews = app.extensionManager._p?._s?.get("nodeOutput");
       for (const node of app.graph.nodes.filter(samples)) {
@@ -30,6 +34,7 @@ app.registerExtension({
         // a classic node draws what it has loaded until it sees that there is something else
         removeWidget(node, ({ name }) => name === "$$canvas-image-preview");
         node.imgs = node.images = undefined;
+        if (node.size[1] > heights.get(node.id)) node.setSize?.([node.size[0], heights.get(node.id)]);
       }
       app.canvas.setDirty(true, true);
     });
