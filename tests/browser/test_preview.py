@@ -7,6 +7,7 @@ import pytest
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 SAMPLER = 6  # the node, in both templates
+HEIGHT = f"() => app.graph.getNodeById({SAMPLER}).size[1]"
 # keeps every preview of the run
 WATCH = """() => {
     window.previews = [];
@@ -25,11 +26,13 @@ def test_the_preview_moves_and_goes_away(page, request):
     for name, value in (("steps", 8), ("seed", seed)):
         page.run_js(f"() => app.graph.getNodeById({SAMPLER}).widgets.find(w => w.name == '{name}').value = {value}")
     page.run_js(WATCH)
+    height = page.run_js(HEIGHT)
     page.run()
     page.page.wait_for_function(f"""() => !app.nodePreviewImages['{SAMPLER}']?.length
                                           && !app.graph.getNodeById({SAMPLER}).imgs?.length""")
     found = page.run_js("() => window.previews")
     assert len({picture for picture, _ in found}) >= 5 and min(width for _, width in found) >= 64
+    page.page.wait_for_function(f"height => ({HEIGHT})() == height", arg=height)
 
 
 # drawn on the canvas by the classic nodes
