@@ -34,7 +34,8 @@ app.registerExtension({
         // a classic node draws what it has loaded until it sees that there is something else
         removeWidget(node, ({ name }) => name === "$$canvas-image-preview");
         node.imgs = node.images = undefined;
-        if (node.size[1] > heights.get(node.id)) node.setSize?.([node.size[0], heights.get(node.id)]);
+        const shown = app.nodeOutputs?.[node.id]?.images;  // the node's own pictures may need the height
+        if (!shown && node.size[1] > heights.get(node.id)) node.setSize?.([node.size[0], heights.get(node.id)]);
       }
       app.canvas.setDirty(true, true);
     });

@@ -82,7 +82,7 @@ def test_a_full_window_is_explained_without_breaks():
     x, t = torch.randn(1, 16, 2, 4, 6), torch.full((1, 2), 500.0)
     keys = network.project_context(torch.randn(1, 7, 24))
     window = network.open(x, range(20, 22), cache, "write")
-    told = torch._dynamo.explain(network.evaluate)(x, t, keys, window, None, {})
+    told = torch._dynamo.explain(network.evaluate)(x, t, keys, window, {})
     assert told.graph_count == 1 and told.graph_break_count == 0, told.break_reasons
 
 
