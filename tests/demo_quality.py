@@ -5,7 +5,8 @@
 
 Runs the shipped API graphs on a server with images and prompts that training never saw, decodes the saved MP4s and
 tracks the shapes in them. Each image is asked for all four directions; per image one pair is a held-out combination
-of shape, colour and direction, and one uses the held-out phrasing (video_unet: of every four prompts). Writes
+of shape, colour and direction, and one uses the held-out phrasing (video_unet: of every four prompts).
+dynamicrafter also asks for camera moves over pictures of hills and a city. Writes
 figures.json and contact_sheet.png to the folder (default: results/demo_quality), prints the figures as JSON in the
 last line, and exits 1 if a bar is missed.
 """

@@ -3,7 +3,9 @@ import json
 from dataclasses import replace
 from random import Random
 
+import quality_dynamicrafter
 from quality_common import DEMO, by_held_out, only, share
+from quality_dynamicrafter import stills  # noqa: F401  the first frame, or first and last
 
 GRAPHS = ("animate", "interpolate", "loop")
 MIN_PSNR = 22.0        # dB, of a frame against its target picture
@@ -44,18 +46,10 @@ def truth(case: dict, data):
     return data.draw_clip(case["clip"]).numpy()
 
 
-def stills(case: dict, truth):
-    return truth[:: len(truth) - 1] if case["graph"] == "interpolate" else truth[:1]
-
-
 def fill(graph: dict, case: dict, images: list[str]) -> dict:
-    only(graph, "Stillmotion_LoadDynamiCrafter")["checkpoint"] = "demo"  # the 64x64 one
-    wanted = only(graph, "Stillmotion_DynamiCrafterImageToVideo")
-    graph[wanted["positive"][0]]["inputs"]["text"] = case["prompt"]
-    only(graph, "Stillmotion_DDIMSampler").update(seed=case["seed"], steps=50)
-    for socket, name in zip(("image", "image2"), images):
-        graph[wanted[socket][0]]["inputs"]["image"] = name
-    return graph
+    only(graph, "Stillmotion_LoadDynamiCrafter")["checkpoint"] = "demo"
+    only(graph, "Stillmotion_DDIMSampler")["steps"] = 50
+    return quality_dynamicrafter.fill(graph, case, images)
 
 
 def measure(case: dict, frames, truth, data) -> dict:

@@ -4,7 +4,8 @@
                                              video_unet_96|causal_wan_96|causal_wan_few]
                                    [--folder FOLDER] [--threads N] [--output FILE]
 
-The state of every stage is kept in the folder: a run that was stopped goes on where it was.
+The state of every stage is kept in the folder: a run that was stopped goes on where it was. The results of the last
+three families are not shipped, and no loader offers them under the name demo.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 256  # pixels: models of smaller pictures know few things and follow the prompt without strong guidance
+SMALL = 256  # pixels: models of smaller pictures know few things, and need few steps and little guidance
 
 
 def check_finite(name: str, image_BHWC: Tensor) -> None:
