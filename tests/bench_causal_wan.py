@@ -50,6 +50,7 @@ def load_model(options):
     from stillmotion.nodes.causal_wan import checkpoint
     from stillmotion.nodes.causal_wan.model import CausalWan
     from stillmotion.nodes.common.attention import torch_attention
+    from stillmotion.nodes.common.core_model import WEIGHT_DTYPES
     from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 
     name, (width, height), words, found = "demo", (64, 64), 77, None
@@ -61,7 +62,7 @@ def load_model(options):
         name, (width, height), words = f"causal {options.preset}, random weights", (832, 480), 512
         network = CausalWan(params, torch.nn, torch_attention, device="meta").state_dict()
         found = Checkpoint(name, random_weights({key: value.shape for key, value in network.items()},
-                                                checkpoint.WEIGHT_DTYPES[options.dtype]), {})
+                                                WEIGHT_DTYPES[options.dtype]), {})
     if options.size:
         width, height = pixels(options.size)
     path = options.case / "model.safetensors" if options.case else NODES / "demo/causal_wan_demo.safetensors"

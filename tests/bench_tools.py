@@ -17,14 +17,15 @@ def pixels(size):
 def random_weights(shapes, dtype):
     """Random tensors of these shapes by name, scaled to keep activations in range."""
     import torch
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def weight(key, shape):
         if len(shape) < 2:
             return torch.full(shape, float(key.endswith("weight")), dtype=dtype)
         fan_in = max(1, torch.Size(shape[1:]).numel())
-        values = torch.randn(shape, generator=generator) * fan_in ** -0.5
-        return values.to(dtype)
+        values = torch.randn(shape, generator=generator, device=device) * fan_in ** -0.5
+        return values.to("cpu", dtype)
 
     return {key: weight(key, shape) for key, shape in shapes.items()}
 

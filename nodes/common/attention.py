@@ -26,14 +26,15 @@ def attend_over_time(q_BMC: Tensor, k_BMC: Tensor, v_BMC: Tensor, heads: int, fr
                      options: dict) -> Tensor:
     """Attention of every position of a clip to itself in all frames; M = frames * positions tokens, frame by frame.
 
-    Short clips are mixed where they lie, by a Triton kernel or by products of strided matrices. Longer ones, and all
-    where another pack overrides the attention, are transposed for `attention`.
+    Short clips are mixed where they lie, by a Triton kernel or by products of strided matrices. Longer ones, all where
+    another pack overrides the attention, and in training on a GPU (where clip by clip means many small kernels), are
+    transposed for `attention`.
     """
     def by_position(x_BMC: Tensor) -> Tensor:
         """[B, positions, frames, C], without a copy"""
         return x_BMC.unflatten(1, (frames, -1)).transpose(1, 2)
 
-    if frames > SHORT or OVERRIDE in options:
+    if frames > SHORT or OVERRIDE in options or q_BMC.is_cuda and torch.is_grad_enabled():
         clips = len(q_BMC)
         q, k, v = (by_position(x_BMC).flatten(0, 1) for x_BMC in (q_BMC, k_BMC, v_BMC))
         mixed = attention(q, k, v, heads, transformer_options=options)

@@ -16,6 +16,15 @@ PATIENCE = 300  # s, for a slow machine
 READY = """() => window.app?.graph && app.canvas && app.vueAppReady && !document.querySelector('#splash-loader')
            && 'Stillmotion_SaveVideo' in LiteGraph.registered_node_types"""
 
+FORGET = """async () => {
+    localStorage.clear();
+    sessionStorage.clear();
+    const found = await indexedDB.databases();
+    await Promise.all(found.map(({name}) => new Promise(done => {
+        Object.assign(indexedDB.deleteDatabase(name), {onsuccess: done, onerror: done, onblocked: done});
+    })));
+}"""
+
 # without these the Templates dialog covers the page for a first-time user
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9"}
 
@@ -86,19 +95,28 @@ class Page:
         return self.run_js("() => { if (runEnd.error) throw new Error(runEnd.error); return app.nodeOutputs }")
 
 
+@pytest.fixture(scope="session")
+def context(browser):
+    """One for all tests: a new one would fetch and compile the frontend's scripts again, for 8 s a test."""
+    context = browser.new_context(viewport={"width": 1600, "height": 900})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(request, server, browser):
+def page(request, server, context):
     """A fresh page with the canvas nodes; parametrize indirectly with "vue" for the newer DOM nodes (Nodes 2.0)."""
     settings = server.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
-    context = browser.new_context(viewport={"width": 1600, "height": 900})
     tab = context.new_page()
     tab.set_default_timeout(1000 * PATIENCE)
+    tab.goto(f"{server.url}/system_stats")  # without the frontend, whose storage is emptied
+    tab.evaluate(FORGET)
     tab.goto(server.url)
     tab.wait_for_function(READY)
     yield Page(tab)
-    context.close()
+    tab.close()
     end_runs(Client(server.url, server))
 
 

@@ -14,7 +14,7 @@ from ...common.demo import DYNAMICRAFTER
 from ..data import scenes
 from . import parts
 from .dynamicrafter_64 import SCALE_FACTOR, standardise_latents
-from .fast import channels_last, fit_compiled, make_compilable
+from .fast import channels_last, device, fit_compiled, make_compilable
 
 DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": scenes.SIZE, "in_channels": 3, "out_ch": 3, "ch": 64,
             "ch_mult": [1, 1, 1, 2], "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}
@@ -94,10 +94,10 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
         def loss_of(number: int, generator: torch.Generator, encode, decode) -> Tensor:
             rng.seed(generator.initial_seed())
             images = torch.stack([random_still(rng) for _ in range(BATCH)])
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.to(device(), memory_format=torch.channels_last)
             mean, logvar = encode(images).float().chunk(2, dim=1)
             logvar = logvar.clamp(-30, 20)
-            noise = torch.randn(mean.shape, generator=generator)
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
             decoded = decode(mean + (0.5 * logvar).exp() * noise).float()
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             return (edge_weight(images) * (decoded - images).square()).mean() + KL_WEIGHT * divergence
@@ -110,6 +110,30 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     standardise_latents(vae, stills(256, seed=7))
     return vae
+
+
+def train_decoder(folder: Path, vae: nn.Module, images_KCHW: Tensor, steps: int, batch: int) -> nn.Module:
+    """The autoencoder with its decoder trained further on images [K, 3, H, W] (uint8). The encoder stays as it is, and
+    with it all that was trained on its latents."""
+    vae = channels_last(make_compilable(vae))
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decoder(vae.post_quant_conv(latents))
+
+    def loss_of(number: int, generator: torch.Generator, decode) -> Tensor:
+        pick = torch.randint(0, len(images_KCHW), (batch,), generator=generator)
+        images = images_KCHW[pick].to(device(), memory_format=torch.channels_last).float() / 127.5 - 1
+        with torch.no_grad():
+            mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        decoded = decode(mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise).float()
+        return (edge_weight(images) * (decoded - images).square()).mean()
+
+    vae = fit_compiled(vae, loss_of, (decode,), steps=steps, lr=1e-3, checkpoint=folder / "decoder_96.pt",
+                       ema_decay=0.998, save_every=100)
+    return vae.to(memory_format=torch.contiguous_format).eval()
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from ...dynamicrafter import checkpoint as dynamicrafter
 from .. import objectives
 from ..data import shapes as data
 from ..loop import fit
+from .fast import device
 from .laws import block_sigmas
 
 SCALE_FACTOR = 0.18215
@@ -126,7 +127,7 @@ def encode(demo, clips: Iterable[Drawn], index: dict[str, int]) -> dict[str, Ten
     extended."""
     found = {"latents": [], "tokens": [], "turn": [], "caption": []}
     for clip in clips:
-        pixels_THWC = clip.frames_THWC.float() / 255
+        pixels_THWC = clip.frames_THWC.cpu().float() / 255
         found["latents"].append((demo.vae.encode(pixels_THWC)[0] * SCALE_FACTOR).half())
         found["tokens"].append(demo.clip_vision.encode_image(pixels_THWC[:1]).penultimate_hidden_states[0])
         found["turn"].append(torch.tensor(clip.turn))
@@ -210,7 +211,9 @@ def draw_batch(encodings: dict[str, Tensor], size: int, rng: Random, generator: 
     z = encodings[f"{kind}latents"][pick].float()
     unseen = (torch.rand(size, generator=generator) < 0.5) | blank
     tokens = torch.where(unseen[:, None, None], encodings["grey_tokens"], encodings[f"{kind}tokens"][pick])
-    return Batch(z, image_condition(z[:, :, 0], encodings["grey"], z.shape[2], blank), text, tokens, turn, blank)
+    y = image_condition(z[:, :, 0], encodings["grey"], z.shape[2], blank)
+    text = tuple(each.to(device()) for each in text)
+    return Batch(z.to(device()), y.to(device()), text, tokens.to(device()), turn, blank)
 
 
 def rollout_plan(frames: int, turn: int) -> Plan:
@@ -225,10 +228,11 @@ def roll_out(net: CausalWan, batch: Batch, given: int, frames: int, seed: int) -
     """The clips up to frame `given` (whole blocks), continued by the network: latents [B, C, frames, h, w]."""
     size, channels, _, height, width = batch.z_BCTHW.shape
     plan = rollout_plan(frames, batch.turn)
-    cache = KVCache(plan.layout(net.params, height, width), size, torch.float32, "cpu")
+    cache = KVCache(plan.layout(net.params, height, width), size, torch.float32, batch.z_BCTHW.device)
+    noise = seeded_noise(seed, size, channels, height, width)
     loop = BlockLoop(plan=plan, evaluate=net, caches=[cache], y_BYFHW=batch.y_BYTHW[:, :, :frames],
                      project=lambda prompt: [net.project_context(batch.text_BLC[prompt], batch.image_BNW)],
-                     noise=seeded_noise(seed, size, channels, height, width), on_step=lambda *_: None)
+                     noise=lambda *which: noise(*which).to(batch.z_BCTHW), on_step=lambda *_: None)
     context_BCPHW = batch.z_BCTHW[:, :, :given]
     with torch.compiler.set_stance("force_eager"):  # layers that were compiled for training know no cache
         made = list(loop.run(context_BCPHW if given else None, None, None))
@@ -243,8 +247,8 @@ def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: 
     """
     z, y = batch.z_BCTHW[:, :, excerpt.frames], batch.y_BYTHW[:, :, excerpt.frames]
     keys = net.project_context(batch.text_BLC[1], batch.image_BNW)
-    sigma = block_sigmas((len(z), len(excerpt.blocks)), SHIFT, generator)
-    noise = torch.randn(z.shape, generator=generator)
+    sigma = block_sigmas((len(z), len(excerpt.blocks)), SHIFT, generator).to(z)
+    noise = torch.randn(z.shape, generator=generator).to(z)
     return objectives.causal_flow_loss(net, z, context_BCTHW[:, :, excerpt.frames], y, keys, excerpt.blocks,
                                        excerpt.first, sigma, noise, emphasis=5)
 
@@ -252,7 +256,7 @@ def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: 
 def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps: int, size: int, lr: float, seed: int,
           own_context: bool, save_every: int = 100) -> CausalWan:
     """One stage; with `own_context` the network generates the last blocks before the block being learned."""
-    rng = Random()
+    net, rng = net.to(device()), Random()
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
 
 from ...causal_wan.model import CausalWan
+from ...common.clip import VisionTower
 from ...common.demo import DYNAMICRAFTER_96
 from ...common.files import read_checkpoint
 from ...dynamicrafter import checkpoint as dynamicrafter
@@ -18,11 +21,12 @@ from ..data import scenes
 from ..parallel import OneProcess
 from . import causal_wan as small
 from .causal_wan import FRAMES, TURNING, TURNS, WINDOW, Drawn
-from .fast import check_gradients
+from .encodings import encode_captions, encode_drawn, encoders
+from .fast import check_gradients, device
 
 PARAMS = replace(small.PARAMS, dim=144, ffn_dim=576)
 FS = 30                # the slowest: an object stays inside for FRAMES frames
-PART = 400             # clips per file
+PART = 400            # clips per file
 PARTS = {"long": 5, "short": 8}  # of clips of FRAMES, two in five of which turn, and of WINDOW frames
 STAGES = ((8000, 1.5e-3), (3000, 5e-4))  # steps and learning rate
 
@@ -48,28 +52,48 @@ def drawn_scenes(rng: Random, kind: str) -> Iterator[Drawn]:
         yield Drawn(drawn, turn, [[s.caption(form) for form in range(scenes.HELD_OUT_FORM)] for s in (scene, onward)])
 
 
-def encode_part(folder: Path, demo, kind: str, number: int) -> dict:
+class Encoders(NamedTuple):
+    vae: nn.Module
+    clip: nn.Module
+    vision: VisionTower          # as the nodes have it, whose tokens for Wan differ from DynamiCrafter's
+
+
+def load_encoders(folder: Path) -> Encoders:
+    return Encoders(*encoders(folder), dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")[2])
+
+
+def encode_part(folder: Path, using: Encoders, kind: str, number: int) -> dict:
     """One file of encodings, made if it is missing, with its captions in the order of their numbers."""
     path = folder / f"causal_wan_96_{kind}_{number:02}.pt"
     if not path.exists():
         index: dict[str, int] = {}
-        clips = drawn_scenes(Random(f"{kind} {number}"), kind)
-        torch.save({**small.encode(demo, clips, index), "captions": list(index)}, path)
+        images, found = [], []
+        for drawn in drawn_scenes(Random(f"{kind} {number}"), kind):
+            captions = [[index.setdefault(caption, len(index)) for caption in forms] for forms in drawn.captions]
+            latents = encode_drawn(using.vae, drawn.frames_THWC.movedim(-1, 1).float() / 127.5 - 1)
+            found.append({"latents": latents, "turn": torch.tensor(drawn.turn), "caption": torch.tensor(captions)})
+            images.append(drawn.frames_THWC[0].float() / 255)
+        part = {name: torch.stack([clip[name] for clip in found]).contiguous() for name in found[0]}
+        part["tokens"] = using.vision.encode_image(torch.stack(images)).penultimate_hidden_states
+        torch.save({**part, "captions": list(index)}, path)
     return torch.load(path, weights_only=True)
 
 
+@torch.no_grad()
 def encode_clips(folder: Path, parts: dict[str, int]) -> dict[str, Tensor]:
     """As returned by `causal_wan.encode_clips`."""
-    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
-    index, made = {"": 0}, {}
+    using, index, made = load_encoders(folder), {"": 0}, {}
     for kind, count in parts.items():
-        found = [encode_part(folder, demo, kind, number) for number in range(count)]
+        found = [encode_part(folder, using, kind, number) for number in range(count)]
         for part in found:
             numbers = torch.tensor([index.setdefault(caption, len(index)) for caption in part.pop("captions")])
             part["caption"] = numbers[part["caption"]]
         made |= {("short_" if kind == "short" else "") + name: torch.cat([part[name] for part in found])
                  for name in found[0]}
-    return {name: value.clone() for name, value in (made | small.encode_fixed(demo, index, scenes.SIZE)).items()}
+    grey_BHWC = torch.full((1, scenes.SIZE, scenes.SIZE, 3), 0.5)
+    return made | {"text": encode_captions(using.clip, SimpleTokenizer(context_length=77)(list(index))),
+                   "grey": encode_drawn(using.vae, 2 * grey_BHWC.movedim(-1, 1) - 1)[None].float(),
+                   "grey_tokens": using.vision.encode_image(grey_BHWC).penultimate_hidden_states}
 
 
 def compile_layers(net: CausalWan, encodings: dict[str, Tensor], size: int) -> None:
@@ -94,7 +118,8 @@ def make_demo(folder: Path, target: Path, size: int = 8) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encodings, net = encode_clips(folder, PARTS), small.demo_network(PARAMS)
     for number, (steps, lr) in enumerate(STAGES, start=1):
-        compile_layers(net, encodings, size)
+        if device().type == "cpu":
+            compile_layers(net, encodings, size)
         net = small.train(net, encodings, folder / f"causal_wan_96_{number}.pt", steps, size, lr, seed=40 + number,
                           own_context=number > 1)
     small.export(target, net)

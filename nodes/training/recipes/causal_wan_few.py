@@ -23,6 +23,7 @@ from ..self_rollout.loop import Batch, Side, fit_both
 from ..self_rollout.method import SelfRollout, Stream
 from ..self_rollout.settings import SelfRolloutSettings
 from .causal_wan import BLANK, BLOCK, FRAMES, SHIFT, SINK, WINDOW, demo_network, encode_clips, export, image_condition
+from .fast import device
 from .laws import block_sigmas
 
 # Self-Forcing's settings with the demo's window and guidance; small networks learn at higher rates.
@@ -59,8 +60,9 @@ def teacher_loss(net: CausalWan, encodings: dict[str, Tensor], size: int, rng: R
     grey = (torch.rand(size, generator=generator) < 0.5) | blank
     tokens = torch.where(grey[:, None, None], encodings["grey_tokens"], encodings[f"{kind}tokens"][pick])
     y = image_condition(z[:, :, 0], encodings["grey"], WINDOW, blank)
-    sigma_B1 = block_sigmas((size, 1), SHIFT, generator)
-    sigma, noise = sigma_B1[:, :, None, None, None], torch.randn(z.shape, generator=generator)
+    z, y, text, tokens = (value.to(device()) for value in (z, y, text, tokens))
+    sigma_B1 = block_sigmas((size, 1), SHIFT, generator).to(z)
+    sigma, noise = sigma_B1[:, :, None, None, None], torch.randn(z.shape, generator=generator).to(z)
     noisy = torch.cat(((1 - sigma) * z + sigma * noise, y), dim=1)
     flow = net(noisy, 1000 * sigma_B1.expand(-1, WINDOW), net.project_context(text, tokens), range(WINDOW))
     change_B1HW = (z.amax(2) - z.amin(2)).amax(1, keepdim=True)
@@ -70,7 +72,7 @@ def teacher_loss(net: CausalWan, encodings: dict[str, Tensor], size: int, rng: R
 
 def train_teacher(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps: int, size: int, lr: float,
                   save_every: int = 100) -> CausalWan:
-    rng = Random()
+    net, rng = net.to(device()), Random()
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
@@ -84,14 +86,16 @@ def draw_conditions(encodings: dict[str, Tensor], size: int, generator: torch.Ge
     """Start images of clips with their captions before and after the turn. The image tokens are the images' own."""
     pick = torch.randint(0, len(encodings["latents"]), (size,), generator=generator)
     y = image_condition(encodings["latents"][pick, :, 0].float(), encodings["grey"], FRAMES)
-    return Conditions(texts=tuple(pick_texts(encodings, "", pick, generator)), y_BYFHW=y,
-                      negative_BND=encodings["text"][:1].expand(size, -1, -1), image_BNW=encodings["tokens"][pick],
-                      first_BC1HW=None)
+    return Conditions(texts=tuple(text.to(device()) for text in pick_texts(encodings, "", pick, generator)),
+                      y_BYFHW=y.to(device()), image_BNW=encodings["tokens"][pick].to(device()), first_BC1HW=None,
+                      negative_BND=encodings["text"][:1].expand(size, -1, -1).to(device()))
 
 
 def train_student(student: CausalWan, teacher: CausalWan, fake: CausalWan, encodings: dict[str, Tensor],
                   checkpoint: Path, steps: int, size: int, long: bool, save_every: int = 100) -> CausalWan:
     """Self-rollout; with `long` videos go on over several steps and turn."""
+    for net in (student, teacher, fake):
+        net.to(device())
     method = SelfRollout(student=student, real=teacher, fake=fake, settings=LONG if long else SETTINGS, block=BLOCK)
     channels, height, width = encodings["latents"].shape[1], *encodings["latents"].shape[3:]
     draws, held = torch.Generator(), []

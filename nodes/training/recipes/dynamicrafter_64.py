@@ -144,7 +144,7 @@ def exposure(clip: data.ShapeClip, rng: Random) -> Tensor:
 
 def tower_pixels(images_BCHW: Tensor) -> Tensor:
     """Images in [-1, 1], preprocessed for the vision tower as in sampling."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (images_BCHW.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     return ((squash(images_BCHW, OPEN_CLIP["vision_cfg"]["image_size"]) + 1) / 2 - mean) / std
 
 

@@ -16,7 +16,7 @@ from . import dynamicrafter_64 as demo
 from . import parts
 from .autoencoder import DDCONFIG
 from .encodings import encode_clips, encoders
-from .fast import channels_last, fit_compiled, make_compilable
+from .fast import channels_last, device, fit_compiled, make_compilable
 from .laws import noisy_timesteps
 
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
@@ -45,7 +45,7 @@ def first_unet() -> VideoUNet:
     return parts.load("unet", new_unet()) if parts.has_demo() else new_unet()
 
 
-def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, lr: float = 1.2e-3,
+def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, batch: int = BATCH, lr: float = 1.2e-3,
                on_save=None) -> nn.Module:
     """The denoiser with its image projector, trained on cached encodings.
 
@@ -59,16 +59,16 @@ def train_unet(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, l
 
     def loss_of(number: int, generator: torch.Generator, run) -> Tensor:
         def chance(share: float) -> Tensor:
-            return torch.rand(BATCH, generator=generator) < share
-        pick = torch.randint(0, len(encodings["fs"]), (BATCH,), generator=generator)
-        form = torch.randint(0, scenes.HELD_OUT_FORM, (BATCH,), generator=generator)
+            return torch.rand(batch, generator=generator) < share
+        pick = torch.randint(0, len(encodings["fs"]), (batch,), generator=generator)
+        form = torch.randint(0, scenes.HELD_OUT_FORM, (batch,), generator=generator)
         z = encodings["latents"][pick].float()
         caption = torch.where(chance(0.1), 0, encodings["caption"][pick, form])
         tokens = torch.where(chance(0.1)[:, None, None], encodings["grey"], encodings["image"][pick])
         condition = objectives.concat_condition(z, encodings["ends"][pick] | chance(0.25))
-        return objectives.video_v_loss(run, z, condition, encodings["text"][caption], tokens, encodings["fs"][pick],
-                                       alphas, scale, generator, emphasis=5,
-                                       timesteps=noisy_timesteps)
+        given = (z, condition, encodings["text"][caption], tokens, encodings["fs"][pick])
+        return objectives.video_v_loss(run, *(value.to(device()) for value in given), alphas, scale, generator,
+                                       emphasis=5, timesteps=noisy_timesteps)
 
     return fit_compiled(unet, loss_of, (unet,), steps=steps, lr=lr, checkpoint=folder / "unet_96.pt", ema_decay=0.998,
                         save_every=100, on_save=on_save).eval()
@@ -78,8 +78,10 @@ def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None
     demo.export(path, vae, clip, unet, config())
 
 
-def make_demo(folder: Path, target: Path) -> None:
-    """Run all stages in `folder`, resuming what is there or in the pack's own demo, then write the file."""
+def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, count: int = PARTS) -> None:
+    """Run all stages in `folder`, resuming what is there or in the pack's own demo, then write the file. `count`: parts
+    of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = encoders(folder)
-    export(target, vae, clip, train_unet(folder, encode_clips(folder, vae, clip, PARTS)))
+    unet = train_unet(folder, encode_clips(folder, vae, clip, count), steps, batch)
+    export(target, vae, clip, unet)

@@ -15,10 +15,10 @@ from ..data import scenes
 from . import parts
 from .autoencoder import DDCONFIG, encode_frames, train_autoencoder
 from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
-from .fast import autocast
+from .fast import autocast, device
 from .towers import train_towers
 
-PART = 400          # clips per file
+PART = 400         # clips per file
 CAMERA = 0.25       # fraction of clips without a single object
 RETURNING = 0.1     # fraction of clips that move out and back, for loops
 
@@ -27,13 +27,30 @@ def encoders(folder: Path) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and towers of the demo in the pack; trained in `folder` if there is none."""
     if parts.has_demo():
         vae, clip = AutoencoderKL(embed_dim=4, ddconfig=DDCONFIG), CLIP(**OPEN_CLIP)
-        return parts.load("autoencoder", vae).eval(), parts.load("towers", clip).eval()
-    return train_autoencoder(folder).eval(), train_towers(folder).eval()
+        parts.load("autoencoder", vae)
+        parts.load("towers", clip)
+    else:
+        vae, clip = train_autoencoder(folder), train_towers(folder)
+    return vae.to(device()).eval(), clip.to(device()).eval()
 
 
 def random_scene(rng: Random) -> scenes.Scene:
     returns = rng.random() < RETURNING
     return (scenes.random_camera if rng.random() < CAMERA else scenes.random_object)(rng, returns=returns)
+
+
+@torch.no_grad()
+def encode_drawn(vae: nn.Module, frames_TCHW: Tensor) -> Tensor:
+    """Scaled latents [4, T, h, w] of a clip in [-1, 1], in fp16 in main memory."""
+    frames_TCHW = frames_TCHW.to(device(), memory_format=torch.channels_last)
+    with autocast():
+        return encode_frames(vae, frames_TCHW).half().cpu()
+
+
+@torch.no_grad()
+def encode_captions(clip: nn.Module, tokens_KL: Tensor) -> Tensor:
+    """[K, L, C]"""
+    return torch.cat([text_features(clip, chunk.to(device())).cpu() for chunk in tokens_KL.split(500)])
 
 
 @torch.no_grad()
@@ -47,10 +64,9 @@ def encode_part(number: int, vae: nn.Module, clip: nn.Module) -> dict[str, Tenso
     tokenize = SimpleTokenizer(context_length=77)
     for _ in range(PART):
         scene = random_scene(rng)
-        frames_TCHW = (scenes.draw(scene).movedim(-1, 1).float() / 127.5 - 1)
-        with autocast():
-            latent = encode_frames(vae, frames_TCHW.contiguous(memory_format=torch.channels_last))
-        found.append({"latents": latent.half(), "image": image_features(clip, frames_TCHW[:1])[0],
+        frames_TCHW = scenes.draw(scene).movedim(-1, 1).float() / 127.5 - 1
+        image = image_features(clip, frames_TCHW[:1].to(device()))[0].cpu()
+        found.append({"latents": encode_drawn(vae, frames_TCHW), "image": image,
                       "fs": torch.tensor(scene.fs), "ends": torch.tensor(scene.returns),
                       "tokens": tokenize([scene.caption(form) for form in range(scenes.HELD_OUT_FORM)]).int(),
                       "camera": torch.tensor(isinstance(scene, scenes.CameraScene))})
@@ -72,8 +88,8 @@ def encode_clips(folder: Path, vae: nn.Module, clip: nn.Module, count: int) -> d
     tokens = encodings.pop("tokens")
     empty = SimpleTokenizer(context_length=77)([""]).int()
     captions, index = torch.cat((empty, tokens.flatten(0, 1))).unique(dim=0, return_inverse=True)
-    text = torch.cat([text_features(clip, chunk) for chunk in captions.split(500)])
+    text = encode_captions(clip, captions)
     order = torch.arange(len(text))
     order[0], order[index[0]] = index[0], 0  # swap the empty caption with the first
-    grey = image_features(clip, torch.zeros(1, 3, scenes.SIZE, scenes.SIZE))
+    grey = image_features(clip, torch.zeros(1, 3, scenes.SIZE, scenes.SIZE, device=device())).cpu()
     return encodings | {"text": text[order], "caption": order[index[1:]].view(tokens.shape[:2]), "grey": grey}

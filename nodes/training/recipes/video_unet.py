@@ -20,7 +20,7 @@ from ...video_unet.config import VideoUNetConfig
 from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
 from .. import objectives
 from ..data import shapes as data
-from .fast import channels_last, fit_compiled, make_compilable
+from .fast import channels_last, device, fit_compiled, make_compilable
 from .laws import noisy_timesteps
 
 SCALE_FACTOR = 0.18215 * 0.4  # latents of small bright shapes reach 10 standard deviations: with this, 99.9 % lie
@@ -91,8 +91,8 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
         dropped = torch.rand(batch, generator=generator) < torch.where(mask.sum(1) > 1, 0.8, 0.1)
         text = encodings["text"][torch.where(dropped, 0, encodings["caption"][pick, form])]
         z = encodings["latents"][pick].float() * scale
-        return objectives.video_unet_loss(run, z, mask, text, alphas, config.prediction, generator, emphasis=5,
-                                          timesteps=noisy_timesteps)
+        return objectives.video_unet_loss(run, z.to(device()), mask.to(device()), text.to(device()), alphas,
+                                          config.prediction, generator, emphasis=5, timesteps=noisy_timesteps)
 
     return fit_compiled(net, loss_of, (net,), steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998,
                         save_every=100, on_save=on_save)

@@ -21,17 +21,18 @@ CONFIG = replace(small.CONFIG, params=PARAMS, height=scenes.SIZE, width=scenes.S
 STEPS, BATCH = 6000, 8
 
 
-def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, on_save=None) -> nn.Module:
+def train(folder: Path, encodings: dict[str, Tensor], steps: int = STEPS, batch: int = BATCH,
+          on_save=None) -> nn.Module:
     """The network's EMA."""
     return small.train(new_network(PARAMS, seed=30), encodings, folder / "video_unet_96.pt", steps, LATENT_SCALE,
-                       CONFIG, BATCH, on_save=on_save)
+                       CONFIG, batch, on_save=on_save)
 
 
 def export(path: Path, net: nn.Module) -> None:
     save(path, net, CONFIG)
 
 
-def make_demo(folder: Path, target: Path) -> None:
-    """Train in `folder`, resuming what is there, then write the file."""
+def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, count: int = PARTS) -> None:
+    """Train in `folder`, resuming what is there, then write the file. `count`: parts of clips."""
     folder.mkdir(parents=True, exist_ok=True)
-    export(target, train(folder, encode_clips(folder, *encoders(folder), PARTS)))
+    export(target, train(folder, encode_clips(folder, *encoders(folder), count), steps, batch))
