@@ -26,7 +26,7 @@ sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 import host  # noqa: E402
 
 FAMILIES = ("dynamicrafter", "dynamicrafter_64", "causal_wan", "video_unet")  # each a module quality_<family>
-DRAWN_BY = {"dynamicrafter": "scenes"}  # the 96x96 demo; the others are 64x64 and draw shapes
+DRAWN_BY = {"dynamicrafter": "scenes", "video_unet": "scenes"}  # of 96x96; the others are 64x64 and draw shapes
 SHOWN_IMAGES = 3
 
 

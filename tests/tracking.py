@@ -10,7 +10,7 @@ MIN_MOTION = 2.5      # pixels between first and last frame below which a shape 
 MIN_DOMINANCE = 1.5   # ratio of motion along the main axis to the other one
 MIN_ORDER = 0.8       # rank correlation of position and time; shuffled frames stay below it
 MIN_AREA = 20         # pixels; less is not a shape
-WINDOW = 9            # half width in pixels of the search window around the shape's densest spot
+WINDOW, SPOT = 9 / 64, 4 / 64  # in sides of the frame: half width of the search window, and of the densest spot in it
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ def find_shape(frame_HWC: np.ndarray, ground: np.ndarray):
     if peak < 30:
         return None
     cover = np.clip(distance / peak, 0, 1) * (distance > 0.3 * peak)
-    y, x = np.unravel_index(box_sum(cover, 4).argmax(), cover.shape)
+    window, spot = (round(share * frame_HWC.shape[1]) for share in (WINDOW, SPOT))
+    y, x = np.unravel_index(box_sum(cover, spot).argmax(), cover.shape)
     rows, cols = np.indices(cover.shape)
-    cover[(abs(rows - y) > WINDOW) | (abs(cols - x) > WINDOW)] = 0
+    cover[(abs(rows - y) > window) | (abs(cols - x) > window)] = 0
     inside = cover > 0.75
     if inside.sum() < MIN_AREA:
         return None

@@ -36,6 +36,7 @@ from progress import Progress  # noqa: E402
 LOADER = "Stillmotion_LoadVideoUNet"
 CONDITIONS = "Stillmotion_VideoUNetConditions"
 HEADER = "stillmotion.video_unet"
+DEMO_ENCODERS = ("demo", "demo, 96x96")  # checkpoints of Load DynamiCrafter whose encoders small models use
 FORMATS = {"mp4": "", "gif": "-gif", "png frames": "-frames"}  # suffix of the save node's id
 SHOWN = 8  # frames of a video on the preview sheet
 
@@ -118,6 +119,8 @@ def adapt(job, config, clip, vae):
     if config["text_encoder"] == "clip_l" and not clip:
         raise host.HostError("this model was trained with the text encoder CLIP-L: name its file in "
                              "models/text_encoders with --clip.")
+    if config["text_encoder"] in DEMO_ENCODERS:
+        job[towers]["inputs"]["checkpoint"] = config["text_encoder"]
     if clip:
         job["clip"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip, "type": "stable_diffusion"}}
         rewire([towers, 1], ["clip", 0])

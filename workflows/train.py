@@ -78,7 +78,7 @@ def train(settings):
     processes = make_processes(settings.mixed_precision, parts.choose_device(settings.device))
     stop, result = Stop(), Path(settings.output)
     dataset, model = parts.load_dataset(settings), load_model(settings)
-    encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings))
+    encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings), model)
     if settings.objective == "self_rollout":
         from stillmotion.nodes.training.self_rollout.family import SelfRolloutFamily
         from stillmotion.nodes.training.self_rollout.run import SelfRolloutTraining as kind

@@ -1,15 +1,17 @@
-"""Train a built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU.
+"""Train a built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU, minutes on a GPU.
 
-    python workflows/train_demo.py [--family dynamicrafter_96|dynamicrafter|causal_wan|video_unet|early|
-                                             video_unet_96|causal_wan_96|causal_wan_few]
-                                   [--folder FOLDER] [--threads N] [--output FILE]
+    python workflows/train_demo.py [--family dynamicrafter_96|decoder_96|dynamicrafter|causal_wan|video_unet|early|
+                                             causal_wan_96|causal_wan_few]
+                                   [--steps N] [--batch N] [--files N] [--folder FOLDER] [--threads N] [--output FILE]
 
-The state of every stage is kept in the folder: a run that was stopped goes on where it was. The results of the last
-three families are not shipped, and no loader offers them under the name demo.
+The state of every stage is kept in the folder: a run that was stopped goes on where it was. decoder_96 trains the
+decoder of the 96x96 demo alone. The results of the last two families are not shipped, and no loader offers them under
+the name demo.
 """
 
 import argparse
 import logging
+from inspect import signature
 from pathlib import Path
 
 import runner  # noqa: F401  makes host, client, ... importable
@@ -23,9 +25,13 @@ import inprocess  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    families = ("dynamicrafter", "causal_wan", "video_unet", "early", "dynamicrafter_96",
-                "video_unet_96", "causal_wan_96", "causal_wan_few")
+    families = ("dynamicrafter_96", "decoder_96", "dynamicrafter", "causal_wan", "video_unet", "early",
+                "causal_wan_96", "causal_wan_few")
     parser.add_argument("--family", choices=families, default="dynamicrafter_96")
+    for name, meaning in (("steps", "of the last stage"), ("batch", "clips or images a step"),
+                          ("files", "files of 400 drawn clips")):
+        parser.add_argument(f"--{name}", type=int, metavar="N",
+                            help=f"{meaning} (default: the recipe's; for dynamicrafter_96, decoder_96 and video_unet)")
     parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")
@@ -38,15 +44,18 @@ def main():
     from stillmotion.nodes.training.recipes.causal_wan import make_causal_wan_demo
     from stillmotion.nodes.training.recipes.causal_wan_few import make_few_demo
     from stillmotion.nodes.training.recipes.dynamicrafter_64 import make_demo
-    from stillmotion.nodes.training.recipes.video_unet import make_video_unet_demo
     from stillmotion.nodes.training.recipes.video_unet_early import make_early_demo
     make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo,
-            "video_unet": make_video_unet_demo, "early": make_early_demo,
-            "dynamicrafter_96": dynamicrafter_96.make_demo,
-            "video_unet_96": video_unet_96.make_demo, "causal_wan_96": causal_wan_96.make_demo,
-            "causal_wan_few": make_few_demo}[options.family]
-    name = "video_unet_early" if options.family == "early" else f"{options.family}_demo"
-    make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{name}.safetensors")
+            "video_unet": video_unet_96.make_demo, "early": make_early_demo,
+            "dynamicrafter_96": dynamicrafter_96.make_demo, "decoder_96": dynamicrafter_96.make_decoder,
+            "causal_wan_96": causal_wan_96.make_demo, "causal_wan_few": make_few_demo}[options.family]
+    name = {"early": "video_unet_early", "decoder_96": "dynamicrafter_96_demo"}.get(
+        options.family, f"{options.family}_demo")
+    given = {name: getattr(options, name) for name in ("steps", "batch", "files") if getattr(options, name)}
+    unknown = given.keys() - signature(make).parameters
+    if unknown:
+        parser.error(f"--{' and --'.join(sorted(unknown))}: the recipe of {options.family} has its own")
+    make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{name}.safetensors", **given)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..common.core_model import WEIGHT_DTYPES
-from ..common.demo import CAUSAL_WAN, SIZE
+from ..common.demo import CAUSAL_WAN
 from ..common.files import read_checkpoint
 from ..common.images import own_size, trained_size
 from ..common.nodes import find_model
@@ -71,7 +71,7 @@ class LoadCausalWan(io.ComfyNode):
     def execute(cls, checkpoint, weights, lora, lora_strength, weight_dtype):
         path, lora_path = _paths(checkpoint, lora)
         model = loader.load(read_checkpoint(path), weights, weight_dtype)
-        model.model.demo_size = SIZE if path == CAUSAL_WAN else None
+        model.model.encoders_of = "demo" if path == CAUSAL_WAN else None
         if lora_path:
             model = add_lora(model, read_checkpoint(lora_path), lora_strength)
         return io.NodeOutput(model)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
@@ -10,7 +11,6 @@ import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 
-from .demo import DYNAMICRAFTER
 from .files import read_checkpoint, take_prefix
 
 # Pixels processed between progress updates (and interrupt checks): one frame of 512 x 320, or 40 of 64 x 64.
@@ -113,9 +113,9 @@ def small_vae(channels):
     return net
 
 
-def demo_vae() -> VideoVAE:
-    """The VAE that the demo models share."""
-    found = read_checkpoint(DYNAMICRAFTER)
+def demo_vae(path: Path) -> VideoVAE:
+    """The VAE of a demo's DynamiCrafter file, which other demo models share."""
+    found = read_checkpoint(path)
     params = json.loads(found.metadata["stillmotion.config"])["model"]["params"]["first_stage_config"]["params"]
     return VideoVAE(take_prefix(found.tensors, "first_stage_model."), params["ddconfig"], params["embed_dim"])
 

@@ -15,10 +15,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ..causal_wan import checkpoint as causal_wan
-from ..common.demo import DYNAMICRAFTER
+from ..common.demo import DYNAMICRAFTER_DEMOS
 from ..common.files import Checkpoint, read_checkpoint, take_prefix
 from ..dynamicrafter import checkpoint as dynamicrafter
 from ..dynamicrafter.keys import VAE, has_prefix
+from ..video_unet.base import VideoUNetModel
 from .config import TrainConfig
 from .data.clips import Clips, MovingShapes
 from .data.folders import VideoFolder
@@ -74,9 +75,10 @@ def load_class(name: str, base: type) -> type:
     return found
 
 
-def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
+def load_encoders(settings: TrainConfig, pixels: bool, model: Any = None) -> Encoders:
     """VAE (None for a pixel-space network), text encoder and vision tower; files given one by one override `encoders`.
-    A VAE is trained without any.
+    A VAE is trained without any. With `encoders` "demo" they are those of the demo that the MODEL to be fine-tuned
+    belongs to.
 
     Raises ValueError for a text encoder of unknown type.
     """
@@ -84,8 +86,11 @@ def load_encoders(settings: TrainConfig, pixels: bool) -> Encoders:
     if settings.family == "vae":
         return Encoders(None, None, None)
     if not (settings.clip and (settings.vae or pixels)):
-        vae, clip, clip_vision = _encoders_of(read_checkpoint(
-            DYNAMICRAFTER if settings.encoders == "demo" else settings.encoders))
+        name = settings.encoders
+        own = model.model.video_unet.text_encoder if isinstance(model and model.model, VideoUNetModel) else name
+        if name == "demo" and own in DYNAMICRAFTER_DEMOS:
+            name = own
+        vae, clip, clip_vision = _encoders_of(read_checkpoint(DYNAMICRAFTER_DEMOS.get(name, name)))
     if settings.vae:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(settings.vae))
     if settings.clip:

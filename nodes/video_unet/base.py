@@ -21,6 +21,7 @@ from .config import HEADER, TEXT_ENCODERS, VideoUNetConfig, to_json
 from .unet import VideoUNet
 
 ENCODER_SOURCES = {"demo": "Load DynamiCrafter with its checkpoint demo",
+                   "demo, 96x96": "Load DynamiCrafter with its checkpoint \"demo, 96x96\"",
                    "clip_l": "core's Load CLIP with CLIP-L, type stable_diffusion"}
 
 

@@ -10,7 +10,7 @@ from ..ddim.schedule import DiffusionParams
 from .unet import VideoUNetParams
 
 HEADER = "stillmotion.video_unet"                # entry of the .safetensors header
-TEXT_ENCODERS = {"demo": 32, "clip_l": 768}      # by the width of their tokens
+TEXT_ENCODERS = {"demo": 32, "demo, 96x96": 32, "clip_l": 768}  # by the width of their tokens
 SPACES = {"pixels": 3, "latent": None}           # by the number of channels, None: any
 CHOICES = {"schedule": ("cosine", "linear"), "prediction": ("eps", "v"), "space": tuple(SPACES),
            "text_encoder": tuple(TEXT_ENCODERS)}

@@ -7,14 +7,14 @@ import node_helpers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..common.demo import SIZE, VIDEO_UNET, VIDEO_UNET_EARLY, other_encoders
+from ..common.demo import DYNAMICRAFTER_DEMOS, VIDEO_UNET, VIDEO_UNET_EARLY, other_encoders
 from ..common.files import read_checkpoint
 from ..common.nodes import find_model
 from ..common.notes import say_on_node
 from ..common.schema import schema
 from ..common.vae import demo_vae, pixel_vae
 from . import checkpoint as loader
-from .base import VideoUNetModel
+from .base import ENCODER_SOURCES, VideoUNetModel
 from .conditioning import GIVEN, clip_conditions
 
 DEMOS = {"demo": VIDEO_UNET, "demo, early in training": VIDEO_UNET_EARLY}
@@ -36,8 +36,9 @@ class LoadVideoUNet(io.ComfyNode):
                 io.Combo.Input("checkpoint", options=[*DEMOS, *_names()],
                                tooltip="A file in models/checkpoints or models/diffusion_models, written by Train "
                                        "Video Model. demo is the small model that comes with this pack: moving "
-                                       "shapes, 16 frames of 64x64. demo, early in training: a tiny one after "
-                                       "1200 steps, to show what clipping of x0 does."),
+                                       "shapes, 16 frames of 96x96, with the CLIP and VAE of \"demo, 96x96\" in Load "
+                                       "DynamiCrafter. demo, early in training: a tiny one after 1200 steps, to show "
+                                       "what clipping of x0 does, with those of demo there."),
                 io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device."),
                 io.Vae.Input("vae", optional=True,
@@ -48,7 +49,7 @@ class LoadVideoUNet(io.ComfyNode):
                 io.Model.Output(tooltip="For DDIM Sampler (fixed), KSampler or any core sampler."),
                 io.Vae.Output(tooltip="For models in pixels the conversion to images, for models in latents the "
                                       "connected VAE, which now takes clips. For the demo use the VAE of Load "
-                                      "DynamiCrafter with its checkpoint demo."),
+                                      "DynamiCrafter with its checkpoint \"demo, 96x96\"."),
             ],
         )
 
@@ -62,18 +63,19 @@ class LoadVideoUNet(io.ComfyNode):
     def execute(cls, checkpoint, weight_dtype, vae=None):
         model = loader.load(read_checkpoint(_path(checkpoint)), weight_dtype)
         config = model.model.video_unet
-        model.model.demo_size = SIZE if checkpoint in DEMOS else None
+        model.model.encoders_of = config.text_encoder
         if config.space == "pixels":
             if vae is not None:
                 raise ValueError(f"{checkpoint} works in pixels and takes no VAE. Disconnect it, and decode with the "
                                  "VAE output of this node.")
             return io.NodeOutput(model, pixel_vae())
         if vae is None:
-            if config.text_encoder == "demo":
-                loader.preview_with(model, demo_vae())
+            demo = DYNAMICRAFTER_DEMOS.get(config.text_encoder)
+            if demo:
+                loader.preview_with(model, demo_vae(demo))
             return io.NodeOutput(model, ExecutionBlocker(
-                f"{checkpoint} works in latents and holds no VAE. Use the one that it was trained with (demo: that of "
-                "Load DynamiCrafter with its checkpoint demo)."))
+                f"{checkpoint} works in latents and holds no VAE. Use the one that it was trained with" + (
+                    f": that of {ENCODER_SOURCES[config.text_encoder]}." if demo else ".")))
         return io.NodeOutput(model, loader.preview_with(model, vae))
 
 
@@ -98,9 +100,9 @@ class VideoUNetConditions(io.ComfyNode):
                                        "first frames of a clip. both ends: from the first of two images to the "
                                        "second."),
                 io.Int.Input("width", default=0, min=0, max=4096, step=8,
-                             tooltip="Pixels; 0: as the model was trained (demo: 64)."),
+                             tooltip="Pixels; 0: as the model was trained (demo: 96)."),
                 io.Int.Input("height", default=0, min=0, max=4096, step=8,
-                             tooltip="Pixels; 0: as the model was trained (demo: 64)."),
+                             tooltip="Pixels; 0: as the model was trained (demo: 96)."),
                 io.Int.Input("frames", default=0, min=0, max=1024,
                              tooltip="Frames of the video, including the given ones; 0: as the model was trained "
                                      "(demo: 16). Other numbers work, but less well the more they differ."),

@@ -23,9 +23,9 @@ NODES = {"FreeU": dict(b1=1.1, b2=1.2, s1=0.9, s2=0.2), "FreeU_V2": dict(b1=1.3,
          "RenormCFG": dict(cfg_trunc=100.0, renorm_cfg=1.0), "ContextWindowsManual": dict(
              context_length=8, context_overlap=4, context_schedule="standard_static", context_stride=1,
              closed_loop=False, fuse_method="pyramid", dim=2)}
-# The demos have spatial attention only at half size, and the video U-Net has no level with 2 or 4 times the width.
-REFUSED = {"animate": {"HyperTile", "TomePatchModel", "SelfAttentionGuidance"}}
-REFUSED["video_unet_text_to_video"] = REFUSED["animate"] | {"FreeU", "FreeU_V2"}
+# The demos have spatial attention only at half size.
+REFUSED = {name: {"HyperTile", "TomePatchModel", "SelfAttentionGuidance"}
+           for name in ("animate", "video_unet_text_to_video")}
 
 
 def make_job(client, name, steps, frames, node=None, **inputs):

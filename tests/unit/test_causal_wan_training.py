@@ -239,4 +239,4 @@ def test_parts_of_larger_clips_are_joined(tmp_path, monkeypatch):
     demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
     caption = next(recipe_96.drawn_scenes(Random("short 1"), "short")).captions[0][1]
     expected = demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0]
-    assert torch.equal(made["text"][made["short_caption"][2, 0, 1]], expected)
+    assert torch.allclose(made["text"][made["short_caption"][2, 0, 1]], expected, atol=1e-5)

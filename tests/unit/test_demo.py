@@ -76,8 +76,9 @@ def test_a_demo_without_encoders_says_so_if_others_are_connected(monkeypatch):
         clip = checkpoint.load(read_checkpoint(path)).clip.clone()
         prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle moves left"))
         video_unet_nodes.VideoUNetConditions.execute(model, prompt, prompt, "none", 0, 0, 4, 1)
-        wrong = name == "demo, 96x96"
-        assert ("to demo: this model needs its CLIP" in said.pop()) == wrong == bool(other_encoders(causal, prompt))
+        note, of_causal = said.pop(), other_encoders(causal, prompt)
+        assert ('to "demo, 96x96": this model needs its CLIP' in note) == (name == "demo") == bool(note)
+        assert ('to "demo": this model needs its CLIP' in of_causal) == (name == "demo, 96x96") == bool(of_causal)
         assert other_encoders(SimpleNamespace(model=SimpleNamespace()), prompt) == ""
 
 

@@ -42,7 +42,7 @@ def clips(tmp_path_factory):
 def train(settings):
     """What workflows/train.py does."""
     dataset, model = parts.load_dataset(settings), load_model(settings)
-    encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings))
+    encoders = parts.load_encoders(settings, parts.works_in_pixels(model, settings), model)
     family, result = make_family(model, encoders, settings, dataset), Path(settings.output)
     processes = make_processes(settings.mixed_precision, settings.device)
     Training(family, dataset, settings, result, result.with_suffix(""), processes).run()

@@ -165,7 +165,7 @@ def test_every_stage_trains_and_goes_on(nets, tmp_path, monkeypatch):
     """Without the compiler, which takes minutes."""
     monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     monkeypatch.setattr(encodings, "PART", 2)
-    for recipe in (autoencoder, towers, dynamicrafter_96, video_unet_96):
+    for recipe in (autoencoder, towers):
         monkeypatch.setattr(recipe, "BATCH", 2)
     monkeypatch.setattr(towers, "draw_pool", lambda folder: (
         [make(Random(i)) for make in (scenes.random_object, scenes.random_camera) for i in range(4)],
@@ -176,6 +176,7 @@ def test_every_stage_trains_and_goes_on(nets, tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "NARROW_STEPS", 1)
     for steps in (1, 2):
         assert autoencoder.train_autoencoder(tmp_path, steps) and towers.train_towers(tmp_path, steps)
-        assert dynamicrafter_96.train_unet(tmp_path, made, steps) and video_unet_96.train(tmp_path, made, steps)
-        for stage in ("autoencoder_96", "towers_96", "unet_96", "video_unet_96"):
+        assert dynamicrafter_96.train_unet(tmp_path, made, steps, 2) and video_unet_96.train(tmp_path, made, steps, 2)
+        assert autoencoder.train_decoder(tmp_path, nets["vae"], torch.rand(2, 3, 32, 32), steps, 2)
+        for stage in ("autoencoder_96", "towers_96", "unet_96", "video_unet_96", "decoder_96"):
             assert torch.load(tmp_path / f"{stage}.pt", weights_only=True)["step"] == steps

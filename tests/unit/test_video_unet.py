@@ -10,6 +10,7 @@ from stillmotion.nodes.ddim.schedule import NUM_TIMESTEPS, make_alphas_cumprod, 
 from stillmotion.nodes.training import objectives
 from stillmotion.nodes.training.families import video_unet as family
 from stillmotion.nodes.training.recipes import video_unet as video_unet_demo
+from stillmotion.nodes.training.recipes import video_unet_96
 from stillmotion.nodes.training.recipes.laws import noisy_timesteps
 from stillmotion.nodes.video_unet.attention import Attention
 from stillmotion.nodes.video_unet.unet import Block, ResBlock, new_network
@@ -46,8 +47,8 @@ def test_every_layer_gives_the_shape_and_type_that_belong_to_it(dtype):
 
 
 def test_the_demos_network_has_the_size_that_its_card_says():
-    net = video_unet_demo.demo_network()
-    assert sum(value.numel() for value in net.parameters()) == 1_472_484
+    net = new_network(video_unet_96.PARAMS, seed=30)
+    assert sum(value.numel() for value in net.parameters()) == 1_764_804
     assert {value.dtype for value in net.parameters()} == {torch.float32}
 
 

@@ -4,13 +4,13 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from stillmotion.nodes.common.demo import DYNAMICRAFTER, VIDEO_UNET
+from stillmotion.nodes.common.demo import DYNAMICRAFTER_96, VIDEO_UNET
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.ddim.sampler import DDIMSettings, sample_latent
 from stillmotion.nodes.ddim.step import Clip
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-from stillmotion.nodes.training.data import shapes as data
-from stillmotion.nodes.training.recipes.video_unet import CONFIG
+from stillmotion.nodes.training.data import scenes as data
+from stillmotion.nodes.training.recipes.video_unet_96 import CONFIG
 from stillmotion.nodes.video_unet.nodes import LoadVideoUNet, VideoUNetConditions
 from tracking import psnr, track
 
@@ -20,7 +20,7 @@ DEMO = VIDEO_UNET
 @pytest.fixture(scope="module")
 def demo():
     with torch.inference_mode():
-        return LoadVideoUNet.execute("demo", "fp32").args[0], dynamicrafter.load(read_checkpoint(DYNAMICRAFTER))
+        return LoadVideoUNet.execute("demo", "fp32").args[0], dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96))
 
 
 def make(demo, prompt, given="none", images=None, seed=1):
@@ -47,13 +47,12 @@ def test_prompts_decide_where_a_shape_goes(demo):
     found = {}
     for direction in data.DIRECTIONS:
         frames = make(demo, f"a blue square moves {direction} on a black background")
-        found[direction] = track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS).direction
+        found[direction] = track(frames, data.COLOURS, data.GROUNDS, data.DIRECTIONS).direction
     assert sum(direction == seen for direction, seen in found.items()) >= 3, found
 
 
 def test_the_past_of_a_clip_decides_its_future(demo):
     for seed in range(2):
-        clip = data.random_clip(Random(seed), held_out=True)
-        truth = data.draw_clip(clip)
+        truth = data.draw(data.random_object(Random(seed), held_out=True))
         made = make(demo, "", "first frames", truth[:4].float() / 255)
         assert np.mean([psnr(a, b) for a, b in zip(made[4:], truth.numpy()[4:])]) >= 22

@@ -271,7 +271,7 @@ def test_files_of_another_kind_are_refused():
 def test_a_configuration_goes_round_and_bad_values_are_refused():
     config = make_config()
     assert from_json(to_json(config), "here") == config
-    for changes, words in [({"schedule": "sine"}, "cosine, linear"), ({"text_encoder": "t5"}, "demo, clip_l"),
+    for changes, words in [({"schedule": "sine"}, "cosine, linear"), ({"text_encoder": "t5"}, "demo, .*, clip_l"),
                            ({"text_encoder": "clip_l"}, "Set context_dim to 768"),
                            ({"space": "pixels"}, "channels to 3"), ({"scale_factor": 0.0}, "above 0")]:
         with pytest.raises(ValueError, match=words):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...common.demo import VIDEO_UNET
+from ...common.demo import SIZES, VIDEO_UNET
 from ...common.files import Checkpoint, read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod
 from ...video_unet import checkpoint
@@ -38,6 +38,11 @@ class VideoUNetTraining(Family):
         if self.empty_1LC.shape[-1] != config.params.context_dim:
             raise ValueError(f"The text encoder gives tokens {self.empty_1LC.shape[-1]} wide; this model was trained "
                              f"with {config.text_encoder}, {config.params.context_dim} wide. Connect that CLIP.")
+        size = getattr(encoders.clip, "trained_size", None)
+        if size and size != SIZES.get(config.text_encoder, size):
+            raise ValueError(f"This model was trained with the encoders of {config.text_encoder}; given are those of a "
+                             f"model for {size[0]} x {size[1]}. Use the CLIP and VAE of Load DynamiCrafter with its "
+                             f"checkpoint \"{config.text_encoder}\" (encoders in train.py).")
         if (encoders.vae is None) != (config.space == "pixels"):
             raise ValueError(f"This model works in {config.space}: " + (
                 "disconnect the VAE." if encoders.vae else "connect the VAE that its latents are of."))
@@ -129,7 +134,8 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
     items = [dataset[i] for i in range(min(len(dataset), MEASURED))]
     latents = [clip_latent(item, encoders) for item in items]
     width, vae = encoders.text("").shape[-1], encoders.vae
-    names = [name for name, size in TEXT_ENCODERS.items() if size == width]
+    size = getattr(encoders.clip, "trained_size", None)
+    names = [name for name, known in TEXT_ENCODERS.items() if known == width and SIZES.get(name, size) == size]
     if not names:
         raise ValueError(f"The text encoder gives tokens {width} wide. A new video U-Net takes the CLIP of Load "
                          "DynamiCrafter's demo (32 wide) or CLIP-L (768 wide).")

@@ -113,8 +113,8 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
 
 
 def train_decoder(folder: Path, vae: nn.Module, images_KCHW: Tensor, steps: int, batch: int) -> nn.Module:
-    """The autoencoder with its decoder trained further on images [K, 3, H, W] (uint8). The encoder stays as it is, and
-    with it all that was trained on its latents."""
+    """The autoencoder with its decoder trained further on images [K, 3, H, W] in [-1, 1]. The encoder stays as it is,
+    and with it all that was trained on its latents."""
     vae = channels_last(make_compilable(vae))
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
@@ -124,7 +124,7 @@ def train_decoder(folder: Path, vae: nn.Module, images_KCHW: Tensor, steps: int,
 
     def loss_of(number: int, generator: torch.Generator, decode) -> Tensor:
         pick = torch.randint(0, len(images_KCHW), (batch,), generator=generator)
-        images = images_KCHW[pick].to(device(), memory_format=torch.channels_last).float() / 127.5 - 1
+        images = images_KCHW[pick].to(device(), memory_format=torch.channels_last)
         with torch.no_grad():
             mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator).to(mean)

@@ -14,7 +14,7 @@ from ..data import scenes
 from ..families.dynamicrafter import fresh_network
 from . import dynamicrafter_64 as demo
 from . import parts
-from .autoencoder import DDCONFIG
+from .autoencoder import DDCONFIG, stills, train_decoder
 from .encodings import encode_clips, encoders
 from .fast import channels_last, device, fit_compiled, make_compilable
 from .laws import noisy_timesteps
@@ -22,6 +22,7 @@ from .laws import noisy_timesteps
 UNET = {**demo.UNET, "model_channels": 32, "channel_mult": [2, 3], "num_head_channels": 8}
 PARTS = 10            # of 400 clips each
 STEPS, BATCH = 4000, 8
+DECODER_STEPS, STILLS = 2000, 4096
 
 
 def config() -> dict:
@@ -78,10 +79,17 @@ def export(path: Path, vae: nn.Module, clip: nn.Module, unet: nn.Module) -> None
     demo.export(path, vae, clip, unet, config())
 
 
-def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, count: int = PARTS) -> None:
-    """Run all stages in `folder`, resuming what is there or in the pack's own demo, then write the file. `count`: parts
+def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, files: int = PARTS) -> None:
+    """Run all stages in `folder`, resuming what is there or in the pack's own demo, then write the file. `files`: files
     of clips."""
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = encoders(folder)
-    unet = train_unet(folder, encode_clips(folder, vae, clip, count), steps, batch)
+    unet = train_unet(folder, encode_clips(folder, vae, clip, files), steps, batch)
     export(target, vae, clip, unet)
+
+
+def make_decoder(folder: Path, target: Path, steps: int = DECODER_STEPS, batch: int = BATCH) -> None:
+    """Write the demo in the pack with its decoder trained further in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vae, clip = encoders(folder)
+    export(target, train_decoder(folder, vae, stills(STILLS, seed=11), steps, batch), clip, first_unet())

@@ -1,6 +1,7 @@
-"""Recipe of the small video U-Net: text to video, image to video, prediction and interpolation in one network.
+"""Training of the small video U-Nets: text to video, image to video, prediction and interpolation in one network.
 
-Clips and captions are encoded once by the DynamiCrafter demo, whose VAE and text encoder the network uses.
+`video_unet_96` is the demo; the sizes and clips here are those of `video_unet_early`, for 64x64. Clips and captions are
+encoded once by the DynamiCrafter demo, whose VAE and text encoder the network uses.
 """
 from __future__ import annotations
 
@@ -15,9 +16,8 @@ from ...common.demo import DYNAMICRAFTER
 from ...common.files import read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod
 from ...dynamicrafter import checkpoint as dynamicrafter
-from ...video_unet.checkpoint import save
 from ...video_unet.config import VideoUNetConfig
-from ...video_unet.unet import VideoUNet, VideoUNetParams, new_network
+from ...video_unet.unet import VideoUNetParams
 from .. import objectives
 from ..data import shapes as data
 from .fast import channels_last, device, fit_compiled, make_compilable
@@ -96,15 +96,3 @@ def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps:
 
     return fit_compiled(net, loss_of, (net,), steps=steps, lr=lr, checkpoint=checkpoint, seed=31, ema_decay=0.998,
                         save_every=100, on_save=on_save)
-
-
-def demo_network() -> VideoUNet:
-    """The untrained network."""
-    return new_network(PARAMS, seed=30)
-
-
-def make_video_unet_demo(folder: Path, target: Path, steps: int = 3500) -> None:
-    """Train in `folder`, resuming what is there, then write the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    net = train(demo_network(), encode_clips(folder), folder / "video_unet.pt", steps)
-    save(target, net, CONFIG)

@@ -16,7 +16,7 @@ from .encodings import encode_clips, encoders
 
 LATENT_SCALE = 0.6   # of the standardised latents: nearly all values then lie within +-3, the range x0 is clipped to
 PARAMS = replace(small.PARAMS, model_channels=32, channel_mult=(2, 3))
-CONFIG = replace(small.CONFIG, params=PARAMS, height=scenes.SIZE, width=scenes.SIZE,
+CONFIG = replace(small.CONFIG, params=PARAMS, height=scenes.SIZE, width=scenes.SIZE, text_encoder="demo, 96x96",
                  scale_factor=SCALE_FACTOR * LATENT_SCALE)
 STEPS, BATCH = 6000, 8
 
@@ -32,7 +32,7 @@ def export(path: Path, net: nn.Module) -> None:
     save(path, net, CONFIG)
 
 
-def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, count: int = PARTS) -> None:
-    """Train in `folder`, resuming what is there, then write the file. `count`: parts of clips."""
+def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH, files: int = PARTS) -> None:
+    """Train in `folder`, resuming what is there, then write the file. `files`: files of clips."""
     folder.mkdir(parents=True, exist_ok=True)
-    export(target, train(folder, encode_clips(folder, *encoders(folder), count), steps, batch))
+    export(target, train(folder, encode_clips(folder, *encoders(folder), files), steps, batch))
