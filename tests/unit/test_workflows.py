@@ -22,7 +22,8 @@ PHOTOS = {"photo_512": ("animate", {"Stillmotion_LoadDynamiCrafter"}),
           "photo_interpolate": ("interpolate", {"Stillmotion_LoadDynamiCrafter"}),
           **dict.fromkeys(("photo_self_forcing", "photo_longlive"), ("causal_image_to_video", {
               "Stillmotion_LoadCausalWan", "Stillmotion_LoadDynamiCrafter", "CLIPLoader", "VAELoader",
-              "Stillmotion_CausalWanImageToVideo", "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_SaveVideo"}))}
+              "Stillmotion_CausalWanImageToVideo", "Stillmotion_BlockAutoregressiveSampler", "Stillmotion_SaveVideo",
+              "TorchCompileModel"}))}
 
 
 def read(path):
@@ -81,6 +82,13 @@ def test_a_photo_template_is_the_demo_template_with_other_files(name):
         assert file["directory"] in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae")
     note, = [n["widgets_values"][0] for n in ours["nodes"] if n["type"] == "MarkdownNote"]
     assert all(re.sub(r"_fp8.*|\.safetensors", "", name) in note for name in files)
+
+
+def test_templates_of_causal_checkpoints_show_how_to_compile():
+    """Off at first: the first run takes longer, and it needs a C++ compiler."""
+    for name in ("photo_self_forcing", "photo_longlive"):
+        compiler, = [n for n in read(f"{name}.json")["nodes"] if n["type"] == "TorchCompileModel"]
+        assert compiler["mode"] == 4 and compiler["widgets_values"] == ["inductor"]  # 4: bypassed
 
 
 @pytest.mark.parametrize("name", PHOTOS)
