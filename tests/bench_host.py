@@ -12,7 +12,7 @@ from random import Random
 from bench_tools import NODES, TOLERANCE, describe, timed
 
 PROMPT = "a blue square moves right on a black background"
-SIZE, FRAMES, STEPS = 64, 16, 20
+SIZE, FRAMES, STEPS = 96, 16, 20
 
 
 def add_arguments(parser):
@@ -27,14 +27,14 @@ def runs():
     from stillmotion.nodes.ddim.step import Clip
     from stillmotion.nodes.dynamicrafter import checkpoint
     from stillmotion.nodes.dynamicrafter.conditioning import image_conditions
-    from stillmotion.nodes.training.data.shapes import draw_clip, random_clip
+    from stillmotion.nodes.training.data import scenes
     from stillmotion.nodes.video_unet import checkpoint as video_unet
     from stillmotion.nodes.video_unet.conditioning import clip_conditions
 
-    parts = checkpoint.load(read_checkpoint(NODES / "demo/dynamicrafter_demo.safetensors"), weight_dtype="fp32")
+    parts = checkpoint.load(read_checkpoint(NODES / "demo/dynamicrafter_96_demo.safetensors"), weight_dtype="fp32")
     small = video_unet.load(read_checkpoint(NODES / "demo/video_unet_demo.safetensors"), "fp32")
     texts = [parts.clip.encode_from_tokens(parts.clip.tokenize(text)) for text in (PROMPT, "")]
-    images = draw_clip(random_clip(Random(0)))[:1].float() / 255
+    images = scenes.draw(scenes.random_object(Random(0)), 1).float() / 255
     latent, tokens, grey = image_conditions(parts.clip_vision, parts.vae, images, None, "animate", SIZE, SIZE, FRAMES,
                                             1)
     shared = {"concat_latent_image": latent, "frame_stride": 0}

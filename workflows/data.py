@@ -36,7 +36,8 @@ def parse(arguments):
     pack = commands.add_parser("pack", help="encode clips into LMDB shards")
     pack.add_argument("folder", type=Path, help="the data set")
     pack.add_argument("output", type=Path, help="folder for the shards: new, or of a run that was stopped")
-    pack.add_argument("--vae", default="demo", help="a VAE or DynamiCrafter checkpoint (default: demo)")
+    pack.add_argument("--vae", default="demo",
+                      help="a VAE or DynamiCrafter checkpoint, or \"demo, 96x96\" (default: demo)")
     pack.add_argument("--max_samples", type=int, help="only the first clips")
     pack.add_argument("--problems", choices=("skip", "refuse"), default="skip",
                       help="what becomes of bad clips (default: skip, they are named)")
@@ -89,11 +90,12 @@ def pack_folder(options):
 
 
 def load_vae(name):
-    """The demo's VAE, the VAE of a DynamiCrafter checkpoint, or a VAE file that core's Load VAE accepts."""
+    """A demo's VAE, the VAE of a DynamiCrafter checkpoint, or a VAE file that core's Load VAE accepts."""
     import comfy.sd
+    from stillmotion.nodes.common.demo import DYNAMICRAFTER_DEMOS
     from stillmotion.nodes.common.files import read_checkpoint
     from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-    found = read_checkpoint(host.PACK / "nodes" / "demo" / "dynamicrafter_demo.safetensors" if name == "demo" else name)
+    found = read_checkpoint(DYNAMICRAFTER_DEMOS.get(name, name))
     if any(key.startswith("model.diffusion_model.") for key in found.tensors):
         vae = dynamicrafter.load(found).vae
         if vae is None:

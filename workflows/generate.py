@@ -119,8 +119,8 @@ def adapt(job, config, clip, vae):
     if config["text_encoder"] == "clip_l" and not clip:
         raise host.HostError("this model was trained with the text encoder CLIP-L: name its file in "
                              "models/text_encoders with --clip.")
-    if config["text_encoder"] in DEMO_ENCODERS:
-        job[towers]["inputs"]["checkpoint"] = config["text_encoder"]
+    demo = config["text_encoder"] if config["text_encoder"] in DEMO_ENCODERS else "demo"  # of the trainer's default VAE
+    job[towers]["inputs"]["checkpoint"] = demo
     if clip:
         job["clip"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": clip, "type": "stable_diffusion"}}
         rewire([towers, 1], ["clip", 0])

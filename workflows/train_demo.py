@@ -4,9 +4,9 @@
                                              causal_wan_96|causal_wan_few]
                                    [--steps N] [--batch N] [--files N] [--folder FOLDER] [--threads N] [--output FILE]
 
-The state of every stage is kept in the folder: a run that was stopped goes on where it was. decoder_96 trains the
-decoder of the 96x96 demo alone. The results of the last two families are not shipped, and no loader offers them under
-the name demo.
+The state of every stage is kept in the folder: a run that was stopped goes on where it was. dynamicrafter and early
+train on the CPU, the others on the GPU if there is one. decoder_96 trains the decoder of the 96x96 demo alone. The
+results of the last two families are not shipped, and no loader offers them under the name demo.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def main():
     families = ("dynamicrafter_96", "decoder_96", "dynamicrafter", "causal_wan", "video_unet", "early",
                 "causal_wan_96", "causal_wan_few")
     parser.add_argument("--family", choices=families, default="dynamicrafter_96")
-    for name, meaning in (("steps", "of the last stage"), ("batch", "clips or images a step"),
-                          ("files", "files of 400 drawn clips")):
-        parser.add_argument(f"--{name}", type=int, metavar="N",
-                            help=f"{meaning} (default: the recipe's; for dynamicrafter_96, decoder_96 and video_unet)")
+    for name, meaning in (("steps", "of the last stage; for dynamicrafter_96, decoder_96 and video_unet"),
+                          ("batch", "clips or images a step; for the same"),
+                          ("files", "files of 400 drawn clips; for dynamicrafter_96 and video_unet")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the recipe's)")
     parser.add_argument("--folder", type=Path, default=host.PACK / "results" / "demo_training", help="for the state")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    parser.add_argument("--output", type=Path, help="default: nodes/demo/FAMILY_demo.safetensors")
+    parser.add_argument("--output", type=Path, help="default: the demo's file in nodes/demo")
     options = parser.parse_args()
     inprocess.import_pack(host.reexec())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -51,10 +51,14 @@ def main():
             "causal_wan_96": causal_wan_96.make_demo, "causal_wan_few": make_few_demo}[options.family]
     name = {"early": "video_unet_early", "decoder_96": "dynamicrafter_96_demo"}.get(
         options.family, f"{options.family}_demo")
-    given = {name: getattr(options, name) for name in ("steps", "batch", "files") if getattr(options, name)}
+    given = {name: value for name in ("steps", "batch", "files") if (value := getattr(options, name)) is not None}
+    for option, value in given.items():
+        if value < 1:
+            parser.error(f"--{option} {value}: give 1 or more")
     unknown = given.keys() - signature(make).parameters
     if unknown:
-        parser.error(f"--{' and --'.join(sorted(unknown))}: the recipe of {options.family} has its own")
+        parser.error(f"--{' and --'.join(sorted(unknown))}: not a setting of {options.family}, whose recipe is fixed "
+                     "there")
     make(options.folder, options.output or host.PACK / "nodes" / "demo" / f"{name}.safetensors", **given)
 
 

@@ -22,4 +22,4 @@ def other_encoders(model, conditioning) -> str:
         return ""
     return (f"The prompt comes from the CLIP of a model for {size[0]} x {size[1]}, but this model was trained with the "
             f"one for {SIZES[known][0]} x {SIZES[known][1]}, so the video will fall apart. Set the checkpoint in Load "
-            f"DynamiCrafter to \"{known}\": this model needs its CLIP, CLIP vision and VAE.")
+            f"DynamiCrafter to \"{known}\": this model needs its CLIP (and CLIP vision and VAE, where used).")

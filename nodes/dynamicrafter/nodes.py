@@ -50,7 +50,7 @@ class LoadDynamiCrafter(io.ComfyNode):
                                tooltip="A file in models/checkpoints. Two small models come with this pack, to try "
                                        "every workflow without a download. demo, 96x96: patterned shapes and camera "
                                        "moves; Load Video U-Net's demo uses its VAE and CLIP. demo: plain shapes at "
-                                       "64x64, with the VAE and CLIP of Load Causal Wan's demo."),
+                                       "64x64; Load Causal Wan's demo uses its VAE and CLIP."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
                                        "choose 512_interp for the two-image model. Not used with a YAML or for the "

@@ -37,7 +37,7 @@ class TrainConfig(SelfRolloutSettings):
     lora_rank: int = _setting(16, "rank of the LoRA")
     lora_targets: list[str] = _setting(list, "parts of names of its layers, as self_attn. ffn.; none: all attentions")
 
-    encoders: str = _setting("demo", "DynamiCrafter checkpoint or a demo, whose VAE, CLIP and CLIP vision are used")
+    encoders: str = _setting("demo", "`demo` (that of the model), `demo, 96x96` or a DynamiCrafter checkpoint")
     vae: str = _setting("", "another VAE file, as core's Load VAE takes it")
     clip: str = _setting("", "another text encoder file, as core's Load CLIP takes it")
     clip_type: str = _setting("stable_diffusion", "type of that text encoder (core's Load CLIP), as wan")

@@ -60,6 +60,7 @@ class VideoUNetModel(ClipModel):
                          lambda params, operations, **factory: managed(params, operations, optimized_attention,
                                                                        **factory))
         self.video_unet = model_config.video_unet
+        self.encoders_of = self.video_unet.text_encoder
         self.diffusion_params = self.video_unet.diffusion
         alphas = make_alphas_cumprod(self.diffusion_params)
         self.model_sampling.set_sigmas(((1 - alphas) / alphas).sqrt())

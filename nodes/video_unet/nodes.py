@@ -38,7 +38,7 @@ class LoadVideoUNet(io.ComfyNode):
                                        "Video Model. demo is the small model that comes with this pack: moving "
                                        "shapes, 16 frames of 96x96, with the CLIP and VAE of \"demo, 96x96\" in Load "
                                        "DynamiCrafter. demo, early in training: a tiny one after 1200 steps, to show "
-                                       "what clipping of x0 does, with those of demo there."),
+                                       "what clipping of x0 does, with the CLIP and VAE of demo."),
                 io.Combo.Input("weight_dtype", options=list(loader.WEIGHT_DTYPES), default="auto",
                                tooltip="How weights are kept in memory. auto: ComfyUI chooses for this device."),
                 io.Vae.Input("vae", optional=True,
@@ -63,7 +63,6 @@ class LoadVideoUNet(io.ComfyNode):
     def execute(cls, checkpoint, weight_dtype, vae=None):
         model = loader.load(read_checkpoint(_path(checkpoint)), weight_dtype)
         config = model.model.video_unet
-        model.model.encoders_of = config.text_encoder
         if config.space == "pixels":
             if vae is not None:
                 raise ValueError(f"{checkpoint} works in pixels and takes no VAE. Disconnect it, and decode with the "
@@ -75,7 +74,8 @@ class LoadVideoUNet(io.ComfyNode):
                 loader.preview_with(model, demo_vae(demo))
             return io.NodeOutput(model, ExecutionBlocker(
                 f"{checkpoint} works in latents and holds no VAE. Use the one that it was trained with" + (
-                    f": that of {ENCODER_SOURCES[config.text_encoder]}." if demo else ".")))
+                    f": that of {ENCODER_SOURCES[config.text_encoder]}, unless another was given in training."
+                    if demo else ".")))
         return io.NodeOutput(model, loader.preview_with(model, vae))
 
 

@@ -1,4 +1,5 @@
 """A ComfyUI server with the pack and a real browser page on it; skipped without Chromium."""
+import contextlib
 import json
 import os
 import shutil
@@ -110,13 +111,13 @@ def page(request, server, context):
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
     tab = context.new_page()
-    tab.set_default_timeout(1000 * PATIENCE)
-    tab.goto(f"{server.url}/system_stats")  # without the frontend, whose storage is emptied
-    tab.evaluate(FORGET)
-    tab.goto(server.url)
-    tab.wait_for_function(READY)
-    yield Page(tab)
-    tab.close()
+    with contextlib.closing(tab):
+        tab.set_default_timeout(1000 * PATIENCE)
+        tab.goto(f"{server.url}/system_stats")  # without the frontend, whose storage is emptied
+        tab.evaluate(FORGET)
+        tab.goto(server.url)
+        tab.wait_for_function(READY)
+        yield Page(tab)
     end_runs(Client(server.url, server))
 
 

@@ -6,6 +6,8 @@ from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.training.recipes import causal_wan, causal_wan_few
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 def test_the_stages_run_and_the_files_load(tmp_path, monkeypatch):
     def drawn(*shape):

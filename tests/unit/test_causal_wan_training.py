@@ -18,6 +18,8 @@ from stillmotion.nodes.training.recipes import causal_wan as recipe
 from stillmotion.nodes.training.recipes import causal_wan_96 as recipe_96
 from stillmotion.nodes.training.recipes.laws import block_sigmas
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 @pytest.fixture(scope="module")
 def net():

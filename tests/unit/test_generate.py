@@ -72,6 +72,13 @@ def test_a_model_with_another_text_encoder_and_vae():
         generate.adapt(graph(), {"space": "latent", "text_encoder": "clip_l"}, None, None)
 
 
+@pytest.mark.parametrize("encoder, demo", [("demo", "demo"), ("demo, 96x96", "demo, 96x96"), ("clip_l", "demo")])
+def test_a_model_gets_the_demo_whose_encoders_it_was_trained_with(encoder, demo):
+    job = graph()
+    generate.adapt(job, {"space": "latent", "text_encoder": encoder}, "clip_l.safetensors", None)
+    assert job["1"]["inputs"]["checkpoint"] == demo
+
+
 def stub_pipe(answer):
     one = client.Client("http://127.0.0.1:1")
 

@@ -22,6 +22,8 @@ from stillmotion.nodes.training.recipes import (
 from stillmotion.nodes.training.recipes import dynamicrafter_64 as demo
 from tracking import psnr
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 def filled(net, seed=0):
     """Random weights everywhere: ComfyUI's layers leave theirs uninitialized, and some of ours start at zero."""

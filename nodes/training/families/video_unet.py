@@ -1,6 +1,8 @@
 """Training the video U-Net: clips generated from text, or continued from given frames."""
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from ..encoding import Encoded, Encoders
 from ..load import load_class
 from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 
+log = logging.getLogger(__name__)
+
 DEMO = VIDEO_UNET
 MEASURED = 16  # clips used to measure the scale of new latents
 TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # fraction of samples
@@ -38,11 +42,9 @@ class VideoUNetTraining(Family):
         if self.empty_1LC.shape[-1] != config.params.context_dim:
             raise ValueError(f"The text encoder gives tokens {self.empty_1LC.shape[-1]} wide; this model was trained "
                              f"with {config.text_encoder}, {config.params.context_dim} wide. Connect that CLIP.")
-        size = getattr(encoders.clip, "trained_size", None)
-        if size and size != SIZES.get(config.text_encoder, size):
-            raise ValueError(f"This model was trained with the encoders of {config.text_encoder}; given are those of a "
-                             f"model for {size[0]} x {size[1]}. Use the CLIP and VAE of Load DynamiCrafter with its "
-                             f"checkpoint \"{config.text_encoder}\" (encoders in train.py).")
+        if config.text_encoder not in names_of(encoders):
+            log.warning("This model was trained with the encoders of %s; given are those of %s. If the loss begins "
+                        "high, use its own (encoders in train.py).", config.text_encoder, names_of(encoders)[0])
         if (encoders.vae is None) != (config.space == "pixels"):
             raise ValueError(f"This model works in {config.space}: " + (
                 "disconnect the VAE." if encoders.vae else "connect the VAE that its latents are of."))
@@ -99,6 +101,16 @@ class VideoUNetTraining(Family):
         return model
 
 
+def names_of(encoders: Encoders) -> list[str]:
+    """The names that a configuration may have for this text encoder. ValueError if there is none."""
+    width, size = encoders.text("").shape[-1], getattr(encoders.clip, "trained_size", None)
+    names = [name for name, known in TEXT_ENCODERS.items() if known == width and size in (None, SIZES.get(name, size))]
+    if not names:
+        raise ValueError(f"The text encoder gives tokens {width} wide. A new video U-Net takes the CLIP of one of Load "
+                         "DynamiCrafter's demos (32 wide) or CLIP-L (768 wide).")
+    return names
+
+
 def draw_masks(ends_B: Tensor, frames: int, generator: torch.Generator) -> Tensor:
     """Which frames are given [B, T]: none, the first, the first 1 to 8, or the first and the last. Clips that return
     are always given both ends, since neither the text nor the past frames say that they will return."""
@@ -124,7 +136,9 @@ def from_model(model, encoders: Encoders, settings: TrainConfig) -> VideoUNetTra
     """The network of a MODEL to fine-tune or, with from_scratch, a new one of the same size."""
     config = model.model.video_unet
     net = new_network(config.params, settings.seed, network_class(settings))
-    if not settings.from_scratch:
+    if settings.from_scratch:
+        config = replace(config, text_encoder=names_of(encoders)[0])
+    else:
         net.load_state_dict(plain_weights(model))
     return VideoUNetTraining(net, config, encoders, settings)
 
@@ -133,12 +147,7 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
     """A new network sized for the clips of a data set."""
     items = [dataset[i] for i in range(min(len(dataset), MEASURED))]
     latents = [clip_latent(item, encoders) for item in items]
-    width, vae = encoders.text("").shape[-1], encoders.vae
-    size = getattr(encoders.clip, "trained_size", None)
-    names = [name for name, known in TEXT_ENCODERS.items() if known == width and SIZES.get(name, size) == size]
-    if not names:
-        raise ValueError(f"The text encoder gives tokens {width} wide. A new video U-Net takes the CLIP of Load "
-                         "DynamiCrafter's demo (32 wide) or CLIP-L (768 wide).")
+    name, width, vae = names_of(encoders)[0], encoders.text("").shape[-1], encoders.vae
     edge = 1 if vae is None else vae.spacial_compression_encode()
     frames, height, width_px = latents[0].shape[1], *(side * edge for side in latents[0].shape[2:])
     if "video" in items[0]:
@@ -155,7 +164,7 @@ def new(encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> VideoUNe
         params=params, schedule=settings.schedule, prediction=settings.prediction, frames=frames, height=height,
         width=width_px, space="pixels" if vae is None else "latent",
         scale_factor=1.0 if vae is None else measured_scale(latents), spatial_factor=edge,
-        temporal_factor=1 if vae is None else vae.temporal_compression_decode() or 1, text_encoder=names[0])
+        temporal_factor=1 if vae is None else vae.temporal_compression_decode() or 1, text_encoder=name)
     return VideoUNetTraining(new_network(params, settings.seed, network_class(settings)), config, encoders, settings)
 
 

@@ -106,9 +106,9 @@ def train_autoencoder(folder: Path, steps: int = STEPS, on_save=None) -> nn.Modu
                             ema_decay=0.995, save_every=100, on_save=on_save)
 
     narrow = stage(first_autoencoder(), "autoencoder_narrow", NARROW_STEPS)
-    vae = stage(widened(narrow), "autoencoder_96", steps)
+    vae = stage(widened(narrow.cpu()), "autoencoder_96", steps)
     vae = vae.to(memory_format=torch.contiguous_format).eval()
-    standardise_latents(vae, stills(256, seed=7))
+    standardise_latents(vae, stills(256, seed=7).to(device()))
     return vae
 
 

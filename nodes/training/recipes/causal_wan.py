@@ -127,7 +127,7 @@ def encode(demo, clips: Iterable[Drawn], index: dict[str, int]) -> dict[str, Ten
     extended."""
     found = {"latents": [], "tokens": [], "turn": [], "caption": []}
     for clip in clips:
-        pixels_THWC = clip.frames_THWC.cpu().float() / 255
+        pixels_THWC = clip.frames_THWC.float() / 255
         found["latents"].append((demo.vae.encode(pixels_THWC)[0] * SCALE_FACTOR).half())
         found["tokens"].append(demo.clip_vision.encode_image(pixels_THWC[:1]).penultimate_hidden_states[0])
         found["turn"].append(torch.tensor(clip.turn))
@@ -136,16 +136,6 @@ def encode(demo, clips: Iterable[Drawn], index: dict[str, int]) -> dict[str, Ten
         if len(found["turn"]) % 200 == 0:
             logging.info("encoded %d clips", len(found["turn"]))
     return {name: torch.stack(values) for name, values in found.items()}
-
-
-@torch.no_grad()
-def encode_fixed(demo, index: dict[str, int], size: int) -> dict[str, Tensor]:
-    """text [captions, 77, C] of an `index` that begins with the empty caption, and grey [1, 4, 1, h, w] and grey_tokens
-    [1, N, W] of a grey image of `size` x `size` pixels."""
-    text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
-    grey = torch.full((1, size, size, 3), 0.5)
-    return {"text": torch.stack(text), "grey": demo.vae.encode(grey) * SCALE_FACTOR,
-            "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states}
 
 
 @torch.no_grad()
@@ -160,7 +150,11 @@ def encode_clips(folder: Path, count: int = CLIPS, short: int = SHORT_CLIPS) -> 
     encodings = encode(demo, drawn_clips(random_clips(rng, count), FRAMES), index)
     straight = encode(demo, drawn_clips(random_clips(rng, short, turning=0), WINDOW), index)
     encodings |= {f"short_{name}": value for name, value in straight.items()}
-    encodings = {name: value.clone() for name, value in (encodings | encode_fixed(demo, index, 64)).items()}
+    text = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0] for caption in index]
+    grey = torch.full((1, 64, 64, 3), 0.5)
+    encodings |= {"text": torch.stack(text), "grey": demo.vae.encode(grey) * SCALE_FACTOR,
+                  "grey_tokens": demo.clip_vision.encode_image(grey).penultimate_hidden_states}
+    encodings = {name: value.clone() for name, value in encodings.items()}
     torch.save(encodings, path)
     return encodings
 

@@ -26,7 +26,7 @@ from .fast import check_gradients, device
 
 PARAMS = replace(small.PARAMS, dim=144, ffn_dim=576)
 FS = 30                # the slowest: an object stays inside for FRAMES frames
-PART = 400            # clips per file
+PART = 400             # clips per file
 PARTS = {"long": 5, "short": 8}  # of clips of FRAMES, two in five of which turn, and of WINDOW frames
 STAGES = ((8000, 1.5e-3), (3000, 5e-4))  # steps and learning rate
 
@@ -59,7 +59,8 @@ class Encoders(NamedTuple):
 
 
 def load_encoders(folder: Path) -> Encoders:
-    return Encoders(*encoders(folder), dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")[2])
+    nodes = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
+    return Encoders(*encoders(folder), nodes.clip_vision)
 
 
 def encode_part(folder: Path, using: Encoders, kind: str, number: int) -> dict:

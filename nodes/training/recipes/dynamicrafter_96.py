@@ -89,7 +89,10 @@ def make_demo(folder: Path, target: Path, steps: int = STEPS, batch: int = BATCH
 
 
 def make_decoder(folder: Path, target: Path, steps: int = DECODER_STEPS, batch: int = BATCH) -> None:
-    """Write the demo in the pack with its decoder trained further in `folder`."""
+    """Write the demo in the pack with its decoder trained further in `folder`. ValueError if the pack has none."""
+    if not parts.has_demo():
+        raise ValueError("There is no 96x96 demo whose decoder could be trained: make one with --family "
+                         "dynamicrafter_96 first.")
     folder.mkdir(parents=True, exist_ok=True)
     vae, clip = encoders(folder)
     export(target, train_decoder(folder, vae, stills(STILLS, seed=11), steps, batch), clip, first_unet())

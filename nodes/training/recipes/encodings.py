@@ -18,7 +18,7 @@ from .dynamicrafter_64 import OPEN_CLIP, image_features, text_features
 from .fast import autocast, device
 from .towers import train_towers
 
-PART = 400         # clips per file
+PART = 400          # clips per file
 CAMERA = 0.25       # fraction of clips without a single object
 RETURNING = 0.1     # fraction of clips that move out and back, for loops
 

@@ -25,25 +25,27 @@ def device() -> torch.device:
 
 
 def autocast() -> torch.autocast:
-    """Convolutions and matmuls in bfloat16 on a GPU, or a CPU that multiplies it; weights stay in float32."""
-    kind = device().type
-    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Convolutions and matmuls in bfloat16 on a GPU or CPU that multiplies it; weights stay in float32."""
+    place = device()
+    able = torch.ops.mkldnn._is_mkldnn_bf16_supported() if place.type == "cpu" else \
+        model_management.should_use_bf16(place)
+    return torch.autocast(place.type, torch.bfloat16, enabled=able)
 
 
 class FastPrecision(OneProcess):
     """The whole training in this process, with `autocast`."""
-
-    def __init__(self):
-        super().__init__(device())
 
     def autocast(self):
         return autocast()
 
 
 def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence[Callable], **settings) -> nn.Module:
-    """`fit` with `autocast`, with `parts` of the computation compiled for the shapes they are called with. The first
-    call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss with
-    them."""
+    """`fit` with `autocast`; on a CPU `parts` of the computation are compiled for the shapes they are called with. The
+    first call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss
+    with them."""
+    if device().type != "cpu":
+        return fit(net.to(device()), lambda number, generator: loss_of(number, generator, *parts),
+                   processes=FastPrecision(), **settings)
     compiled = [torch.compile(part, dynamic=False) for part in parts]
     checked = []
 
@@ -56,13 +58,13 @@ def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence
             checked.append(True)
         return loss_of(number, generator, *compiled)
 
-    return fit(net.to(device()), loss, processes=FastPrecision(), **settings)
+    return fit(net, loss, processes=FastPrecision(), **settings)
 
 
 def check_gradients(net: nn.Module, loss_of: Callable[[], Tensor], compiled_loss_of: Callable[[], Tensor],
-                    tolerance: float = 0.5, precision: OneProcess | None = None) -> None:
+                    tolerance: float = 0.5, precision: OneProcess = FastPrecision()) -> None:
     """Raise RuntimeError if compilation changes a gradient by more than half: bfloat16 accounts for a fifth."""
-    found, precision = [], precision or FastPrecision()
+    found = []
     for loss in (loss_of, compiled_loss_of):
         net.zero_grad(set_to_none=True)
         with precision.autocast():

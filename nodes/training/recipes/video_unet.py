@@ -75,8 +75,8 @@ def draw_masks(ends_B: Tensor, generator: torch.Generator) -> Tensor:
     return mask_BT.float()
 
 
-def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, scale: float = SCALE_FACTOR,
-          config: VideoUNetConfig = CONFIG, batch: int = 8, lr: float = 1e-3, on_save=None) -> nn.Module:
+def train(net: nn.Module, encodings: dict[str, Tensor], checkpoint: Path, steps: int, scale: float,
+          config: VideoUNetConfig, batch: int, lr: float = 1e-3, on_save=None) -> nn.Module:
     """The network's EMA after `steps` steps on latents multiplied by `scale`.
 
     One text in ten is dropped, for guidance; four in five if several frames are given, which carry all the information.
