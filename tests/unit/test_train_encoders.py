@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
-from stillmotion.nodes.common.demo import DYNAMICRAFTER
+from stillmotion.nodes.common.demo import DYNAMICRAFTER, VIDEO_UNET
 from stillmotion.nodes.common.files import Checkpoint, read_checkpoint
 from stillmotion.nodes.common.vae import small_vae
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
@@ -21,6 +21,7 @@ from stillmotion.nodes.training.families import base
 from stillmotion.nodes.training.families.registry import make_family
 from stillmotion.nodes.training.memory import fixed_bytes
 from stillmotion.nodes.training.run import Training
+from stillmotion.nodes.video_unet import checkpoint as video_unet
 
 SMALL = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "batch_size": 2, "steps": 2,
          "save_every": 2, "sample_every": 2, "num_frames": 2, "frame_size": "32"}
@@ -119,6 +120,18 @@ def test_vae_and_clip_l_come_from_a_stable_diffusion_checkpoint(monkeypatch):
     tensors |= {f"cond_stage_model.transformer.{key}": value for key, value in text.items()}
     encoders = load.load_encoders(TrainConfig(encoders="sd15.safetensors"), pixels=True)
     assert encoders.text("a cat").shape[-1] == 768 and encoders.vae is None
+
+
+def test_a_demo_is_trained_further_with_its_own_encoders(caplog):
+    model = video_unet.load(read_checkpoint(VIDEO_UNET), weight_dtype="fp32")
+    own = load.load_encoders(TrainConfig(), pixels=False, model=model)
+    assert own.vae.trained_size == own.clip.trained_size == (96, 96)
+    assert make_family(model, own, TrainConfig(), None).config.text_encoder == "demo, 96x96" and not caplog.messages
+    other = load.load_encoders(TrainConfig(), pixels=False)
+    assert other.vae.trained_size == (64, 64)
+    make_family(model, other, TrainConfig(), None)
+    assert "trained with the encoders of demo, 96x96; given are those of demo." in caplog.messages[-1]
+    assert make_family(model, other, TrainConfig(from_scratch=True), None).config.text_encoder == "demo"
 
 
 def test_memory_is_counted_as_it_is_used():
