@@ -104,7 +104,8 @@ class VideoUNetTraining(Family):
 def names_of(encoders: Encoders) -> list[str]:
     """The names that a configuration may have for this text encoder. ValueError if there is none."""
     width, size = encoders.text("").shape[-1], getattr(encoders.clip, "trained_size", None)
-    names = [name for name, known in TEXT_ENCODERS.items() if known == width and size in (None, SIZES.get(name, size))]
+    demos = [name for name, known in SIZES.items() if known == size] or SIZES  # of other models: any that fits
+    names = [name for name, known in TEXT_ENCODERS.items() if known == width and (name in demos or name not in SIZES)]
     if not names:
         raise ValueError(f"The text encoder gives tokens {width} wide. A new video U-Net takes the CLIP of one of Load "
                          "DynamiCrafter's demos (32 wide) or CLIP-L (768 wide).")
