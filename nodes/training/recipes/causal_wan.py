@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...causal_wan.attention import Reach, reaches
 from ...causal_wan.blocks import BlockLoop, Plan
-from ...causal_wan.cache import KVCache
+from ...causal_wan.cache import KVCache, Window
 from ...causal_wan.model import CausalWan, WanParams
 from ...causal_wan.noise import seeded_noise
 from ...causal_wan.schedule import make_steps
@@ -233,7 +234,7 @@ def roll_out(net: CausalWan, batch: Batch, given: int, frames: int, seed: int) -
     return torch.cat((context_BCPHW, *(block.latent_BCFHW for block in made)), dim=2)
 
 
-def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: Tensor,
+def excerpt_loss(net: CausalWan | Recorded, batch: Batch, excerpt: Excerpt, context_BCTHW: Tensor,
                  generator: torch.Generator) -> Tensor:
     """Loss of one pass over an excerpt, with finished frames from `context_BCTHW` (full-length clips).
 
@@ -247,10 +248,44 @@ def excerpt_loss(net: CausalWan, batch: Batch, excerpt: Excerpt, context_BCTHW: 
                                        excerpt.first, sigma, noise, emphasis=5)
 
 
+class Pass(nn.Module):
+    """A training pass of the network with everything fixed but its tensors, which is what a CUDA graph records."""
+
+    def __init__(self, net: CausalWan, window: Window, attends: Sequence[Reach]):
+        super().__init__()
+        self.net, self.window, self.attends = net, window, attends
+
+    def forward(self, x_BCFHW: Tensor, t_BF: Tensor, text_BLC: Tensor, image_BNW: Tensor) -> Tensor:
+        keys = self.net.project_context(text_BLC, image_BNW)
+        return self.net.evaluate(x_BCFHW, t_BF, keys, self.window, {}, self.attends)
+
+
+class Recorded:
+    """Takes the place of the network in a loss on a GPU: every kind of pass is recorded as a CUDA graph when it first
+    comes. Launched one by one, the kernels of such a small network take the GPU less time than they take Python."""
+
+    def __init__(self, net: CausalWan):
+        self.net, self.passes = net, {}
+
+    def project_context(self, text_BLC: Tensor, image_BNW: Tensor) -> tuple[Tensor, Tensor]:
+        return text_BLC, image_BNW
+
+    def __call__(self, x_BCFHW: Tensor, t_BF: Tensor, known: tuple[Tensor, Tensor], frame_ids: Sequence[int],
+                 mask_FF: Tensor) -> Tensor:
+        kind, given = (tuple(frame_ids), tuple(mask_FF.flatten().tolist())), (x_BCFHW, t_BF, *known)
+        if kind not in self.passes:
+            window = self.net.open(x_BCFHW, frame_ids, None, "write")
+            attends = reaches(mask_FF, len(window.rotation_LP2) // len(frame_ids))
+            self.passes[kind] = torch.cuda.make_graphed_callables(
+                Pass(self.net, window, attends), tuple(map(torch.clone, given)))
+        return self.passes[kind](*given)
+
+
 def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps: int, size: int, lr: float, seed: int,
           own_context: bool, save_every: int = 100) -> CausalWan:
     """One stage; with `own_context` the network generates the last blocks before the block being learned."""
     net, rng = net.to(device()), Random()
+    learning = Recorded(net) if device().type == "cuda" else net
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         rng.seed(generator.initial_seed())
@@ -263,7 +298,7 @@ def train(net: CausalWan, encodings: dict[str, Tensor], checkpoint: Path, steps:
             given = max(0, frames - BLOCK * rng.randint(1, OWN_BLOCKS))
             made = roll_out(net, batch, given, frames, generator.initial_seed())
             context = torch.cat((made, context[:, :, made.shape[2]:]), dim=2)
-        return excerpt_loss(net, batch, excerpt, context, generator)
+        return excerpt_loss(learning, batch, excerpt, context, generator)
 
     return fit(net, loss_of, steps=steps, lr=lr, checkpoint=checkpoint, seed=seed, ema_decay=0.998,
                save_every=save_every)

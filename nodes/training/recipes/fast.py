@@ -40,13 +40,12 @@ class FastPrecision(OneProcess):
 
 
 def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence[Callable], **settings) -> nn.Module:
-    """`fit` with `autocast`; on a CPU `parts` of the computation are compiled for the shapes they are called with. The
-    first call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)` computes the loss
-    with them."""
-    if device().type != "cpu":
-        return fit(net.to(device()), lambda number, generator: loss_of(number, generator, *parts),
-                   processes=FastPrecision(), **settings)
-    compiled = [torch.compile(part, dynamic=False) for part in parts]
+    """`fit` with `autocast`, with `parts` of the computation compiled for the shapes they are called with, on a GPU into
+    CUDA graphs. The first call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)`
+    computes the loss with them."""
+    net.to(device())
+    mode = None if device().type == "cpu" else "reduce-overhead"
+    compiled = [torch.compile(part, dynamic=False, mode=mode) for part in parts]
     checked = []
 
     def loss(number: int, generator: torch.Generator) -> Tensor:
