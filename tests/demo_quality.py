@@ -26,7 +26,7 @@ sys.path[:0] = [str(PACK / "workflows" / "runner"), str(TESTS)]
 import host  # noqa: E402
 
 FAMILIES = ("dynamicrafter", "dynamicrafter_64", "causal_wan", "video_unet")  # each a module quality_<family>
-DRAWN_BY = {"dynamicrafter": "scenes", "video_unet": "scenes"}  # of 96x96; the others are 64x64 and draw shapes
+DRAWN_BY = {"dynamicrafter_64": "shapes"}  # of 64x64; the others are 96x96 and draw scenes
 SHOWN_IMAGES = 3
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     from launch import Server
     from quality_common import contact_sheet, judge, load_data, load_graphs, run_case
     family = import_module(f"quality_{options.family}")
-    data, graphs = load_data(DRAWN_BY.get(options.family, "shapes")), load_graphs(family.GRAPHS)
+    data, graphs = load_data(DRAWN_BY.get(options.family, "scenes")), load_graphs(family.GRAPHS)
     cases = family.make_cases(data, graphs, options.seed, options.cases)
     options.output.mkdir(parents=True, exist_ok=True)
     rows, shown, started = [], [], time.monotonic()

@@ -1,13 +1,14 @@
 """How well a small causal Wan or its teacher follows image and prompt, how far it drifts, in how many passes.
 
-    python tests/measure_causal_wan.py nodes/demo/causal_wan_demo.safetensors --steps 1000,900,800,600 --cfg 1.5
+    python tests/measure_causal_wan.py nodes/demo/causal_wan_demo.safetensors --steps 1000,750,500,250 --cfg 1
     python tests/measure_causal_wan.py STUDENT.safetensors --steps 1000,750,500,250 --cfg 1
     python tests/measure_causal_wan.py STUDENT.safetensors --steps 1000,500 --cfg 1 --frames 64
     python tests/measure_causal_wan.py TEACHER.safetensors --bidirectional --steps 30 --cfg 1.5 --frames 16
 
-Held-out clips of Moving Shapes; the prompt turns round every 16 frames, so that the shape stays inside. For each 16
-frames: share of clips with the right direction and the right colour, and the mean outline error: the shape's area in
-pixels off from that of the first frame, as a share of it. The last line is the figures as JSON.
+Held-out objects of the 96x96 demos; the prompt turns round every 16 frames, so that the object stays inside. For each
+16 frames: share of clips with the right direction, share with the right hue (within 10 degrees in every frame), and the
+mean overlap of the object with its true outline at its place (intersection over union). The last line is the figures as
+JSON.
 """
 import argparse
 import json
@@ -44,42 +45,42 @@ def main():
 
 def measured(options):
     from stillmotion.nodes.causal_wan import checkpoint
-    from stillmotion.nodes.common.demo import DYNAMICRAFTER
+    from stillmotion.nodes.common.demo import DYNAMICRAFTER_96
     from stillmotion.nodes.common.files import read_checkpoint
     from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
-    from stillmotion.nodes.training.data import shapes as data
+    from stillmotion.nodes.training.data import scenes as data
     from stillmotion.nodes.training.recipes import causal_wan as recipe
-    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER), weight_dtype="fp32")
+    from stillmotion.nodes.training.recipes.causal_wan_clips import FS
+    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
     found = checkpoint.load(read_checkpoint(options.checkpoint), weight_dtype="fp32", causal=not options.bidirectional)
     net, rng, rows = recipe.demo_network(found.model.wan_params), Random(77), []
     net.load_state_dict(found.model.diffusion_model.state_dict())
     while len(rows) < options.clips:
-        clip = data.random_clip(rng, held_out=True)
-        if clip.fs == recipe.FS:
-            latent, passes = made(net.eval(), demo, clip, options, len(rows))
-            pixels = demo.vae.decode(latent / recipe.SCALE_FACTOR)[0].numpy()
-            rows.append([judged(pixels[start:start + PART], clip, start, data, pixels[0])
-                         for start in range(0, options.frames, PART)])
+        scene = data.random_object(rng, held_out=True, frames=PART, fs=FS)
+        latent, passes = made(net.eval(), demo, scene, options, len(rows))
+        pixels = demo.vae.decode(latent / recipe.SCALE_FACTOR)[0].clamp(0, 1).mul(255).round().numpy()
+        rows.append(judged(pixels, scene, data))
     parts = [{name: round(sum(row[part][name] for row in rows) / len(rows), 4) for name in rows[0][part]}
              for part in range(len(rows[0]))]
     return {"checkpoint": options.checkpoint.name, "steps": options.steps, "cfg": options.cfg, "clips": len(rows),
             "passes_a_block": passes, "parts": parts}
 
 
-def made(net, demo, clip, options, seed):
-    """(latent [1, C, F, h, w], passes of the network a block) from the clip's first frame."""
+def made(net, demo, scene, options, seed):
+    """(latent [1, C, F, h, w], passes of the network a block) from the scene's first frame."""
     import torch
     from stillmotion.nodes.causal_wan.blocks import BlockLoop, Plan, guided_x0
     from stillmotion.nodes.causal_wan.cache import KVCache
     from stillmotion.nodes.causal_wan.noise import seeded_noise
     from stillmotion.nodes.causal_wan.schedule import make_steps
-    from stillmotion.nodes.training.data import shapes as data
+    from stillmotion.nodes.training.data import scenes as data
     from stillmotion.nodes.training.recipes import causal_wan as recipe
-    image = data.draw_clip(clip, 1).float() / 255
+    from stillmotion.nodes.training.recipes.causal_wan_clips import WINDOW
+    image = data.draw(scene, 1).float() / 255
     latent, grey = (demo.vae.encode(each) * recipe.SCALE_FACTOR for each in (image, torch.full_like(image, 0.5)))
     y = recipe.image_condition(latent[:, :, 0], grey, options.frames)
     tokens = demo.clip_vision.encode_image(image).penultimate_hidden_states
-    captions = [replace(clip, direction=way).caption(0) for way in (clip.direction, OPPOSITE[clip.direction])]
+    captions = [replace(scene, direction=way).caption(0) for way in (scene.direction, OPPOSITE[scene.direction])]
     texts = [demo.clip.encode_from_tokens(demo.clip.tokenize(caption)) for caption in ("", *captions)]
     keys = [net.project_context(text, tokens) for text in texts]
     draw = seeded_noise(seed, 1, latent.shape[1], *latent.shape[3:])
@@ -97,7 +98,7 @@ def made(net, demo, clip, options, seed):
         return x, count * branches
     steps = make_steps([int(step) for step in options.steps.split(",")], recipe.SHIFT, warp=True)
     plan = Plan(blocks=(recipe.BLOCK,) * (options.frames // recipe.BLOCK), steps=steps, first_steps=steps,
-                context_noise=0, window=recipe.WINDOW, sink=recipe.SINK, endless=True, global_sink=True,
+                context_noise=0, window=WINDOW, sink=recipe.SINK, endless=True, global_sink=True,
                 switches=tuple(range(PART, options.frames, PART)), cfg=options.cfg)
     caches = [KVCache(plan.layout(net.params, *latent.shape[3:]), 1, torch.float32, "cpu") for _ in range(branches)]
     loop = BlockLoop(plan=plan, evaluate=net, caches=caches, y_BYFHW=y, noise=draw, on_step=lambda *_: None,
@@ -106,20 +107,23 @@ def made(net, demo, clip, options, seed):
     return torch.cat(blocks, dim=2), (len(steps) + 1) * branches
 
 
-def judged(frames, clip, start, data, first):
-    """Figures of 16 frames."""
+def judged(pixels_THWC, scene, data):
+    """Figures of every 16 frames."""
     import numpy as np
-    from tracking import track
-    found = track(frames, data.COLOURS, data.BACKGROUNDS, data.DIRECTIONS)
-    wanted = clip.direction if start // PART % 2 == 0 else OPPOSITE[clip.direction]
-    ground = np.array(data.BACKGROUNDS[clip.background]) / 255
-
-    def area(frame):
-        return (np.abs(frame - ground).max(-1) > 0.15).sum()
-
-    off = [abs(area(frame) - area(first)) / max(1, area(first)) for frame in frames]
-    return {"direction": found.direction == wanted, "colour": found.colour == clip.colour,
-            "outline_error": float(np.mean(off))}
+    from outlines import follow
+    from tracking import find_direction
+    true = data.draw(scene, 1).numpy().repeat(len(pixels_THWC), axis=0)  # compared at the place where it is found
+    found = follow(pixels_THWC, true, data.draw_ground(scene).clamp(0, 255).round().numpy())
+    rows = []
+    for start in range(0, len(pixels_THWC), PART):
+        part = slice(start, start + PART)
+        path = found.path_T2[part]
+        direction = None if np.isnan(path).any() else find_direction(path, data.DIRECTIONS)[0]
+        rows.append({"direction": direction == (scene.direction if start // PART % 2 == 0
+                                                else OPPOSITE[scene.direction]),
+                     "colour": bool((found.hue_error_T[part] < 10).all()),
+                     "outline": float(found.iou_T[part].mean())})
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Train a built-in demo model anew, from drawn clips to the checkpoint: hours on a CPU, minutes on a GPU.
 
     python workflows/train_demo.py [--family dynamicrafter_96|decoder_96|dynamicrafter|causal_wan|video_unet|early|
-                                             causal_wan_96|causal_wan_few]
+                                             causal_wan_few]
                                    [--steps N] [--batch N] [--files N] [--folder FOLDER] [--threads N] [--output FILE]
 
 The state of every stage is kept in the folder: a run that was stopped goes on where it was. dynamicrafter and early
 train on the CPU, the others on the GPU if there is one. decoder_96 trains the decoder of the 96x96 demo alone. The
-results of the last two families are not shipped, and no loader offers them under the name demo.
+result of the last family is not shipped, and no loader offers it under the name demo.
 """
 
 import argparse
@@ -26,9 +26,9 @@ import inprocess  # noqa: E402
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     families = ("dynamicrafter_96", "decoder_96", "dynamicrafter", "causal_wan", "video_unet", "early",
-                "causal_wan_96", "causal_wan_few")
+                "causal_wan_few")
     parser.add_argument("--family", choices=families, default="dynamicrafter_96")
-    for name, meaning in (("steps", "of the last stage; for dynamicrafter_96, decoder_96 and video_unet"),
+    for name, meaning in (("steps", "of the last stage; for dynamicrafter_96, decoder_96, causal_wan, video_unet"),
                           ("batch", "clips or images a step; for the same"),
                           ("files", "files of 400 drawn clips; for dynamicrafter_96 and video_unet")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the recipe's)")
@@ -40,15 +40,14 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import torch
     torch.set_num_threads(options.threads)
-    from stillmotion.nodes.training.recipes import causal_wan_96, dynamicrafter_96, video_unet_96
-    from stillmotion.nodes.training.recipes.causal_wan import make_causal_wan_demo
+    from stillmotion.nodes.training.recipes import causal_wan, dynamicrafter_96, video_unet_96
     from stillmotion.nodes.training.recipes.causal_wan_few import make_few_demo
     from stillmotion.nodes.training.recipes.dynamicrafter_64 import make_demo
     from stillmotion.nodes.training.recipes.video_unet_early import make_early_demo
-    make = {"dynamicrafter": make_demo, "causal_wan": make_causal_wan_demo,
+    make = {"dynamicrafter": make_demo, "causal_wan": causal_wan.make_demo,
             "video_unet": video_unet_96.make_demo, "early": make_early_demo,
             "dynamicrafter_96": dynamicrafter_96.make_demo, "decoder_96": dynamicrafter_96.make_decoder,
-            "causal_wan_96": causal_wan_96.make_demo, "causal_wan_few": make_few_demo}[options.family]
+            "causal_wan_few": make_few_demo}[options.family]
     name = {"early": "video_unet_early", "decoder_96": "dynamicrafter_96_demo"}.get(
         options.family, f"{options.family}_demo")
     given = {name: value for name in ("steps", "batch", "files") if (value := getattr(options, name)) is not None}

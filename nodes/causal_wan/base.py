@@ -66,7 +66,10 @@ def wan_params(patcher) -> WanParams:
 
 
 class CausalWanModel(comfy.model_base.BaseModel):
-    """`wan_params` holds the network's sizes and whether it takes an image."""
+    """`wan_params` holds the network's sizes and whether it takes an image, `encoders_of` the name of the demo whose
+    encoders it was trained with, if any."""
+
+    encoders_of: str | None = None
 
     def __init__(self, model_config: CausalWanConfig, model_type, device=None):
         super().__init__(model_config, model_type, device, ManagedCausalWan)

@@ -39,11 +39,13 @@ SIZED_IMAGE = {"img_emb.proj.1.weight": 2}
 
 
 class Header(NamedTuple):
-    """The `config` entry of a file's header; heads None: computed from the width."""
+    """The `config` entry of a file's header; heads None: computed from the width; encoders: those of a demo that the
+    model was trained with."""
 
     heads: int | None
     scale_factor: float
     causal: bool
+    encoders: str | None
 
 
 def load(checkpoint, weights="auto", weight_dtype="auto", causal=True):
@@ -72,6 +74,7 @@ def load(checkpoint, weights="auto", weight_dtype="auto", causal=True):
     expected = expected_shapes(params)
     _check(tensors, quantized, dict(expected))
     model = make_model(params, header.scale_factor, storage_dtype(weight_dtype, tensors, quantized), quantized)
+    model.encoders_of = header.encoders
     network = model.diffusion_model
     log.info("%s: causal Wan %s, %d layers, %d wide, %d heads; %d of %d keys found, none left over%s.", path,
              "image to video" if params.i2v else "text to video", params.num_layers, params.dim, params.num_heads,
@@ -98,7 +101,8 @@ def _check(tensors, quantized, expected):
 
 
 def read_header(metadata, path):
-    """The `Header` of a .safetensors file: {"num_heads": 4, "scale_factor": 0.18, "transformer": {"causal_ar": true}}.
+    """The `Header` of a .safetensors file: {"num_heads": 4, "scale_factor": 0.18, "encoders": "demo",
+    "transformer": {"causal_ar": true}}.
 
     All entries are optional. Core uses the last one to mark causal files.
     """
@@ -111,8 +115,12 @@ def read_header(metadata, path):
     heads = config.get("num_heads", transformer.get("num_heads"))
     if heads is not None:
         whole(heads, f"num_heads in the header of {path}", high=1024)
+    encoders = config.get("encoders")
+    if not isinstance(encoders, str | None):
+        raise ValueError(f"encoders in the header of {path} is {shown(encoders)}: give the name of a demo of Load "
+                         "DynamiCrafter, or remove it.")
     return Header(heads, number(config.get("scale_factor", 0.18215), f"scale_factor in the header of {path}", 0, 1000),
-                  flag(transformer.get("causal_ar", False), f"causal_ar in the header of {path}"))
+                  flag(transformer.get("causal_ar", False), f"causal_ar in the header of {path}"), encoders)
 
 
 def pick(checkpoint, weights="auto"):

@@ -71,7 +71,6 @@ class LoadCausalWan(io.ComfyNode):
     def execute(cls, checkpoint, weights, lora, lora_strength, weight_dtype):
         path, lora_path = _paths(checkpoint, lora)
         model = loader.load(read_checkpoint(path), weights, weight_dtype)
-        model.model.encoders_of = "demo" if path == CAUSAL_WAN else None
         if lora_path:
             model = add_lora(model, read_checkpoint(lora_path), lora_strength)
         return io.NodeOutput(model)

@@ -6,7 +6,7 @@ DYNAMICRAFTER_96 = FOLDER / "dynamicrafter_96_demo.safetensors"
 DYNAMICRAFTER = FOLDER / "dynamicrafter_demo.safetensors"  # 64x64
 DYNAMICRAFTER_DEMOS = {"demo, 96x96": DYNAMICRAFTER_96, "demo": DYNAMICRAFTER}  # as Load DynamiCrafter offers them
 SIZES = {"demo, 96x96": (96, 96), "demo": (64, 64)}  # width and height in pixels that they were trained with
-# The models below have no encoders of their own: those of "demo, 96x96" (VIDEO_UNET) or "demo".
+# The models below have no encoders of their own, but those of "demo, 96x96"; VIDEO_UNET_EARLY those of "demo".
 CAUSAL_WAN = FOLDER / "causal_wan_demo.safetensors"
 VIDEO_UNET = FOLDER / "video_unet_demo.safetensors"
 VIDEO_UNET_EARLY = FOLDER / "video_unet_early.safetensors"  # stopped early in training

@@ -49,8 +49,8 @@ class LoadDynamiCrafter(io.ComfyNode):
                                options=[*DYNAMICRAFTER_DEMOS, *folder_paths.get_filename_list("checkpoints")],
                                tooltip="A file in models/checkpoints. Two small models come with this pack, to try "
                                        "every workflow without a download. demo, 96x96: patterned shapes and camera "
-                                       "moves; Load Video U-Net's demo uses its VAE and CLIP. demo: plain shapes at "
-                                       "64x64; Load Causal Wan's demo uses its VAE and CLIP."),
+                                       "moves; the demos of Load Causal Wan and Load Video U-Net use its VAE and CLIP. "
+                                       "demo: plain shapes at 64x64."),
                 io.Combo.Input("variant", options=["auto", *VARIANTS], default="auto",
                                tooltip="auto reads it from the file. Only 512 and 512_interp have the same keys: "
                                        "choose 512_interp for the two-image model. Not used with a YAML or for the "

@@ -19,7 +19,6 @@ from ..common.demo import DYNAMICRAFTER_DEMOS
 from ..common.files import Checkpoint, read_checkpoint, take_prefix
 from ..dynamicrafter import checkpoint as dynamicrafter
 from ..dynamicrafter.keys import VAE, has_prefix
-from ..video_unet.base import VideoUNetModel
 from .config import TrainConfig
 from .data.clips import Clips, MovingShapes
 from .data.folders import VideoFolder
@@ -87,7 +86,7 @@ def load_encoders(settings: TrainConfig, pixels: bool, model: Any = None) -> Enc
         return Encoders(None, None, None)
     if not (settings.clip and (settings.vae or pixels)):
         name = settings.encoders
-        own = model.model.video_unet.text_encoder if isinstance(model and model.model, VideoUNetModel) else name
+        own = getattr(model and model.model, "encoders_of", None)
         if name == "demo" and own in DYNAMICRAFTER_DEMOS:
             name = own
         vae, clip, clip_vision = _encoders_of(read_checkpoint(DYNAMICRAFTER_DEMOS.get(name, name)))

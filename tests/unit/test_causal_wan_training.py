@@ -9,13 +9,13 @@ from safetensors import safe_open
 from stillmotion.nodes.causal_wan import checkpoint as loader
 from stillmotion.nodes.causal_wan import conditioning
 from stillmotion.nodes.causal_wan.cache import KVCache
-from stillmotion.nodes.common.demo import DYNAMICRAFTER, DYNAMICRAFTER_96
+from stillmotion.nodes.common.demo import DYNAMICRAFTER_96
 from stillmotion.nodes.common.files import read_checkpoint
 from stillmotion.nodes.dynamicrafter import checkpoint as dynamicrafter
 from stillmotion.nodes.training import objectives
-from stillmotion.nodes.training.data import shapes as data
+from stillmotion.nodes.training.data import scenes
 from stillmotion.nodes.training.recipes import causal_wan as recipe
-from stillmotion.nodes.training.recipes import causal_wan_96 as recipe_96
+from stillmotion.nodes.training.recipes import causal_wan_clips as clips_of
 from stillmotion.nodes.training.recipes.laws import block_sigmas
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -38,9 +38,9 @@ def encodings(clips=6, turn=0):
         return torch.randn(shape, generator=generator)
 
     caption = torch.arange(1, 7).view(1, 2, 3).expand(clips, 2, 3)
-    return {"latents": random(clips, 4, recipe.FRAMES, 8, 8).half(), "tokens": random(clips, 17, 48),
+    return {"latents": random(clips, 4, clips_of.FRAMES, 8, 8).half(), "tokens": random(clips, 17, 48),
             "turn": torch.full((clips,), turn), "caption": caption, "grey": random(1, 4, 1, 8, 8),
-            "short_latents": random(clips, 4, recipe.WINDOW, 8, 8).half(), "short_tokens": random(clips, 17, 48),
+            "short_latents": random(clips, 4, clips_of.WINDOW, 8, 8).half(), "short_tokens": random(clips, 17, 48),
             "short_turn": torch.zeros(clips), "short_caption": caption, "text": random(7, 77, 32),
             "grey_tokens": random(1, 17, 48)}
 
@@ -48,7 +48,7 @@ def encodings(clips=6, turn=0):
 def batch_of(turn=0):
     found = encodings(turn=turn)
     z = found["latents"][:2].float()
-    y = recipe.image_condition(z[:, :, 0], found["grey"], recipe.FRAMES)
+    y = recipe.image_condition(z[:, :, 0], found["grey"], clips_of.FRAMES)
     return recipe.Batch(z, y, (found["text"][1:3], found["text"][4:6]), found["tokens"][:2], turn, False)
 
 
@@ -62,7 +62,7 @@ def test_frames_see_what_the_sampler_would_show_them():
 @torch.no_grad()
 def test_one_pass_equals_the_blocks_one_after_the_other_with_a_cache(net, turn):
     batch, excerpt = batch_of(turn), recipe.draw_excerpt(Random(1), turn)
-    excerpt = excerpt._replace(end=recipe.WINDOW)
+    excerpt = excerpt._replace(end=clips_of.WINDOW)
     frames, first = excerpt.frames, excerpt.first
     z, y = batch.z_BCTHW[:, :, frames], batch.y_BYTHW[:, :, frames]
     generator = torch.Generator().manual_seed(5)
@@ -116,17 +116,16 @@ def test_the_exported_network_loads_with_every_key_accounted_for(net, tmp_path, 
     assert torch.allclose(model.process_latent_in(y), y * recipe.SCALE_FACTOR)
 
 
-def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net):
-    found = recipe.encode_clips(tmp_path, count=5, short=2)
+def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net, monkeypatch):
+    monkeypatch.setattr(clips_of, "PART", 2)
+    found = clips_of.encode_clips(tmp_path, {"long": 1, "short": 1})
     assert found["latents"].std() == pytest.approx(1, abs=0.25) and found["text"].isfinite().all()
-    assert found["turn"].tolist() == [8, 12, 0, 0, 0] and found["caption"].max() < len(found["text"])
-    assert found["short_latents"].shape == (2, 4, recipe.WINDOW, 8, 8) and not found["short_turn"].any()
-    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER), weight_dtype="fp32")
-    clip = recipe.random_clips(Random(11), 5)[0][0]
-    image_THWC = data.draw_clip(clip, 1) / 255
-    entries, latent = conditioning.image_conditions(demo.vae, image_THWC, 64, 64, 16, 4, "auto", True, False, 1)
+    demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
+    image_THWC = next(clips_of.drawn_scenes(Random("long 0"), "long")).frames_THWC[:1] / 255
+    entries, latent = conditioning.image_conditions(demo.vae, image_THWC, 96, 96, 16, 4, "auto", True, False, 1)
     recipe.export(tmp_path / "causal.safetensors", net)
     model = loader.load(read_checkpoint(tmp_path / "causal.safetensors")).model
+    assert model.encoders_of == "demo, 96x96"
     conds = model.extra_conds(cross_attn=found["text"][:1], noise=latent["samples"], device="cpu", **entries,
                               clip_vision_output=demo.clip_vision.encode_image(image_THWC))
     y = recipe.image_condition(found["latents"][:1, :, 0].float(), found["grey"], 16)
@@ -136,40 +135,33 @@ def test_conditions_of_training_are_those_of_the_nodes(tmp_path, net):
 
 def test_excerpts_are_windows_of_the_sampler():
     rng = Random(3)
-    for turn in (0, *recipe.TURNS) * 30:
+    for turn in (0, *clips_of.TURNS) * 30:
         excerpt = recipe.draw_excerpt(rng, turn)
-        assert sum(excerpt.blocks) == len(excerpt.frames) == recipe.WINDOW
-        assert excerpt.frames[-1] == excerpt.end - 1 < recipe.FRAMES
+        assert sum(excerpt.blocks) == len(excerpt.frames) == clips_of.WINDOW
+        assert excerpt.frames[-1] == excerpt.end - 1 < clips_of.FRAMES
         learned = excerpt.frames[sum(excerpt.blocks[:excerpt.first]):]
         assert learned and (excerpt.first == 0 or learned[0] >= turn)
         if turn:  # everything before the turn is one block, and the trained frames follow it without a gap
             assert learned[0] == turn and excerpt.first == 1
 
 
-def test_turning_clips_go_on_from_where_they_are_and_say_so():
-    clips = recipe.random_clips(Random(4), 40)
-    assert {turn for _, turn, _ in clips} == {0, *recipe.TURNS}
-    for clip, turn, direction in clips:
-        assert clip.fs == recipe.FS and not data.is_held_out(clip.shape, clip.colour, direction)
-        assert (direction != clip.direction) == bool(turn)
-    clip, turn, direction = clips[0]
-    frames = recipe.draw_turning(clip, turn, direction)
-    assert len(frames) == recipe.FRAMES
-    assert torch.equal(frames[:turn], data.draw_clip(clip, recipe.FRAMES)[:turn])
-    assert not torch.equal(frames[turn], data.draw_clip(clip, recipe.FRAMES)[turn])
-    ground = torch.tensor(data.BACKGROUNDS[clip.background], dtype=torch.uint8)
-    cover = (frames != ground).any(-1).float()
-    centres = torch.stack([(cover.sum(1) @ torch.arange(64.0)), (cover.sum(2) @ torch.arange(64.0))], 1)
-    moved = (centres / cover.sum((1, 2))[:, None]).diff(dim=0)
-    assert moved[:turn - 1].mean(0).tolist() == pytest.approx(
-        [clip.speed * part for part in data.DIRECTIONS[clip.direction]], abs=0.1)
-    assert moved[turn - 1:].mean(0).tolist() == pytest.approx(
-        [clip.speed * part for part in data.DIRECTIONS[direction]], abs=0.1)
+def test_turning_clips_go_on_from_where_they_are():
+    scene = scenes.random_object(Random(4), frames=clips_of.FRAMES, fs=clips_of.FS)
+    way = "up" if scene.direction != "up" else "left"
+    frames = clips_of.draw_turning(scene, 12, way)
+    assert len(frames) == clips_of.FRAMES and torch.equal(frames[:12], scenes.draw(scene, clips_of.FRAMES)[:12])
+    cover = (frames - scenes.draw_ground(scene).clamp(0, 255).round()).abs().amax(-1).gt(24).float()
+    place = torch.arange(float(scenes.SIZE))
+    centres = torch.stack([cover.sum(1) @ place, cover.sum(2) @ place], 1) / cover.sum((1, 2))[:, None]
+    moved = centres.diff(dim=0)
+    for part, direction in ((moved[:11], scene.direction), (moved[11:], way)):
+        expected = [scene.speed * part for part in scenes.DIRECTIONS[direction]]
+        assert part.mean(0).tolist() == pytest.approx(expected, abs=0.1)
 
 
 def test_some_batches_have_no_start_image():
     found = encodings()
-    found["turn"] = torch.tensor([0, 0, *recipe.TURNS])
+    found["turn"] = torch.tensor([0, 0, *clips_of.TURNS])
     rng, generator = Random(0), torch.Generator().manual_seed(0)
     batches = [recipe.draw_batch(found, 2, rng, generator) for _ in range(200)]
     assert 15 < sum(batch.blank for batch in batches) < 45
@@ -180,7 +172,7 @@ def test_some_batches_have_no_start_image():
     unseen = [(batch.image_BNW == found["grey_tokens"]).all((1, 2)) for batch in batches]
     assert all(grey.all() for grey, batch in zip(unseen, batches) if batch.blank)
     assert 0.4 < torch.cat([grey for grey, batch in zip(unseen, batches) if not batch.blank]).float().mean() < 0.6
-    assert {batch.z_BCTHW.shape[2] for batch in batches if not batch.turn} == {recipe.WINDOW, recipe.FRAMES}
+    assert {batch.z_BCTHW.shape[2] for batch in batches if not batch.turn} == {clips_of.WINDOW, clips_of.FRAMES}
 
 
 @pytest.mark.parametrize("turn", [0, 16])
@@ -204,7 +196,7 @@ def test_rollouts_go_on_from_the_clip(net):
 def test_training_in_two_stages(tmp_path):
     found = encodings()
     path = tmp_path / "causal_wan_1.pt"
-    turns = recipe.TURNS
+    turns = clips_of.TURNS
     found["turn"] = torch.tensor([0, 0, *turns])
     net = recipe.demo_network()
     before = net.head.head.weight.clone()
@@ -216,29 +208,29 @@ def test_training_in_two_stages(tmp_path):
 
 
 def test_larger_clips_turn_and_stay_inside(monkeypatch):
-    monkeypatch.setattr(recipe_96, "PART", 10)
-    clips = list(recipe_96.drawn_scenes(Random(1), "long"))
-    assert [clip.turn for clip in clips] == [*recipe.TURNS] + [0] * 6
+    monkeypatch.setattr(clips_of, "PART", 10)
+    clips = list(clips_of.drawn_scenes(Random(1), "long"))
+    assert [clip.turn for clip in clips] == [*clips_of.TURNS] + [0] * 6
     for clip in clips:
         first, last = clip.captions[0][0], clip.captions[1][0]
-        assert len(clip.frames_THWC) == recipe.FRAMES and (first != last) == bool(clip.turn)
+        assert len(clip.frames_THWC) == clips_of.FRAMES and (first != last) == bool(clip.turn)
         for edge in (clip.frames_THWC[:, 0], clip.frames_THWC[:, -1], clip.frames_THWC[:, :, 0]):
             assert torch.equal(edge, edge[:1].expand_as(edge))  # the object never touches it
         if clip.turn:
             moved = (clip.frames_THWC[1:].int() - clip.frames_THWC[:-1]).abs().sum((1, 2, 3))
             assert moved.min() > 0  # it never jumps back or stands still
-    assert {clip.turn for clip in recipe_96.drawn_scenes(Random(1), "short")} == {0}
+    assert {clip.turn for clip in clips_of.drawn_scenes(Random(1), "short")} == {0}
 
 
 def test_parts_of_larger_clips_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_96, "PART", 2)
-    made = recipe_96.encode_clips(tmp_path, {"long": 1, "short": 2})
-    assert len(list(tmp_path.glob("causal_wan_96_*.pt"))) == 3
-    again = recipe_96.encode_clips(tmp_path, {"long": 1, "short": 2})
+    monkeypatch.setattr(clips_of, "PART", 2)
+    made = clips_of.encode_clips(tmp_path, {"long": 1, "short": 2})
+    assert len(list(tmp_path.glob("causal_wan_*.pt"))) == 3
+    again = clips_of.encode_clips(tmp_path, {"long": 1, "short": 2})
     assert made.keys() == again.keys() and all(torch.equal(made[key], value) for key, value in again.items())
-    assert made["latents"].shape == (2, 4, recipe.FRAMES, 12, 12)
-    assert made["short_latents"].shape == (4, 4, recipe.WINDOW, 12, 12)
+    assert made["latents"].shape == (2, 4, clips_of.FRAMES, 12, 12)
+    assert made["short_latents"].shape == (4, 4, clips_of.WINDOW, 12, 12)
     demo = dynamicrafter.load(read_checkpoint(DYNAMICRAFTER_96), weight_dtype="fp32")
-    caption = next(recipe_96.drawn_scenes(Random("short 1"), "short")).captions[0][1]
+    caption = next(clips_of.drawn_scenes(Random("short 1"), "short")).captions[0][1]
     expected = demo.clip.encode_from_tokens(demo.clip.tokenize(caption))[0]
     assert torch.allclose(made["text"][made["short_caption"][2, 0, 1]], expected, atol=1e-5)

@@ -78,7 +78,7 @@ def test_a_demo_without_encoders_says_so_if_others_are_connected(monkeypatch):
         video_unet_nodes.VideoUNetConditions.execute(model, prompt, prompt, "none", 0, 0, 4, 1)
         note, of_causal = said.pop(), other_encoders(causal, prompt)
         assert ('to "demo, 96x96": this model needs its CLIP' in note) == (name == "demo") == bool(note)
-        assert ('to "demo": this model needs its CLIP' in of_causal) == (name == "demo, 96x96") == bool(of_causal)
+        assert ('to "demo, 96x96": this model needs its CLIP' in of_causal) == (name == "demo") == bool(of_causal)
         assert other_encoders(SimpleNamespace(model=SimpleNamespace()), prompt) == ""
 
 

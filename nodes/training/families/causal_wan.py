@@ -38,7 +38,7 @@ class CausalWanTraining(Family):
         self.block = settings.block or (BLOCK if net.params.out_dim == 16 else DEMO_BLOCK)
         self.settled = {"block": self.block}
         self.law, self.shift, self.emphasis = settings.timesteps, settings.shift, settings.emphasis
-        self.latent_format = model.model.latent_format
+        self.latent_format, self.encoders_of = model.model.latent_format, model.model.encoders_of
         if encoders.vae is None or net.params.i2v and encoders.clip_vision is None:
             raise ValueError("Causal Wan learns from latents, and its image-to-video models from image tokens: connect "
                              f"vae{' and clip_vision' if net.params.i2v else ''}.")
@@ -125,7 +125,7 @@ class CausalWanTraining(Family):
     def export(self, path: Path, net: CausalWan, metadata: dict[str, str]) -> None:
         """Native Wan keys in fp16; the header's `config` holds what cannot be inferred from shapes."""
         config = {"num_heads": net.params.num_heads, "scale_factor": getattr(self.latent_format, "scale_factor", 1.0),
-                  "transformer": {"causal_ar": True}}
+                  "transformer": {"causal_ar": True}} | ({"encoders": self.encoders_of} if self.encoders_of else {})
         weights = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in net.state_dict().items()}
         save_file(weights, path, metadata={"format": "pt", "config": json.dumps(config), **metadata})
 

@@ -1,4 +1,4 @@
-"""Recipe of the causal Wan demo in few steps without guidance: self-rollout of the small causal Wan on Moving Shapes.
+"""Recipe of the causal Wan demo in few steps without guidance: self-rollout of the causal Wan demo on its own clips.
 
 Three stages, each resumable. A bidirectional teacher is trained further from the causal demo, on windows that begin
 anywhere in a clip; then the demo learns from its own windows, then from videos that go on and turn (`self_rollout`).
@@ -22,7 +22,8 @@ from ..self_rollout.conditions import Conditions
 from ..self_rollout.loop import Batch, Side, fit_both
 from ..self_rollout.method import SelfRollout, Stream
 from ..self_rollout.settings import SelfRolloutSettings
-from .causal_wan import BLANK, BLOCK, FRAMES, SHIFT, SINK, WINDOW, demo_network, encode_clips, export, image_condition
+from .causal_wan import BLANK, BLOCK, SHIFT, SINK, demo_network, export, image_condition
+from .causal_wan_clips import FRAMES, PARTS, WINDOW, encode_clips
 from .fast import device
 from .laws import block_sigmas
 
@@ -133,7 +134,7 @@ def train_student(student: CausalWan, teacher: CausalWan, fake: CausalWan, encod
 
 
 def causal_demo() -> CausalWan:
-    """The small causal Wan as it is in the pack."""
+    """The causal Wan demo as it is in the pack."""
     net = demo_network()
     net.load_state_dict({key: value.float() for key, value in load_file(CAUSAL_WAN).items()})
     return net
@@ -142,7 +143,7 @@ def causal_demo() -> CausalWan:
 def make_few_demo(folder: Path, target: Path, size: int = 8, stages: Sequence[int] = (6000, 3000, 1500)) -> None:
     """Run the stages (steps of the teacher, of windows, of videos that go on) in `folder`, then write the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    encodings = encode_clips(folder)
+    encodings = encode_clips(folder, PARTS)
     teacher = train_teacher(causal_demo(), encodings, folder / "causal_wan_teacher.pt", stages[0], size, 6e-4)
     export(folder / "causal_wan_teacher.safetensors", teacher, causal=False)
     student, fake = causal_demo(), demo_network()

@@ -40,9 +40,9 @@ class FastPrecision(OneProcess):
 
 
 def fit_compiled(net: nn.Module, loss_of: Callable[..., Tensor], parts: Sequence[Callable], **settings) -> nn.Module:
-    """`fit` with `autocast`, with `parts` of the computation compiled for the shapes they are called with, on a GPU into
-    CUDA graphs. The first call takes minutes, then the result is cached on disk. `loss_of(number, generator, *parts)`
-    computes the loss with them."""
+    """`fit` with `autocast`, and with `parts` of the computation compiled for the shapes they are called with, on a GPU
+    as CUDA graphs. The first call takes minutes, then the result is cached on disk. `loss_of(number, generator,
+    *parts)` computes the loss with them."""
     net.to(device())
     mode = None if device().type == "cpu" else "reduce-overhead"
     compiled = [torch.compile(part, dynamic=False, mode=mode) for part in parts]

@@ -1,8 +1,8 @@
-"""Recipe of the 96x96 causal Wan: the method of `causal_wan` on patterned objects, with the encoders of the 96x96
-DynamiCrafter demo."""
+"""Clips of the causal Wan demo: patterned objects that go on for two windows and may turn, encoded once by the encoders
+of the 96x96 DynamiCrafter demo."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,23 +12,26 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
-from ...causal_wan.model import CausalWan
 from ...common.clip import VisionTower
 from ...common.demo import DYNAMICRAFTER_96
 from ...common.files import read_checkpoint
 from ...dynamicrafter import checkpoint as dynamicrafter
 from ..data import scenes
-from ..parallel import OneProcess
-from . import causal_wan as small
-from .causal_wan import FRAMES, TURNING, TURNS, WINDOW, Drawn
 from .encodings import encode_captions, encode_drawn, encoders
-from .fast import check_gradients, device
 
-PARAMS = replace(small.PARAMS, dim=144, ffn_dim=576)
-FS = 30                # the slowest: an object stays inside for FRAMES frames
-PART = 400             # clips per file
-PARTS = {"long": 5, "short": 8}  # of clips of FRAMES, two in five of which turn, and of WINDOW frames
-STAGES = ((8000, 1.5e-3), (3000, 5e-4))  # steps and learning rate
+WINDOW = 16                 # latent frames that a block attends to, including sink and itself, in training and sampling
+FRAMES = 2 * WINDOW         # per clip
+FS = 30                     # the slowest: an object stays inside for FRAMES frames. The network has no input for it
+TURNS = (8, 12, 16, 20)     # latent frames where a clip may change direction, and the prompt with it
+TURNING = 0.4               # fraction of clips that change direction
+PART = 400                  # clips per file
+PARTS = {"long": 10, "short": 16}  # files of clips of FRAMES, and of WINDOW frames without a turn
+
+
+class Drawn(NamedTuple):
+    frames_THWC: Tensor              # uint8
+    turn: int                        # frame from which it moves in another direction, or 0
+    captions: Sequence[Sequence[str]]  # before and after that, in every wording for training
 
 
 def draw_turning(scene: scenes.ObjectScene, turn: int, direction: str) -> Tensor:
@@ -65,7 +68,7 @@ def load_encoders(folder: Path) -> Encoders:
 
 def encode_part(folder: Path, using: Encoders, kind: str, number: int) -> dict:
     """One file of encodings, made if it is missing, with its captions in the order of their numbers."""
-    path = folder / f"causal_wan_96_{kind}_{number:02}.pt"
+    path = folder / f"causal_wan_{kind}_{number:02}.pt"
     if not path.exists():
         index: dict[str, int] = {}
         images, found = [], []
@@ -82,7 +85,12 @@ def encode_part(folder: Path, using: Encoders, kind: str, number: int) -> dict:
 
 @torch.no_grad()
 def encode_clips(folder: Path, parts: dict[str, int]) -> dict[str, Tensor]:
-    """As returned by `causal_wan.encode_clips`."""
+    """Encodings that stay fixed during training, of files that are made once.
+
+    Of the long clips latents [K, 4, FRAMES, h, w] (scaled), tokens [K, N, W] of the first frame, turn [K], caption
+    [K, 2, forms] (before and after the turn, indices of text); of the short ones the same under `short_` names; text
+    [captions, 77, C] (the empty caption first); grey [1, 4, 1, h, w] and grey_tokens [1, N, W] of a grey image.
+    """
     using, index, made = load_encoders(folder), {"": 0}, {}
     for kind, count in parts.items():
         found = [encode_part(folder, using, kind, number) for number in range(count)]
@@ -95,32 +103,3 @@ def encode_clips(folder: Path, parts: dict[str, int]) -> dict[str, Tensor]:
     return made | {"text": encode_captions(using.clip, SimpleTokenizer(context_length=77)(list(index))),
                    "grey": encode_drawn(using.vae, 2 * grey_BHWC.movedim(-1, 1) - 1)[None].float(),
                    "grey_tokens": using.vision.encode_image(grey_BHWC).penultimate_hidden_states}
-
-
-def compile_layers(net: CausalWan, encodings: dict[str, Tensor], size: int) -> None:
-    """Compile the layers for each kind of excerpt when it first comes, for a minute each, which makes a step a quarter
-    faster. Raises RuntimeError if that changes the gradients of the most frequent kind."""
-    for block in net.blocks:
-        block.compile(dynamic=False)
-
-    def loss() -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        batch = small.draw_batch(encodings, size, Random(0), generator)
-        return small.excerpt_loss(net, batch, small.START, batch.z_BCTHW, generator)
-
-    def eager() -> Tensor:
-        with torch.compiler.set_stance("force_eager"):
-            return loss()
-    check_gradients(net, eager, loss, precision=OneProcess())
-
-
-def make_demo(folder: Path, target: Path, size: int = 8) -> None:
-    """Run both stages in `folder`, resuming what is there, then write the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    encodings, net = encode_clips(folder, PARTS), small.demo_network(PARAMS)
-    for number, (steps, lr) in enumerate(STAGES, start=1):
-        if device().type == "cpu":
-            compile_layers(net, encodings, size)
-        net = small.train(net, encodings, folder / f"causal_wan_96_{number}.pt", steps, size, lr, seed=40 + number,
-                          own_context=number > 1)
-    small.export(target, net)
