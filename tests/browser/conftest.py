@@ -104,12 +104,12 @@ def context(browser):
     context.close()
 
 
-@pytest.fixture
-def page(request, server, context):
-    """A fresh page with the canvas nodes; parametrize indirectly with "vue" for the newer DOM nodes (Nodes 2.0)."""
+@contextlib.contextmanager
+def opened(server, context, nodes: str):
+    """A fresh page with the canvas nodes ("litegraph") or the newer DOM nodes (Nodes 2.0, "vue")."""
     settings = server.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": getattr(request, "param", None) == "vue"}))
+    settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": nodes == "vue"}))
     tab = context.new_page()
     with contextlib.closing(tab):
         tab.set_default_timeout(1000 * PATIENCE)
@@ -118,6 +118,21 @@ def page(request, server, context):
         tab.goto(server.url)
         tab.wait_for_function(READY)
         yield Page(tab)
+
+
+@pytest.fixture
+def page(request, server, context):
+    """A fresh page; parametrize indirectly with the kind of its nodes, "vue" or "litegraph" (the default)."""
+    with opened(server, context, getattr(request, "param", "litegraph")) as page:
+        yield page
+    end_runs(Client(server.url, server))
+
+
+@pytest.fixture(scope="module")
+def kept_page(request, server, context):
+    """A page for all tests of a module that load a graph of their own: opening one takes several seconds."""
+    with opened(server, context, request.param) as page:
+        yield page
     end_runs(Client(server.url, server))
 
 

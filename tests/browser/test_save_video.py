@@ -15,9 +15,10 @@ def graph(form):
             "2": {"class_type": "Stillmotion_SaveVideo", "inputs": save}}
 
 
-@pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
+@pytest.mark.parametrize("kept_page", ["litegraph", "vue"], indirect=True)
 @pytest.mark.parametrize("form", ["mp4", "gif", "png frames"])
-def test_the_result_is_shown_and_gives_its_graph_back(page, server, form):
+def test_the_result_is_shown_and_gives_its_graph_back(kept_page, server, form):
+    page = kept_page
     page.run_js("graph => app.loadApiJson(graph, 'test')", graph(form))
     shown = page.run()["2"]["images"]
     page.page.wait_for_function(VIDEO_SHOWN if form == "mp4" else PICTURE_SHOWN, arg=shown[0]["filename"])
@@ -31,8 +32,9 @@ def test_the_result_is_shown_and_gives_its_graph_back(page, server, form):
     assert form in values and "page/test" in values
 
 
-@pytest.mark.parametrize("page", ["litegraph", "vue"], indirect=True)
-def test_dates_and_widgets_in_the_prefix_are_filled_in_as_for_core(page):
+@pytest.mark.parametrize("kept_page", ["litegraph", "vue"], indirect=True)
+def test_dates_and_widgets_in_the_prefix_are_filled_in_as_for_core(kept_page):
+    page = kept_page
     prefix = "%date:yyyy-MM-dd%/%EmptyImage.width%_%width%"
     given = graph("mp4")
     given["2"]["inputs"]["filename_prefix"] = prefix

@@ -45,9 +45,10 @@ def test_the_page_lists_all_templates_with_thumbnails(page):
     assert min(widths) >= 200
 
 
-@pytest.mark.parametrize("page, name", [*(("litegraph", name) for name in VIDEOS), ("vue", "animate"),
-                                        ("vue", "causal_long_video")], indirect=["page"])
-def test_a_template_opens_whole_runs_and_shows_its_video(page, server, known, name):
+@pytest.mark.parametrize("kept_page, name", [*(("litegraph", name) for name in VIDEOS), ("vue", "animate"),
+                                             ("vue", "causal_long_video")], indirect=["kept_page"])
+def test_a_template_opens_whole_runs_and_shows_its_video(kept_page, server, known, name):
+    page = kept_page
     page.load(json.loads((WORKFLOWS / f"{name}.json").read_text()))
     broken = [node for node in page.nodes() if node["errors"] or not node["known"]]
     assert broken == [] and page.dialogs() == []

@@ -79,7 +79,7 @@ def run(client, graph):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
 def test_random_graphs_end_in_results_or_sentences(fenced, count):
     outer, server = fenced
     client = http.Client(server.url, server)
