@@ -13,12 +13,19 @@ VIDEO_UNET_EARLY = FOLDER / "video_unet_early.safetensors"  # stopped early in t
 TRAINED_SIZE = "stillmotion_trained_size"  # entry of a conditioning: that of the model whose text encoder made it
 
 
+def demo_of(model) -> str | None:
+    """The demo of Load DynamiCrafter whose encoders a MODEL was trained with, None if it is of no demo, or is None."""
+    inner = getattr(model, "model", None)
+    named, size = (getattr(inner, name, None) for name in ("encoders_of", "trained_size"))
+    return named if named in SIZES else next((name for name in SIZES if SIZES[name] == size), None)
+
+
 def other_encoders(model, conditioning) -> str:
-    """A note for a model that was trained with the encoders of a demo (`encoders_of`: its name) if the prompt comes
-    from those of another one; else ""."""
-    known = getattr(model.model, "encoders_of", None)
+    """A note for a model that was trained with the encoders of a demo if the prompt comes from those of another one;
+    else ""."""
+    known = demo_of(model)
     size = conditioning[0][1].get(TRAINED_SIZE) if conditioning else None
-    if size is None or known not in SIZES or SIZES[known] == size:
+    if size is None or known is None or SIZES[known] == size:
         return ""
     return (f"The prompt comes from the CLIP of a model for {size[0]} x {size[1]}, but this model was trained with the "
             f"one for {SIZES[known][0]} x {SIZES[known][1]}, so the video will fall apart. Set the checkpoint in Load "

@@ -29,7 +29,7 @@ class TrainConfig(SelfRolloutSettings):
     family: str = _setting("video_unet", "network to train", tuple(FAMILIES))
     objective: str = _setting("denoising", "denoising: of clips; self_rollout: causal Wan on its own videos, by "
                               "distribution matching with a teacher", OBJECTIVES)
-    checkpoint: str = _setting("", "file to fine-tune, or `demo`; empty: a new video U-Net")
+    checkpoint: str = _setting("", "file to fine-tune, or a demo by its name in the loader; empty: a new video U-Net")
     from_scratch: bool = _setting(False, "take only sizes from the checkpoint, and train new weights")
     network: str = _setting("", "class of a new video U-Net, as module:Class; empty: the pack's")
     init_2d: str = _setting("", "weights of a 2-D diffusion U-Net that the spatial layers begin with")

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..causal_wan import checkpoint as causal_wan
-from ..common.demo import DYNAMICRAFTER_DEMOS
+from ..common.demo import DYNAMICRAFTER_DEMOS, demo_of
 from ..common.files import Checkpoint, read_checkpoint, take_prefix
 from ..dynamicrafter import checkpoint as dynamicrafter
 from ..dynamicrafter.keys import VAE, has_prefix
@@ -79,16 +79,19 @@ def load_encoders(settings: TrainConfig, pixels: bool, model: Any = None) -> Enc
     A VAE is trained without any. With `encoders` "demo" they are those of the demo that the MODEL to be fine-tuned
     belongs to.
 
-    Raises ValueError for a text encoder of unknown type.
+    Raises ValueError for a text encoder of unknown type, and for the encoders of another demo.
     """
     vae = clip = clip_vision = None
     if settings.family == "vae":
         return Encoders(None, None, None)
     if not (settings.clip and (settings.vae or pixels)):
         name = settings.encoders
-        own = getattr(model and model.model, "encoders_of", None)
-        if name == "demo" and own in DYNAMICRAFTER_DEMOS:
-            name = own
+        own = demo_of(model)
+        if name == "demo":
+            name = own or name
+        elif name in DYNAMICRAFTER_DEMOS and own not in (None, name) and not settings.from_scratch:
+            raise ValueError(f"encoders is {name!r}, but this model was trained with those of {own!r}: leave encoders "
+                             "away, or give these.")
         vae, clip, clip_vision = _encoders_of(read_checkpoint(DYNAMICRAFTER_DEMOS.get(name, name)))
     if settings.vae:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(settings.vae))

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from stillmotion.nodes.training.config import TrainConfig
 from stillmotion.nodes.training.data.clips import Clips, MovingShapes
 from stillmotion.nodes.training.encoding import Encoders
 from stillmotion.nodes.training.families import base
-from stillmotion.nodes.training.families.registry import make_family
+from stillmotion.nodes.training.families.registry import load_model, make_family
 from stillmotion.nodes.training.memory import fixed_bytes
 from stillmotion.nodes.training.run import Training
 from stillmotion.nodes.video_unet import checkpoint as video_unet
@@ -132,6 +133,17 @@ def test_a_demo_is_trained_further_with_its_own_encoders(caplog):
     make_family(model, other, TrainConfig(), None)
     assert "trained with the encoders of demo, 96x96; given are those of demo." in caplog.messages[-1]
     assert make_family(model, other, TrainConfig(from_scratch=True), None).config.text_encoder == "demo"
+
+
+@pytest.mark.parametrize("family, name, size", [("dynamicrafter", "demo", 64), ("dynamicrafter", "demo, 96x96", 96),
+                                                ("causal_wan", "demo", 96)])
+def test_the_demos_are_chosen_by_name_and_not_mixed(family, name, size):
+    settings = TrainConfig(family=family, checkpoint=name)
+    model = load_model(settings)
+    assert load.load_encoders(settings, pixels=False, model=model).vae.trained_size == (size, size)
+    if size == 64:
+        with pytest.raises(ValueError, match="was trained with those of 'demo'"):
+            load.load_encoders(replace(settings, encoders="demo, 96x96"), pixels=False, model=model)
 
 
 def test_memory_is_counted_as_it_is_used():

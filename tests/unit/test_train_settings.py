@@ -75,7 +75,10 @@ def test_recipes_stand_above_the_trainer():
 def test_every_family_is_one_module_and_one_line():
     for name in FAMILIES:
         module = module_of(name)
-        assert callable(module.new) if name == "vae" else module.DEMO.exists() and callable(module.from_model)
+        if name == "vae":
+            assert callable(module.new)
+        else:
+            assert module.DEMOS and all(path.exists() for path in module.DEMOS.values()) and callable(module.from_model)
     assert {path.stem for path in (PACK / "nodes" / "training" / "families").glob("*.py")} == {
         "__init__", "base", "registry", "inflate", *FAMILIES}
 

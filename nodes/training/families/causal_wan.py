@@ -24,7 +24,7 @@ from ..config import TrainConfig
 from ..encoding import Encoded, Encoders, as_node
 from .base import Family, chosen, clip_latent, first_image, plain_weights
 
-DEMO = CAUSAL_WAN
+DEMOS = {"demo": CAUSAL_WAN}
 STEPS = (1000, 750, 500, 250)   # timesteps of a sample
 BLOCK, DEMO_BLOCK = 3, 4        # of published models (16 latent channels) and of the demo (4)
 

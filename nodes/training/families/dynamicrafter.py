@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...common.attention import torch_attention
-from ...common.demo import DYNAMICRAFTER
+from ...common.demo import DYNAMICRAFTER_DEMOS
 from ...common.files import Checkpoint, read_checkpoint
 from ...ddim.schedule import make_alphas_cumprod, make_scale_arr
 from ...dynamicrafter import checkpoint
@@ -22,7 +22,7 @@ from ..config import TrainConfig
 from ..encoding import Encoded, Encoders
 from .base import NO_CLIP, Family, chosen, clip_latent, ddim, first_image, plain_weights
 
-DEMO = DYNAMICRAFTER
+DEMOS = DYNAMICRAFTER_DEMOS
 LAST_LAYERS = ("proj_out.", "conv4.3.", "out_layers.3.", "fps_embedding.2.")  # of branches, and of the network:
 OUT = "out.2."
 BOTH_ENDS = 1 / 3  # fraction of clips conditioned on their last frame too

@@ -1,6 +1,6 @@
 """Select the model family and build what the trainer needs from the host's objects.
 
-A family's module defines DEMO (its file in the pack), `load_model(checkpoint, settings)` (MODEL in float32) and
+A family's module defines DEMOS (files in the pack, by name), `load_model(checkpoint, settings)` (MODEL in float32) and
 `from_model(model, encoders, settings)` (its Family) or, for new networks, `new(encoders, settings, dataset)`.
 """
 from __future__ import annotations
@@ -43,8 +43,7 @@ def load_model(settings: TrainConfig) -> Any:
     if not settings.checkpoint:
         return None
     family = module_of(settings.family)
-    file = family.DEMO if settings.checkpoint == "demo" else settings.checkpoint
-    return family.load_model(read_checkpoint(file), settings)
+    return family.load_model(read_checkpoint(family.DEMOS.get(settings.checkpoint, settings.checkpoint)), settings)
 
 
 def make_family(model, encoders: Encoders, settings: TrainConfig, dataset: Dataset) -> Family:

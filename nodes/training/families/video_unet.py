@@ -24,7 +24,7 @@ from .base import CLIP_3, Family, chosen, clip_latent, ddim, plain_weights
 
 log = logging.getLogger(__name__)
 
-DEMO = VIDEO_UNET
+DEMOS = {"demo": VIDEO_UNET}
 MEASURED = 16  # clips used to measure the scale of new latents
 TASKS = (("text", 0.5), ("first", 0.15), ("past", 0.3), ("ends", 0.05))  # fraction of samples
 
