@@ -1,6 +1,6 @@
 """The host part of bench.py: what ComfyUI's own nodes and options for speed bring to the demos of both U-Nets.
 
-A run with each is compared with the plain run of the same seed, with the templates' settings (20 steps, eta 1): how
+A run with each is compared with the plain run of the same seed, with 20 steps and eta 1: how
 many times faster, as the median over alternating runs, and the PSNR of the decoded frames. A cache leaves steps out and
 so makes another video; an attention function only rounds otherwise, and its latents must agree.
 """
