@@ -50,8 +50,9 @@ def test_dates_and_widgets_in_the_prefix_are_filled_in_as_for_core(kept_page):
     assert kept == [prefix, prefix]
 
 
-def test_a_help_page_is_there_for_every_node(page):
-    missing = page.run_js("""async () => {
+@pytest.mark.parametrize("kept_page", ["litegraph"], indirect=True)
+def test_a_help_page_is_there_for_every_node(kept_page):
+    missing = kept_page.run_js("""async () => {
         const ours = Object.keys(LiteGraph.registered_node_types).filter(t => t.startsWith('Stillmotion_'));
         const texts = await Promise.all(ours.map(async t => {
             const answer = await fetch(`/extensions/stillmotion/docs/${t}.md`);
