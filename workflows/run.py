@@ -58,7 +58,7 @@ def parse(arguments):
     p.add_argument("--limit", type=int, help="of --prompt_dir only the first images, in natural order")
     p.add_argument("--seed", type=int, help="default: 123")
     p.add_argument("--steps", "--num_inference_steps", type=int,
-                   help="sampling steps, 1 to 1000 (default: 50, demo: 12)")
+                   help="sampling steps, 1 to 1000 (default: 50, demo: 20)")
     p.add_argument("--guidance_scale", type=float, help="strength of the prompt (default: 7.5, demo: 1.5)")
     p.add_argument("--eta", type=float, help="0 is deterministic, 1 adds fresh noise at each step (default: 1)")
     p.add_argument("--frames", "--video_length", type=int, help="length in frames (default: 16)")

@@ -14,7 +14,7 @@ Report = io.Custom("STILLMOTION_REPORT")
 LESS_MEMORY = "Use a smaller model or size, fewer frames, or cfg 1 with image_cfg 0 (one prediction per step)."
 
 STEPS = io.Int.Input("steps", default=0, min=0, max=1000,
-                     tooltip="Number of denoising steps. 0: the model's own (DynamiCrafter 50, small models 12). 20 to "
+                     tooltip="Number of denoising steps. 0: the model's own (DynamiCrafter 50, small models 20). 20 to "
                              "25 are often enough.")
 ETA = io.Float.Input("eta", default=1.0, min=0.0, max=1.0, step=0.01,
                      tooltip="Noise added back at each step. 1 is the official setting and gives more motion; 0 is "

@@ -20,7 +20,7 @@ VARIANTS = ("256", "512", "512_interp", "1024")
 DEFAULT_FS = {"256": 3, "512": 24, "512_interp": 5, "1024": 10}
 DEFAULT_ARCH = "ViT-H-14"
 LATENT_SIZE = {"256": [32, 32], "512": [40, 64], "512_interp": [40, 64], "1024": [72, 128]}  # height, width
-SMALL_STEPS, SMALL_CFG = 12, 1.5  # of models of SMALL pictures
+SMALL_STEPS, SMALL_CFG = 20, 1.5  # of models of SMALL pictures
 STEPS, CFG = 50, 7.5              # of the others, the published ones
 
 # The only values of these settings that the published models use and this network supports. Other settings that

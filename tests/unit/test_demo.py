@@ -58,13 +58,13 @@ def drawing(seed=1):
 
 def test_it_knows_its_own_size_and_strength(demo):
     assert demo.vae.trained_size == demo.model.model.trained_size and max(demo.vae.trained_size) < 256
-    assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (12, 1.5)
+    assert (demo.model.model.diffusion_params.steps, demo.model.model.diffusion_params.cfg) == (20, 1.5)
 
 
 def test_the_larger_one_draws_larger_pictures():
     large = checkpoint.load(read_checkpoint(DYNAMICRAFTER_96))
     assert large.vae.trained_size == large.model.model.trained_size == (96, 96)
-    assert (large.model.model.diffusion_params.steps, large.model.model.diffusion_params.cfg) == (12, 1.5)
+    assert (large.model.model.diffusion_params.steps, large.model.model.diffusion_params.cfg) == (20, 1.5)
 
 
 def test_a_demo_without_encoders_says_so_if_others_are_connected(monkeypatch):
