@@ -225,6 +225,7 @@ def test_other_models_in_full_size(in_dim, out_dim, dim, layers, words):
     ('{"num_heads": 0}', "num_heads .* is 0.*1 to 1024"), ('{"num_heads": "4"}', "num_heads .* is '4'"),
     ('{"num_heads": true}', "num_heads .* is True"), ('{"scale_factor": 0}', "scale_factor .* is 0.*above 0"),
     ('{"scale_factor": NaN}', "scale_factor .* is nan"), ('{"transformer": {"causal_ar": 1}}', "causal_ar .* is 1"),
+    ('{"encoders": 96}', "encoders .* is 96.*name of a demo"),
     ('[' * 100_000, "not JSON"),
     ('{"num_heads": 5}', "num_heads is 5, which does not divide the width 48"),
     ("{}", "48 wide.*no multiple of 128.*header"),
