@@ -47,6 +47,12 @@ def run_in_page(page):
     page.page.wait_for_function(SHOWN, arg=video["filename"])
     page.run_js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.page.wait_for_timeout(2000)  # wait for the view's animation
+    # Smaller, so that the page's buttons around the canvas cover no node; then its message about the run goes away.
+    page.run_js("""() => { const {ds, canvas} = app.canvas;
+                   ds.changeScale(0.85 * ds.scale, [canvas.clientWidth / 2, canvas.clientHeight / 2]);
+                   app.canvas.setDirty(true, true); }""")
+    page.page.wait_for_function("() => !document.body.innerText.includes('completed')")
+    page.page.wait_for_timeout(1000)
     return video, page.page.screenshot(clip=page.run_js(NODES_BOX))
 
 
